@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error and warning that Leyden raises on purpose, and the helper that suggests the name a user meant.
+
+    LeydenError
+    ├── MisconfigurationException (also a ValueError)   what was asked for cannot be; nothing has run yet
+    └── CheckpointError (also a RuntimeError)           a checkpoint cannot be written, read or applied
+        └── CheckpointNotFoundError (also a FileNotFoundError)
+    SIGTERMException (a SystemExit, code 143)           the process was asked to end
+
+    LeydenWarning (a UserWarning)
+    └── PossibleUserWarning                             likely, but not certainly, a mistake
+    LeydenDeprecationWarning (a DeprecationWarning)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LeydenError(Exception):
+    """Base of the errors that Leyden raises on purpose. User exceptions are never wrapped in it."""
+
+
+class MisconfigurationException(LeydenError, ValueError):
+    """The user asked for something that cannot work: the message names the argument, its value and the remedy."""
+
+
+class CheckpointError(LeydenError, RuntimeError):
+    """A checkpoint could not be written, read or applied."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """The checkpoint that was asked for does not exist."""
+
+
+class SIGTERMException(SystemExit):
+    """Raised between two steps after the process received SIGTERM."""
+
+    def __init__(self) -> None:
+        super().__init__(143)
+
+
+class LeydenWarning(UserWarning):
+    """Base of the warnings that Leyden gives."""
+
+
+class PossibleUserWarning(LeydenWarning):
+    """Something is legal, but probably not what the user meant."""
+
+
+class LeydenDeprecationWarning(DeprecationWarning):
+    """An old name or argument was used; the message says the new one."""
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest of ``allowed``, or an empty string if none is close.
+
+    The result starts with a space, so that it can be appended to a sentence.
+    """
+    close = difflib.get_close_matches(name, sorted(set(allowed)), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""
