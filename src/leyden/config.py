@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Trainer was asked to do: one frozen dataclass, each field checked once, when the Trainer is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from leyden.errors import MisconfigurationException, did_you_mean
+from leyden.types import Interval
+
+SEMANTICS: dict[str, dict[str, Any]] = {
+    # Where Lightning's behaviour is a known trap, "leyden" is the right one; "lightning" gives theirs back.
+    # short_window: divisor of the last, short window of gradient accumulation
+    # global_step: what one step counts      bare_scheduler: when a scheduler that knows its total is stepped
+    # interrupt: what Ctrl-C does            log_folder: the default folder of the default logger
+    # loading: how checkpoint files are read by default (None: as torch.load decides)
+    "leyden": {
+        "short_window": "actual",
+        "global_step": "model updates",
+        "several_optimizers": "automatic",
+        "bare_scheduler": "step",
+        "interrupt": "return",
+        "loading": True,
+        "log_folder": "leyden_logs",
+    },
+    "lightning": {
+        "short_window": "constant",
+        "global_step": "optimizer steps",
+        "several_optimizers": "manual only",
+        "bare_scheduler": "epoch",
+        "interrupt": "exit",
+        "loading": None,
+        "log_folder": "lightning_logs",
+    },
+}
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The knobs of the loops. Counts are batches, epochs or optimizer steps as the name says; ``None`` means no limit.
+
+    ``replace(name=value)`` gives a changed copy, checked again; nothing else can change it.
+    """
+
+    max_epochs: int | None = None
+    min_epochs: int | None = None
+    max_steps: int = -1
+    min_steps: int | None = None
+    max_time: Interval = None
+    limit_train_batches: int | float = 1.0
+    limit_val_batches: int | float = 1.0
+    limit_test_batches: int | float = 1.0
+    limit_predict_batches: int | float = 1.0
+    overfit_batches: int | float = 0.0
+    val_check_interval: Interval = 1.0
+    check_val_every_n_epoch: int | None = 1
+    num_sanity_val_steps: int | float = 2
+    log_every_n_steps: int = 50
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: int | float | None = None
+    gradient_clip_algorithm: str | None = None
+    reload_dataloaders_every_n_epochs: int = 0
+    inference_mode: bool = True
+    deterministic: bool | str | None = None
+    benchmark: bool | None = None
+    detect_anomaly: bool = False
+    fast_dev_run: int | bool = False
+    enable_autolog_hparams: bool = True
+    barebones: bool = False
+    semantics: str = "leyden"
+
+    def __post_init__(self) -> None:
+        _check_counts(self)
+        _check_limits(self)
+        _check_clipping(self)
+        if self.semantics not in SEMANTICS:
+            raise _bad("semantics", self.semantics, "'leyden' or 'lightning'", did_you_mean(str(self.semantics), SEMANTICS))
+        if self.deterministic not in (None, True, False, "warn"):
+            raise _bad("deterministic", self.deterministic, "True, False, 'warn' or None")
+        parse_val_check_interval(self.val_check_interval)
+        parse_duration(self.max_time, "max_time")
+        if self.check_val_every_n_epoch is None and _is_fraction(self.val_check_interval):
+            raise MisconfigurationException(
+                f"check_val_every_n_epoch=None counts batches across epochs, so val_check_interval must be a number of"
+                f" batches (int) or a duration; it is {self.val_check_interval!r}."
+            )
+
+    @property
+    def fast_dev_batches(self) -> int:
+        """How many batches each loop runs in a fast dev run; 0 when it is not one."""
+        return int(self.fast_dev_run)
+
+    def replace(self, **changes: Any) -> TrainerConfig:
+        """Return a copy with ``changes``, checked like the first one."""
+        return dataclasses.replace(self, **changes)
+
+    def rule(self, topic: str) -> Any:
+        """Return what the chosen semantics say on one topic of the table ``SEMANTICS``."""
+        return SEMANTICS[self.semantics][topic]
+
+
+def _bad(name: str, value: Any, allowed: str, hint: str = "") -> MisconfigurationException:
+    return MisconfigurationException(f"Trainer({name}={value!r}) is not valid: it must be {allowed}.{hint}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, float)
+
+
+def _check_counts(config: TrainerConfig) -> None:
+    rules: list[tuple[str, int, bool]] = [
+        # name, smallest value, None allowed
+        ("max_epochs", -1, True),
+        ("min_epochs", 0, True),
+        ("max_steps", -1, False),
+        ("min_steps", 0, True),
+        ("check_val_every_n_epoch", 1, True),
+        ("log_every_n_steps", 0, False),
+        ("accumulate_grad_batches", 1, False),
+        ("reload_dataloaders_every_n_epochs", 0, False),
+    ]
+    for name, smallest, optional in rules:
+        value = getattr(config, name)
+        if value is None and optional:
+            continue
+        if not _is_int(value) or value < smallest:
+            raise _bad(name, value, f"an int >= {smallest}" + (" or None" if optional else ""))
+    steps = config.num_sanity_val_steps
+    if not (_is_int(steps) and steps >= -1) and steps != math.inf:
+        raise _bad("num_sanity_val_steps", steps, "an int >= 0, or -1 for all")
+    fast = config.fast_dev_run
+    if not isinstance(fast, (bool, int)) or fast < 0:
+        raise _bad("fast_dev_run", fast, "True, False or a number of batches >= 0")
+
+
+def _check_limits(config: TrainerConfig) -> None:
+    for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 <= value):
+            raise _bad(name, value, "a fraction from 0.0 to 1.0 or a number of batches >= 0")
+        if isinstance(value, float) and value > 1.0 and value != math.inf:
+            raise _bad(name, value, "a fraction from 0.0 to 1.0 (float) or a number of batches (int)", f" Did you mean {int(value)}?")
+
+
+def _check_clipping(config: TrainerConfig) -> None:
+    value, algorithm = config.gradient_clip_val, config.gradient_clip_algorithm
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"Trainer(gradient_clip_val={value!r}) is not valid: it must be an int, a float or None.")
+    algorithm = getattr(algorithm, "value", algorithm)
+    if algorithm is not None and str(algorithm).lower() not in ("norm", "value"):
+        raise _bad("gradient_clip_algorithm", algorithm, "'norm' or 'value'", did_you_mean(str(algorithm), ("norm", "value")))
+
+
+def parse_duration(value: Interval, name: str) -> timedelta | None:
+    """Turn ``"DD:HH:MM:SS"``, ``"30min"``, a timedelta or a dict of timedelta arguments into a timedelta.
+
+    Raises:
+        MisconfigurationException: for anything else; None gives None.
+    """
+    if value is None:
+        return None
+    if isinstance(value, timedelta):
+        return value
+    if isinstance(value, Mapping):
+        try:
+            return timedelta(**value)
+        except TypeError as error:
+            raise _bad(name, value, "a dict of arguments of datetime.timedelta, such as {'hours': 2}", f" ({error})") from None
+    if isinstance(value, str):
+        parts = value.strip().split(":")
+        if len(parts) == 4 and all(part.isdigit() for part in parts):
+            days, hours, minutes, seconds = (int(part) for part in parts)
+            return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+        number, unit = _split_unit(value)
+        if number is not None and unit in _SECONDS:
+            return timedelta(seconds=number * _SECONDS[unit])
+    raise _bad(name, value, "'DD:HH:MM:SS', a string such as '30min', a datetime.timedelta or a dict of its arguments")
+
+
+_SECONDS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "d": 86400, "day": 86400}
+
+
+def _split_unit(text: str) -> tuple[float | None, str]:
+    text = text.strip().lower().replace(" ", "")
+    digits = text.rstrip("abcdefghijklmnopqrstuvwxyz")
+    unit = text[len(digits) :]
+    if len(unit) > 1 and unit.endswith("s"):
+        unit = unit[:-1]
+    try:
+        return float(digits), unit
+    except ValueError:
+        return None, unit
+
+
+@dataclass(frozen=True, slots=True)
+class ValInterval:
+    """When validation runs inside training: after ``value`` batches, optimizer steps, seconds, or parts of an epoch."""
+
+    unit: str  # "batch" | "step" | "epoch" | "time"
+    value: float
+
+
+def parse_val_check_interval(value: Interval) -> ValInterval:
+    """Read ``val_check_interval`` in all its forms.
+
+    int: batches. float: fraction of an epoch. ``"500 steps"``: optimizer steps. ``"0.25 epoch"``, ``"100 batches"``,
+    ``"30min"``, ``"DD:HH:MM:SS"``, timedelta or dict: as they say.
+    """
+    name, allowed = "val_check_interval", (
+        "a number of batches (int), a fraction of an epoch (float from 0.0 to 1.0), a duration ('DD:HH:MM:SS', '30min',"
+        " timedelta, dict) or a string such as '500 steps', '100 batches', '0.25 epoch'"
+    )
+    if value is None:
+        return ValInterval("epoch", 1.0)
+    if isinstance(value, bool):
+        raise _bad(name, value, allowed)
+    if isinstance(value, int):
+        if value < 0:
+            raise _bad(name, value, allowed)
+        return ValInterval("batch", value)
+    if isinstance(value, float):
+        if not 0.0 <= value <= 1.0:
+            hint = f" Did you mean {int(value)} batches?" if value > 1 else ""
+            raise _bad(name, value, allowed, hint)
+        return ValInterval("epoch", value)
+    if isinstance(value, str):
+        number, unit = _split_unit(value.replace("batches", "batch"))
+        if number is not None and unit in ("step", "batch", "epoch"):
+            whole = unit != "epoch"
+            if number <= 0 or (whole and number != int(number)) or (unit == "epoch" and number > 1):
+                raise _bad(name, value, allowed)
+            return ValInterval(unit, number)
+    duration = parse_duration(value, name)
+    assert duration is not None
+    return ValInterval("time", duration.total_seconds())
+
+
+def resolve_limits(config: TrainerConfig) -> tuple[int | None, int, bool]:
+    """Return ``(min_epochs, max_epochs, defaulted)``: the bounds that a fit uses; ``max_epochs`` -1 means no bound.
+
+    Without any bound (``max_epochs``, ``max_steps``, ``max_time``) the default is 1000 epochs and ``defaulted`` is True.
+    """
+    max_epochs, defaulted = config.max_epochs, False
+    if max_epochs is None:
+        if config.max_steps == -1 and config.max_time is None:
+            max_epochs, defaulted = 1000, True
+        else:
+            max_epochs = -1
+    min_epochs = config.min_epochs
+    if min_epochs is None and config.min_steps is not None:
+        min_epochs = 1
+    return min_epochs, max_epochs, defaulted

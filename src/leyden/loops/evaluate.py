@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation loop: validation inside fit, the sanity check, ``Trainer.validate`` and ``Trainer.test``.
+
+    on_*_model_eval, on_*_start, on_*_epoch_start
+    for each loader, for each batch:
+        batch to device, on_*_batch_start, *_step, on_*_batch_end
+    on_*_epoch_end, a row with the values of the epoch, on_*_end, on_*_model_train
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from leyden.data.combined import CombinedLoader
+from leyden.loops import batches
+from leyden.loops.dispatch import Calls
+from leyden.loops.session import Session
+from leyden.results import to_floats
+from leyden.types import RunningStage, TrainerFn
+
+
+class EvaluationLoop:
+    """Runs ``validation_step`` or ``test_step`` over all batches of all loaders.
+
+    Args:
+        stage: VALIDATING or TESTING.
+    """
+
+    def __init__(self, stage: RunningStage) -> None:
+        self.stage = stage
+        self.prefix = "test" if stage is RunningStage.TESTING else "val"
+        self.verbose = False
+        self.loader: CombinedLoader | None = None
+        self.max_batches: list[int | float] = []
+        self.batch_idx = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether the loaders are there."""
+        return self.loader is not None
+
+    def load_data(self, session: Session) -> None:
+        """Ask for the loaders: once in a fit, or when they are to be reloaded; at each run otherwise."""
+        config, progress = session.config, session.progress
+        fitting = session.trainer.state.fn is TrainerFn.FITTING
+        if fitting and self.loader is not None:
+            every = config.reload_dataloaders_every_n_epochs
+            if not (every and progress.epoch - progress.last_val_reload >= every):
+                return
+        self.loader = batches.request(session, self.prefix, "sequential")
+        limit = config.limit_test_batches if self.prefix == "test" else config.limit_val_batches
+        self.max_batches = batches.limits(self.loader, str(self.stage), limit, f"limit_{self.prefix}_batches")
+        if fitting:
+            progress.last_val_reload = progress.epoch
+            progress.val_batches = [0] * len(self.max_batches)
+
+    def limits(self, session: Session) -> list[int | float]:
+        """How many batches of each loader run now: fewer in a sanity check."""
+        if session.trainer.sanity_checking:
+            most = session.config.num_sanity_val_steps
+            return [min(math.inf if most == -1 else most, batches_) for batches_ in self.max_batches]
+        return list(self.max_batches)
+
+    def run(self, session: Session, stage: RunningStage | None = None) -> list[dict[str, float]]:
+        """Evaluate; return the logged values of each loader."""
+        session.enter(stage or self.stage)
+        self.load_data(session)
+        assert self.loader is not None
+        limits = self.limits(session)
+        if sum(limits) == 0:
+            return []
+        names = _names(session, self.prefix)
+        step = getattr(session.module, names.step)
+        batches.check_several(step, names.step, len(limits))
+        # a context, not a decorator: a phase must not add a frame above the user's step
+        with _no_grad(session.config.inference_mode):
+            return self._run(session, names, step, limits)
+
+    def _run(
+        self, session: Session, names: _Names, step: Callable[..., Any], limits: list[int | float]
+    ) -> list[dict[str, float]]:
+        loader, results, store = self.loader, session.results, session.results.eval
+        assert loader is not None
+        if session.trainer.state.fn is TrainerFn.FITTING:
+            batches.start_epoch(loader, session.progress.epoch)
+        loader.limits = limits
+        iterator = iter(loader)
+        store.on_step, store.loader = False, None
+        modes = {module: module.training for module in session.module.modules()}
+        if names.model_eval:
+            names.model_eval()
+        else:
+            session.module.eval()
+        names.start()
+        names.epoch_start()
+        transfer = session.transfer()
+        run_step = session.strategy.test_step if self.prefix == "test" else session.strategy.validation_step
+        several = len(limits) > 1 and loader.mode == "sequential"
+        num_args = 3 if several else max(batches.positional(step), 1)
+        sanity = session.trainer.sanity_checking
+        seen = session.progress.val_batches if session.trainer.state.fn is TrainerFn.FITTING else [0] * len(limits)
+        outputs: list[dict[str, Any]] = [{} for _ in (limits if loader.mode == "sequential" else (0,))]
+        current = 0
+        for batch, batch_idx, loader_idx in iterator:
+            if loader_idx != current:
+                outputs[current], current = self._end_loader(session), loader_idx
+            self.batch_idx = batch_idx
+            if transfer is not None:
+                batch = transfer(batch, loader_idx)
+            store.start_batch(batch, loader_idx if several else None)
+            index = (batch_idx, loader_idx) if several else (batch_idx,)
+            if names.batch_start:
+                names.batch_start(batch, *index)
+            store.hook = names.step
+            output = run_step(*(batch, *index)[:num_args])
+            if names.batch_end:
+                names.batch_end(output, batch, *index)
+            store.end_batch()
+            if not sanity:
+                row = results.collect()
+                if row:
+                    session.rows.write(row, seen[loader_idx])
+                seen[loader_idx] += 1
+            if session.interrupt.received:
+                raise KeyboardInterrupt
+        outputs[current] = self._end_loader(session)
+        return self._finish(session, names, outputs, modes)
+
+    def _end_loader(self, session: Session) -> dict[str, Any]:
+        """The values of the loader that has just ended."""
+        store = session.results.eval
+        store.on_step = False
+        return {} if session.trainer.sanity_checking else session.results.collect()
+
+    def _finish(
+        self, session: Session, names: _Names, outputs: list[dict[str, Any]], modes: dict[nn.Module, bool]
+    ) -> list[dict[str, float]]:
+        results, store = session.results, session.results.eval
+        store.on_step, store.loader = False, None
+        names.epoch_end()
+        sanity = session.trainer.sanity_checking
+        closing = {} if sanity else results.collect()
+        for output in outputs:
+            output.update(closing)
+        if not sanity:
+            together = {name: value for output in reversed(outputs) for name, value in output.items()}
+            session.rows.write({**together, **closing}, session.progress.batches_that_stepped, session.progress.epoch)
+        names.end()
+        store.reset()
+        if names.model_train:
+            names.model_train()
+        else:
+            for module, training in modes.items():
+                module.training = training
+        return [to_floats(output) for output in outputs]
+
+
+class _Names:
+    """The hooks of one kind of evaluation."""
+
+    def __init__(self, session: Session, kind: str) -> None:
+        hooks = session.hooks
+
+        def calls(name: str) -> Calls:
+            found: Calls = getattr(hooks, name)
+            return found
+
+        self.step = f"{kind}_step"
+        self.model_eval = calls(f"on_{kind}_model_eval")
+        self.model_train = calls(f"on_{kind}_model_train")
+        self.start, self.end = calls(f"on_{kind}_start"), calls(f"on_{kind}_end")
+        self.epoch_start, self.epoch_end = calls(f"on_{kind}_epoch_start"), calls(f"on_{kind}_epoch_end")
+        self.batch_start, self.batch_end = calls(f"on_{kind}_batch_start"), calls(f"on_{kind}_batch_end")
+
+
+def _names(session: Session, prefix: str) -> _Names:
+    return _Names(session, "test" if prefix == "test" else "validation")
+
+
+def _no_grad(inference_mode: bool) -> AbstractContextManager[Any]:
+    return torch.inference_mode() if inference_mode else torch.no_grad()
+
+

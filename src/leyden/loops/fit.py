@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: epochs of batches, an update at the end of each window, validation and rows where they are due.
+
+What one epoch does, in order::
+
+    on_train_epoch_start
+    for batch in loader:
+        batch to device                       on_before/after_batch_transfer
+        on_train_batch_start
+        training_step                         forward and loss
+        zero_grad, backward, clip, step       each with its hooks; only backward inside a window of accumulation
+        schedules that step per update, or at the end of the epoch
+        on_train_batch_end
+        a row for the loggers, validation, schedules that wait for a metric     (each only where due)
+    on_train_epoch_end
+    a row with the values of the epoch
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from leyden.config import TrainerConfig, ValInterval, parse_val_check_interval, resolve_limits
+from leyden.data.combined import CombinedLoader
+from leyden.errors import MisconfigurationException
+from leyden.loops import batches, when
+from leyden.loops.evaluate import EvaluationLoop
+from leyden.loops.optimize import (
+    Optimization,
+    check_loss,
+    closure_batch,
+    indexed_batch,
+    manual_batch,
+    read_loss,
+    step_losses,
+    weighted,
+)
+from leyden.loops.schedule import step_schedules
+from leyden.loops.session import Session
+from leyden.optim import needs_closure
+from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
+from leyden.runtime.seed import rng_state
+from leyden.types import RunningStage
+
+_END = object()
+
+
+class FitLoop:
+    """Runs a fit on a session. Between runs it keeps the loaders and the bounds; the counters are in ``Progress``."""
+
+    def __init__(self) -> None:
+        self.min_epochs: int | None = None
+        self.max_epochs: int = -1
+        self.validation = EvaluationLoop(RunningStage.VALIDATING)
+        self.loader: CombinedLoader | None = None
+        self.num_batches: int | float = math.inf
+        self.interval = ValInterval("epoch", 1.0)
+        self.val_every: float = math.inf
+        self.val_across = False
+        self.last_val_time = 0.0
+        self.last = False
+        """Whether the batch that runs now is the last of its epoch."""
+        self.steps = True
+        """Whether the batch that runs now ends with an update."""
+        self.due: float = 0
+        """The number of batches at which something may be due: the only thing an ordinary step compares."""
+        self.epoch_rng: dict[str, Any] | None = None
+        """State of the random generators when the iterator of this epoch was made."""
+        self._iterator: Iterator[Any] | None = None
+        self._ahead: batches.Lookahead | None = None
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self, session: Session) -> None:
+        """Train until a bound is reached or somebody asks to stop."""
+        trainer, progress, hooks = session.trainer, session.progress, session.hooks
+        store, interrupt = session.results.train, session.interrupt
+        if not self.prepare(session):
+            return
+        optimization, train, num_args = self.choose(session)
+        transfer = session.transfer()
+        hooks.on_train_start()
+        while not self.finished(session):
+            iterator = self.start_epoch(session)
+            # a run that was resumed inside the tail of a batch finishes that tail first
+            open_epoch = not progress.tail or self.finish_batch(session)
+            while open_epoch and (batch := next(iterator, _END)) is not _END:
+                batch_idx, accumulate = progress.batch_idx, trainer.accumulate_grad_batches
+                self.last = last = batch_idx + 1 == self.num_batches or (self._ahead is not None and self._ahead.done)
+                self.steps = steps = last or (batch_idx + 1) % accumulate == 0
+                if transfer is not None:
+                    batch = transfer(batch, 0)
+                store.start_batch(batch)
+                optimization.stepped = False
+                store.hook = "on_train_batch_start"
+                skip = False
+                for call in hooks.on_train_batch_start:
+                    response = call(batch, batch_idx)
+                    skip = skip or (isinstance(response, int) and response == -1)
+                if skip:
+                    self.last = last = True
+                    output = None
+                else:
+                    store.hook = "training_step"
+                    args = (batch, batch_idx) if num_args > 1 else (batch,)
+                    output = train(
+                        session, optimization, args, batch_idx, batch_idx % accumulate == 0, steps,
+                        1 if accumulate == 1 else self.divisor(session, batch_idx, last, optimization),
+                    )  # fmt: skip
+                progress.batch_idx += 1
+                progress.batches += 1
+                if session.strategy.lr_scheduler_configs and optimization.automatic:
+                    if optimization.stepped and not skip:
+                        step_schedules(session, "step", False, batch_idx + 1)
+                    if last:
+                        step_schedules(session, "epoch", False, progress.epoch + 1)
+                if skip:
+                    break
+                progress.tail = "log"
+                if hooks.on_train_batch_end:
+                    store.hook = "on_train_batch_end"
+                    outputs = _outputs(output)
+                    for call in hooks.on_train_batch_end:
+                        call(outputs, batch, batch_idx)
+                    del outputs
+                del output
+                if progress.batches >= self.due or last or trainer.should_stop or interrupt.received:
+                    open_epoch = self.finish_batch(session)
+                else:
+                    progress.tail = ""
+                    progress.batches_that_stepped += steps
+            self.end_epoch(session)
+        hooks.on_train_end()
+
+    def train_batch(
+        self, session: Session, opt: Optimization, args: tuple[Any, ...], batch_idx: int, first: bool, steps: bool, divisor: int
+    ) -> Any:
+        """Forward, backward and, at the end of a window, the update. Returns what ``training_step`` returned."""
+        output = session.strategy.training_step(*args)
+        loss = output if isinstance(output, Tensor) else read_loss(output)
+        if loss is None:
+            rank_zero_warn("training_step() returned None: the batch is skipped.", stacklevel=3)
+            if steps and not first:
+                opt.update()  # the earlier batches of the window still count
+            return None
+        if isinstance(loss, (list, tuple)):
+            step_losses(opt, loss, batch_idx, divisor, first)
+        else:
+            if not isinstance(loss, Tensor) or not loss.requires_grad or loss.numel() != 1:
+                check_loss(loss, bool(session.hooks.backward))
+            if divisor > 1:
+                loss = weighted(opt, output, loss, divisor)
+            if first:
+                opt.zero_grad(batch_idx)
+            opt.backward(loss)
+        if steps:
+            opt.update()
+        return output
+
+    # ------------------------------------------------------------------ before the first batch
+
+    def prepare(self, session: Session) -> bool:
+        """Get loaders and bounds; return False when there is nothing to train."""
+        config, trainer = session.config, session.trainer
+        session.enter(RunningStage.TRAINING)
+        if config.limit_train_batches == 0:
+            return False
+        self.load_data(session)
+        if session.position is None and self._iterator is None:
+            self._iterate()
+        if self.num_batches == 0:
+            rank_zero_info("Trainer.fit stopped: no training batches.")
+            return False
+        if self.finished(session):
+            return False
+        progress = session.progress
+        if self.max_epochs >= 0 and progress.epoch > self.max_epochs:
+            raise MisconfigurationException(
+                f"The checkpoint stands at epoch {progress.epoch}, but Trainer(max_epochs={self.max_epochs}): raise"
+                " max_epochs to go on."
+            )
+        if trainer.enable_validation and not self.validation.ready and when.epoch_validates(config, progress.epoch):
+            self.validation.load_data(session)
+            session.enter(RunningStage.TRAINING)
+        self.last_val_time = time.monotonic()
+        return True
+
+    def bounds(self, config: TrainerConfig, fresh: bool) -> None:
+        """Take the bounds on epochs from the Trainer's arguments, once: afterwards they can be set on the loop."""
+        if not fresh:
+            return
+        self.min_epochs, self.max_epochs, defaulted = resolve_limits(config)
+        if defaulted:
+            rank_zero_warn(
+                "Trainer(max_epochs=None): nothing bounds this fit, so it stops after 1000 epochs. Say max_epochs=n, or"
+                " max_epochs=-1 to train until you stop it."
+            )
+
+    def renew(self) -> None:
+        """Forget the loaders of an earlier fit."""
+        self.loader = self.validation.loader = None
+        self.release()
+
+    def release(self) -> None:
+        """Let go of iterators; the loaders stay, for those who look at them after a run."""
+        self._iterator = self._ahead = None
+
+    def load_data(self, session: Session) -> None:
+        """Ask for the training loaders, once or when they are to be reloaded, and work out what depends on them."""
+        config, progress = session.config, session.progress
+        every = config.reload_dataloaders_every_n_epochs
+        if self.loader is not None and not (every and progress.epoch - progress.last_train_reload >= every):
+            return
+        loader = batches.request(session, "train", "max_size_cycle")
+        if loader.mode == "sequential":
+            raise MisconfigurationException(
+                "CombinedLoader(mode='sequential') cannot train: use 'min_size', 'max_size' or 'max_size_cycle'."
+            )
+        loader.limits = batches.limits(loader, "train", config.limit_train_batches, "limit_train_batches")
+        self.loader = loader
+        try:
+            self.num_batches = len(loader)
+        except (TypeError, NotImplementedError):
+            self.num_batches = math.inf
+        progress.last_train_reload = progress.epoch
+        self.interval = parse_val_check_interval(config.val_check_interval)
+        self.val_every, self.val_across = when.validation_batches(
+            self.interval, self.num_batches, config.check_val_every_n_epoch is None
+        )
+        self.release()
+
+    def _iterate(self) -> None:
+        """Begin to iterate over the training loaders; remember the generators' state, from which the order follows."""
+        assert self.loader is not None
+        self.epoch_rng = rng_state()
+        self._iterator, self._ahead = batches.train_iterator(self.loader, self.num_batches)
+
+    def choose(self, session: Session) -> tuple[Optimization, Callable[..., Any], int]:
+        """Choose, once, how a batch is trained: the straight way, inside a closure, one call per optimizer, or by hand."""
+        module = session.module
+        optimization: Optimization = session.optimization
+        step = module.training_step
+        train: Callable[..., Any] = self.train_batch
+        if not module.automatic_optimization:
+            train = manual_batch
+        elif batches.takes(step, "optimizer_idx"):
+            train = indexed_batch
+        elif session.hooks.optimizer_step or any(needs_closure(optimizer) for optimizer in optimization.optimizers):
+            train = closure_batch
+        return optimization, train, batches.positional(step)
+
+    # ------------------------------------------------------------------ around an epoch
+
+    def start_epoch(self, session: Session) -> Iterator[Any]:
+        """Reload data if asked, run ``on_train_epoch_start``, and return the iterator over the epoch's batches."""
+        progress, position = session.progress, session.position
+        resumed = progress.batch_idx > 0 or bool(progress.tail)
+        self.load_data(session)
+        assert self.loader is not None
+        batches.start_epoch(self.loader, progress.epoch)
+        self.last = False
+        if position is not None:
+            position.before(self.loader, mid_epoch=resumed)
+        if not resumed:
+            session.hooks.on_train_epoch_start()
+        if self._iterator is None:
+            self._iterate()
+        assert self._iterator is not None
+        iterator, self._iterator = self._iterator, None
+        if position is not None and resumed:
+            self.last, self.steps = position.after(iterator, progress.batch_idx)
+        session.position = None
+        config = session.config
+        self.due = when.next_check(progress, config, self.interval, self.val_every, self.val_across)
+        return iterator
+
+    def end_epoch(self, session: Session) -> None:
+        """Run ``on_train_epoch_end``, the schedules that wait for a metric, and write the row of the epoch."""
+        progress, results = session.progress, session.results
+        results.train.on_step, results.train.loader = False, None
+        results.train.end_batch()
+        progress.epoch_done = True
+        session.hooks.on_train_epoch_end()
+        row = results.collect()
+        if self.last and session.module.automatic_optimization:
+            step_schedules(session, "epoch", True, progress.epoch + 1)
+        session.rows.write(row, progress.batches_that_stepped - 1, progress.epoch)
+        results.train.reset()
+        progress.epoch += 1
+        progress.batch_idx, progress.epoch_done, progress.tail = 0, False, ""
+
+    def finished(self, session: Session) -> bool:
+        """Whether no further epoch runs; says why."""
+        progress, trainer = session.progress, session.trainer
+        reason = when.end_reached(progress, session.config, self.max_epochs)
+        if reason is not None:
+            rank_zero_info(f"Trainer.fit stopped: {reason}.")
+            return True
+        return trainer.should_stop and self.may_stop(session)
+
+    def may_stop(self, session: Session) -> bool:
+        """Whether ``min_epochs`` and ``min_steps`` allow to stop now."""
+        progress = session.progress
+        done = progress.epoch + (1 if progress.epoch_done else 0)
+        return when.may_stop(progress, self.min_epochs, session.config.min_steps, done)
+
+    # ------------------------------------------------------------------ the tail of a batch
+
+    def divisor(self, session: Session, batch_idx: int, last: bool, opt: Optimization) -> int:
+        """By how much the loss of a batch is divided: the number of batches in its window of accumulation."""
+        accumulate = session.trainer.accumulate_grad_batches
+        if session.config.rule("short_window") == "constant":
+            return accumulate
+        length = when.window_length(batch_idx, accumulate, self.num_batches)
+        if last and self.num_batches == math.inf and (batch_idx + 1) % accumulate:
+            # only now it is known that the window is short; the gradients are put right before the step
+            opt.rescale = accumulate / ((batch_idx + 1) % accumulate)
+        return length
+
+    def validation_is_due(self, session: Session) -> bool:
+        """Whether validation follows the batch that has just been counted."""
+        trainer, progress = session.trainer, session.progress
+        if not trainer.enable_validation or not when.epoch_validates(session.config, progress.epoch):
+            return False
+        if trainer.should_stop and self.may_stop(session):
+            return True
+        elapsed = time.monotonic() - self.last_val_time if self.interval.unit == "time" else 0.0
+        return when.validation_due(
+            progress, self.interval, self.val_every, self.val_across, last=self.last, stepped=self.steps, elapsed=elapsed
+        )
+
+    def finish_batch(self, session: Session) -> bool:
+        """Do what is due after a batch, from where ``progress.tail`` stands; return whether the epoch goes on."""
+        progress, results, config, trainer = session.progress, session.results, session.config, session.trainer
+        automatic = session.module.automatic_optimization
+        counts = self.steps
+        if progress.tail == "log":
+            if counts or not automatic:
+                due = when.row_due(progress.batches_that_stepped, config.log_every_n_steps) or trainer.should_stop
+                if due or config.fast_dev_run:
+                    session.rows.write(results.collect(), progress.batches_that_stepped, progress.epoch)
+            progress.tail = "validate"
+        results.train.end_batch()
+        if progress.tail == "validate":
+            if self.validation_is_due(session):
+                self.validate(session)
+            progress.tail = "count"
+        if counts and automatic:
+            step_schedules(session, "step", True, progress.batch_idx)
+        progress.batches_that_stepped += counts
+        progress.tail = ""
+        if session.interrupt.received:
+            raise KeyboardInterrupt
+        self.due = when.next_check(progress, config, self.interval, self.val_every, self.val_across)
+        if self.last or (config.max_steps >= 0 and progress.global_step >= config.max_steps):
+            return False
+        if trainer.should_stop:
+            if self.may_stop(session):
+                return False
+            self.due = progress.batches + 1
+        return True
+
+    def validate(self, session: Session) -> None:
+        """Run validation inside training and come back."""
+        results = session.results
+        results.collect()  # the values of the step stay readable while validation logs its own
+        if self.steps:
+            if session.hooks.on_validation_model_zero_grad:
+                session.hooks.on_validation_model_zero_grad()
+            else:
+                session.module.zero_grad()
+        self.validation.run(session)
+        session.enter(RunningStage.TRAINING)
+        self.last_val_time = time.monotonic()
+
+
+def _outputs(output: Any) -> Any:
+    """What ``on_train_batch_end`` gets: a dict with the detached loss; empty for a batch that was skipped."""
+    if isinstance(output, Tensor):
+        return {"loss": output.detach()}
+    if isinstance(output, Mapping):
+        return {key: value.detach() if key == "loss" and isinstance(value, Tensor) else value for key, value in output.items()}
+    return {}
+
+

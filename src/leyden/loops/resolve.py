@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns the names that a user gave the Trainer into objects, once: devices, precision, strategy, loggers, callbacks, profiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leyden.callback import Callback
+from leyden.config import TrainerConfig, parse_duration
+from leyden.errors import MisconfigurationException, did_you_mean
+from leyden.precision import Precision, make_precision
+from leyden.runtime.devices import Accelerator, make_accelerator, parse_devices
+from leyden.runtime.ranks import rank_zero_info
+from leyden.strategies import SingleDeviceStrategy, Strategy
+
+# name -> "module:class", imported when used; third parties add to them
+PROFILERS: dict[str, str] = {
+    "simple": "leyden.profilers:SimpleProfiler",
+}
+STRATEGIES: dict[str, str] = {
+    "single_device": "leyden.strategies:SingleDeviceStrategy",
+    "single": "leyden.strategies:SingleDeviceStrategy",
+}
+_LATER_STRATEGIES = (
+    "dp", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "fsdp", "fsdp_cpu_offload", "deepspeed", "tensor_parallel",
+    "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false", "xla", "balanced",
+)  # fmt: skip
+
+
+def load(target: str) -> Any:
+    """Import ``"module:name"``."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def strategy(
+    given: Any, accelerator: Any, devices: Any, num_nodes: int, precision: Any, plugins: Any
+) -> tuple[Strategy, Accelerator]:
+    """Choose device, precision and strategy.
+
+    Raises:
+        MisconfigurationException: for an unknown name, or for more devices than one process can use.
+    """
+    backend = make_accelerator(accelerator)
+    chosen = parse_devices(backend, devices)
+    if num_nodes != 1 or len(chosen) > 1:
+        raise MisconfigurationException(
+            f"Trainer(devices={devices!r}, num_nodes={num_nodes!r}) asks for {len(chosen)} devices on {num_nodes} nodes;"
+            " this version of Leyden trains on one device. Use devices=1, num_nodes=1."
+        )
+    plugin = _precision_plugin(plugins)
+    if plugin is not None and precision is not None:
+        raise MisconfigurationException(
+            f"Trainer(precision={precision!r}, plugins={plugins!r}): both say how numbers are stored. Give one of them."
+        )
+    device = chosen[0]
+    if isinstance(given, Strategy):
+        if plugin is not None or precision is not None:
+            given.precision = plugin or make_precision(precision, given.root_device)
+        return given, backend
+    name = str(given).lower()
+    if name in _LATER_STRATEGIES:
+        raise MisconfigurationException(
+            f"Trainer(strategy={given!r}) is for several devices; this version of Leyden trains on one device. Use"
+            " strategy='auto'."
+        )
+    if name != "auto" and name not in STRATEGIES:
+        known = ["auto", *STRATEGIES]
+        raise MisconfigurationException(
+            f"Trainer(strategy={given!r}) is not known: it must be one of {known} or a Strategy object."
+            f"{did_you_mean(name, known)}"
+        )
+    cls = SingleDeviceStrategy if name == "auto" else load(STRATEGIES[name])
+    return cls(device, plugin or make_precision(precision, device)), backend
+
+
+def _precision_plugin(plugins: Any) -> Precision | None:
+    items = plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
+    found = None
+    for item in items:
+        if not isinstance(item, Precision):
+            raise MisconfigurationException(
+                f"Trainer(plugins={item!r}): on one device a plugin must be a Precision object, not"
+                f" {type(item).__name__}."
+            )
+        if found is not None:
+            raise MisconfigurationException(f"Trainer(plugins={plugins!r}): give one Precision, not several.")
+        found = item
+    return found
+
+
+def loggers(given: Any, root: str, config: TrainerConfig, quiet: bool) -> list[Any]:
+    """Return the loggers: True is TensorBoard, False and None-like values are none, one or several objects are themselves.
+
+    Raises:
+        MisconfigurationException: for something that cannot log.
+    """
+    if config.fast_dev_run and given not in (False, []):
+        return [load("leyden.loggers:DummyLogger")()]
+    if given is None:
+        given = not quiet
+    if given is True:
+        return [load("leyden.loggers:TensorBoardLogger")(save_dir=root, name=config.rule("log_folder"))]
+    if given is False:
+        return []
+    found = list(given) if isinstance(given, (list, tuple)) else [given]
+    for item in found:
+        if not callable(getattr(item, "log_metrics", None)):
+            raise MisconfigurationException(
+                f"Trainer(logger={item!r}): a logger must be True, False, a Logger object or a list of them."
+            )
+    return found
+
+
+def profiler(given: Any) -> Any:
+    """Return the profiler, or None when nothing is measured.
+
+    Raises:
+        MisconfigurationException: for an unknown name.
+    """
+    if given is None:
+        return None
+    if isinstance(given, str):
+        if given.lower() not in PROFILERS:
+            raise MisconfigurationException(
+                f"Trainer(profiler={given!r}) is not known: it must be one of {sorted(PROFILERS)} or a Profiler object."
+                f"{did_you_mean(given, PROFILERS)}"
+            )
+        return load(PROFILERS[given.lower()])()
+    if not callable(getattr(given, "profile", None)):
+        raise MisconfigurationException(f"Trainer(profiler={given!r}): it must be a name or a Profiler object.")
+    return None if type(given).__name__ == "PassThroughProfiler" else given
+
+
+def callbacks(
+    given: Any, config: TrainerConfig, *, checkpointing: bool, bar: bool, summary: bool, explicit: Mapping[str, Any]
+) -> list[Callback]:
+    """Return the callbacks: those given, and the defaults that were not switched off, in their order.
+
+    Args:
+        given: A callback, a list of them, or None.
+        config: For the time limit.
+        checkpointing: Add a ModelCheckpoint if none was given.
+        bar: Add a progress bar if none was given.
+        summary: Add a ModelSummary if none was given.
+        explicit: The three switches as the user gave them, for contradictions.
+
+    Raises:
+        MisconfigurationException: for something that is no callback, or a contradiction.
+    """
+    found: list[Any] = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    for item in found:
+        if not callable(getattr(item, "setup", None)):
+            raise MisconfigurationException(
+                f"Trainer(callbacks={item!r}): a callback must be a Callback object, not {type(item).__name__}."
+            )
+    from_ours = {name: load(target) for name, target in _CALLBACKS.items()}
+    _contradiction(found, from_ours["Checkpoint"], "enable_checkpointing", explicit)
+    _contradiction(found, from_ours["ProgressBar"], "enable_progress_bar", explicit)
+    _contradiction(found, from_ours["ModelSummary"], "enable_model_summary", explicit)
+
+    def has(name: str) -> bool:
+        return any(isinstance(item, from_ours[name]) for item in found)
+
+    if sum(isinstance(item, from_ours["ProgressBar"]) for item in found) > 1:
+        names = [type(item).__name__ for item in found if isinstance(item, from_ours["ProgressBar"])]
+        raise MisconfigurationException(f"Trainer(callbacks=...) holds {len(names)} progress bars ({names}); give one.")
+    if config.max_time is not None:
+        found.append(load("leyden.callbacks.timer:Timer")(parse_duration(config.max_time, "max_time"), interval="step"))
+    if bar and not has("ProgressBar"):
+        found.append(load("leyden.callbacks.progress:default_bar")())
+    if summary and not has("ModelSummary"):
+        found.append(from_ours["ModelSummary"]())
+    found += _from_entry_points()
+    if checkpointing and not has("Checkpoint"):
+        found.append(load("leyden.callbacks.checkpoint:ModelCheckpoint")())
+    check_keys(found)
+    return in_order(found)
+
+
+_CALLBACKS = {
+    "Checkpoint": "leyden.callbacks.checkpoint:Checkpoint",
+    "ProgressBar": "leyden.callbacks.progress:ProgressBar",
+    "ModelSummary": "leyden.callbacks.model_summary:ModelSummary",
+}
+
+
+def _contradiction(found: Iterable[Any], kind: type, switch: str, explicit: Mapping[str, Any]) -> None:
+    clash = next((item for item in found if isinstance(item, kind)), None)
+    if clash is not None and explicit.get(switch) is False:
+        raise MisconfigurationException(
+            f"Trainer({switch}=False) contradicts the {type(clash).__name__} in callbacks: drop one of the two."
+        )
+
+
+def _from_entry_points() -> list[Any]:
+    """Callbacks that installed packages add: entry points of the group ``leyden.callbacks``."""
+    # reading the installed packages' metadata is slow, so it is only done for programs that ask for it
+    if not os.environ.get("LEYDEN_PLUGINS"):
+        return []
+    metadata = importlib.import_module("importlib.metadata")
+    added: list[Any] = []
+    for entry in metadata.entry_points(group="leyden.callbacks"):
+        made = entry.load()()
+        added += made if isinstance(made, (list, tuple)) else [made]
+    return added
+
+
+def in_order(found: Iterable[Any]) -> list[Any]:
+    """Sort by ``order``, keeping the given order within equals."""
+    return sorted(found, key=lambda callback: getattr(callback, "order", 0))
+
+
+def check_keys(found: Iterable[Any]) -> None:
+    """Two callbacks that keep state must not share a key in the checkpoint.
+
+    Raises:
+        RuntimeError: if they do.
+    """
+    seen: dict[str, Any] = {}
+    for callback in found:
+        if not hasattr(callback, "state_key") or type(callback).state_dict is Callback.state_dict:
+            continue
+        key = callback.state_key
+        if key in seen:
+            raise RuntimeError(
+                f"Two callbacks of type {type(callback).__name__} have the same state_key {key!r}, so a checkpoint could"
+                " not tell them apart. Give them different arguments, or override state_key."
+            )
+        seen[key] = callback
+
+
+def merge_callbacks(of_trainer: list[Any], of_module: Any) -> list[Any]:
+    """Add the callbacks that the module configures; they replace the Trainer's of the same type."""
+    extra = list(of_module) if isinstance(of_module, (list, tuple)) else [of_module] if of_module else []
+    if not extra:
+        return of_trainer
+    types = {type(callback) for callback in extra} - {Callback}
+    replaced = [callback for callback in of_trainer if type(callback) in types]
+    if replaced:
+        names = sorted({type(callback).__name__ for callback in replaced})
+        rank_zero_info(f"The module's configure_callbacks() replaces the Trainer's {', '.join(names)}.")
+    merged = [callback for callback in of_trainer if callback not in replaced] + extra
+    check_keys(merged)
+    return in_order(merged)
+
+
+def root_dir(given: str | os.PathLike[str] | None) -> str:
+    """The folder under which a run writes: the one given, ``~`` expanded, else the working directory."""
+    if given is None:
+        return os.getcwd()
+    text = os.fspath(given)
+    return text if "://" in text else str(Path(text).expanduser())
+
+
+def determinism(config: TrainerConfig) -> dict[str, Any]:
+    """The global settings of torch that ``deterministic`` and ``benchmark`` ask for, as ``{name: value}``."""
+    wanted: dict[str, Any] = {}
+    if config.deterministic is not None and config.deterministic is not False:
+        wanted["deterministic"] = config.deterministic
+    benchmark = config.benchmark
+    if benchmark is None and config.deterministic:
+        benchmark = False
+    if benchmark is not None:
+        wanted["benchmark"] = benchmark
+    return wanted
+
+
+class Determinism:
+    """For the length of a run, put torch into the mode that the Trainer asks for; afterwards, back."""
+
+    def __init__(self, config: TrainerConfig) -> None:
+        self.wanted = determinism(config)
+        self._former: tuple[bool, bool, bool] | None = None
+        self._workspace: str | None = None
+
+    def __enter__(self) -> Determinism:
+        if self.wanted:
+            self._former = (
+                torch.are_deterministic_algorithms_enabled(),
+                torch.is_deterministic_algorithms_warn_only_enabled(),
+                torch.backends.cudnn.benchmark,
+            )
+            self._workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+        if "deterministic" in self.wanted:
+            torch.use_deterministic_algorithms(True, warn_only=self.wanted["deterministic"] == "warn")
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if "benchmark" in self.wanted:
+            torch.backends.cudnn.benchmark = bool(self.wanted["benchmark"])
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._former is None:
+            return
+        enabled, warn_only, benchmark = self._former
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
+        if self._workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        self._former = None
+
+
+_DEFAULTS: dict[str, Any] = {
+    # arguments whose None means "the default", so that barebones can tell a default from a wish
+    "limit_train_batches": 1.0,
+    "limit_val_batches": 1.0,
+    "limit_test_batches": 1.0,
+    "limit_predict_batches": 1.0,
+    "val_check_interval": 1.0,
+    "num_sanity_val_steps": 2,
+    "log_every_n_steps": 50,
+}
+_BAREBONES_OFF = (
+    "enable_checkpointing", "logger", "enable_progress_bar", "enable_model_summary", "log_every_n_steps",
+    "num_sanity_val_steps", "profiler",
+)  # fmt: skip
+
+
+def config(given: Mapping[str, Any]) -> TrainerConfig:
+    """Make the config from the Trainer's arguments: defaults, and what ``fast_dev_run`` and the like imply.
+
+    Raises:
+        MisconfigurationException: for a value that cannot be, or a contradiction.
+    """
+    names = {field.name for field in dataclasses.fields(TrainerConfig)}
+    values = {name: value for name, value in given.items() if name in names}
+    if given["barebones"]:
+        for name in _BAREBONES_OFF:
+            if given[name] not in (None, False, 0):
+                raise MisconfigurationException(
+                    f"Trainer(barebones=True, {name}={given[name]!r}): barebones switches {name} off; drop one of the two."
+                )
+        for name in ("fast_dev_run", "detect_anomaly"):
+            if given[name]:
+                raise MisconfigurationException(
+                    f"Trainer(barebones=True, {name}={given[name]!r}): the one is for measuring speed, the other for"
+                    " finding faults; drop one of the two."
+                )
+        values.update(log_every_n_steps=0, num_sanity_val_steps=0)
+    for name, default in _DEFAULTS.items():
+        if values.get(name) is None:
+            values[name] = default
+    if values["overfit_batches"]:
+        values.update(limit_train_batches=values["overfit_batches"], limit_val_batches=values["overfit_batches"])
+    fast = values["fast_dev_run"]
+    if fast and isinstance(fast, (bool, int)) and fast > 0:
+        TrainerConfig(**values)  # a wrong value is an error in a fast dev run too
+        count = int(fast)
+        values.update(
+            max_epochs=1, max_steps=count, num_sanity_val_steps=0, val_check_interval=1.0, check_val_every_n_epoch=1,
+            limit_train_batches=count, limit_val_batches=count, limit_test_batches=count, limit_predict_batches=count,
+        )  # fmt: skip
+    return TrainerConfig(**values)

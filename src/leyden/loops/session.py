@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that one run needs, gathered in one place: made when an entry point begins, dropped when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from leyden.config import TrainerConfig
+from leyden.datamodule import LightningDataModule
+from leyden.hooks import is_written
+from leyden.loggers.recorder import Recorder
+from leyden.loops.dispatch import Hooks, bind
+from leyden.loops.rows import Rows
+from leyden.module import LightningModule
+from leyden.precision import Precision
+from leyden.progress import Progress
+from leyden.results import Results
+from leyden.signals import Interrupt
+from leyden.strategies.base import Strategy
+from leyden.types import RunningStage, TrainerView
+
+
+class TrainerCore(TrainerView, Protocol):
+    """What the loops may know of the Trainer, beyond what callbacks may."""
+
+    config: TrainerConfig
+    results: Results
+    progress: Progress
+
+
+@dataclass
+class Session:
+    """The parts of one run. The loops read it; nothing keeps it after the run."""
+
+    trainer: TrainerCore
+    module: LightningModule
+    datamodule: LightningDataModule | None
+    strategy: Strategy
+    results: Results
+    progress: Progress
+    rows: Rows
+    recorder: Recorder
+    interrupt: Interrupt
+    sources: dict[str, Any] = field(default_factory=dict)
+    """Loaders given to the entry point, by prefix ("train", "val", "test", "predict")."""
+    hooks: Hooks = field(default_factory=Hooks)
+    profiler: Any = None
+    validates: bool = False
+    """Whether this fit has all that a validation needs."""
+    optimization: Any = None
+    """The verbs of the fit, once the optimizers are configured."""
+    position: Any = None
+    """Where a resumed fit stood in its data; None once it is there."""
+
+    @property
+    def config(self) -> TrainerConfig:
+        """The Trainer's knobs as they are now."""
+        return self.trainer.config
+
+    def enter(self, stage: RunningStage) -> None:
+        """Say which loop runs now, and send ``self.log`` to it."""
+        self.trainer.state.stage = stage
+        if stage is RunningStage.TRAINING:
+            self.results.active = self.results.train
+        elif stage is RunningStage.PREDICTING:
+            self.results.active = None
+        else:
+            self.results.active = self.results.eval
+
+    def prepare_data(self) -> None:
+        """Call ``prepare_data`` of the data module and the module, on one process."""
+        for owner, base in ((self.datamodule, LightningDataModule), (self.module, LightningModule)):
+            if owner is not None and is_written(owner, "prepare_data", base) and self.strategy.local_rank == 0:
+                owner.prepare_data()
+        self.strategy.barrier("prepare_data")
+
+    def set_up(self, stage: str, callbacks: list[Any]) -> None:
+        """Call the ``setup`` hooks and let the module build itself."""
+        module = self.module
+        for logger in self.trainer.loggers:
+            # loggers create their run when first asked; hooks may ask for its name and folder from here on
+            _ = getattr(logger, "experiment", None)
+        self.strategy.barrier("pre_setup")
+        if self.datamodule is not None:
+            self.datamodule.setup(stage)
+        for callback in callbacks:
+            # a callback logs like the module does; taken back at the end of the run
+            callback.log, callback.log_dict = module.log, module.log_dict
+            callback.setup(self.trainer, module, stage)
+        module.setup(stage)
+        self.strategy.barrier("post_setup")
+        build = [name for name in ("configure_sharded_model", "configure_model") if is_written(module, name, LightningModule)]
+        if build:
+            with self.strategy.root_device, self.strategy.precision.init_context():
+                for name in build:
+                    getattr(module, name)()
+
+    def bind(self, callbacks: list[Any], profiler: Any) -> None:
+        """Bind all hooks to the calls that somebody wrote, and send ``self.log`` to this run."""
+        self.profiler = profiler
+        self.hooks = bind(self.trainer, self.module, self.datamodule, callbacks, self.results, profiler)
+        if not self.config.barebones:
+            self.module.log_into(self.results)
+
+    def tear_down(self, stage: str, callbacks: list[Any]) -> None:
+        """Call the ``teardown`` hooks."""
+        if self.datamodule is not None:
+            self.datamodule.teardown(stage)
+        for callback in callbacks:
+            callback.teardown(self.trainer, self.module, stage)
+        self.module.teardown(stage)
+
+    def release(self, callbacks: list[Any]) -> None:
+        """Take back what the run lent out."""
+        self.module.log_into(None)
+        for callback in callbacks:
+            for name in ("log", "log_dict"):
+                vars(callback).pop(name, None)
+
+    def transfer(self) -> Callable[[Any, int], Any] | None:
+        """Return the function that brings a batch to the device, or None if there is nothing to do."""
+        hooks, strategy, module = self.hooks, self.strategy, self.module
+        before, move, after = (
+            hooks.on_before_batch_transfer,
+            hooks.transfer_batch_to_device,
+            hooks.on_after_batch_transfer,
+        )
+        precision, device = strategy.precision, strategy.root_device
+        converts = type(precision).convert_input is not Precision.convert_input
+        if device.type == "cpu" and not (before or move or after or converts):
+            return None  # loaders deliver host memory: nothing to move
+        move_batch = move or module.transfer_batch_to_device
+
+        def bring(batch: Any, dataloader_idx: int = 0) -> Any:
+            if converts:
+                batch = precision.convert_input(batch)
+            if before:
+                batch = before(batch, dataloader_idx)
+            batch = move_batch(batch, device, dataloader_idx)
+            return after(batch, dataloader_idx) if after else batch
+
+        return bring

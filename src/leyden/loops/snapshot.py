@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that a resume needs: gathered into one checkpoint, and put back from one.
+
+The keys are Lightning's, so that either side opens the other's files, and one of ours, ``leyden``: format version,
+counters, random generators and the position in the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from leyden.callback import Callback
+from leyden.data.combined import CombinedLoader
+from leyden.datamodule import LightningDataModule
+from leyden.errors import CheckpointError
+from leyden.hooks import is_written
+from leyden.hparams import pack, plain_hparams
+from leyden.loading import PICKLED
+from leyden.loops.fit import FitLoop
+from leyden.loops.lightning_loops import from_lightning, to_lightning
+from leyden.module import LightningModule
+from leyden.progress import Progress
+from leyden.runtime.ranks import rank_zero_warn
+from leyden.runtime.seed import rng_state, set_rng_state
+from leyden.strategies.base import Strategy
+
+FORMAT = 1
+"""Version of what is under the key ``leyden``; raised when older versions of Leyden could not read it."""
+LIGHTNING_VERSION = "2.6.6"
+"""The version of Lightning whose checkpoint layout this is; its own reader asks for it."""
+
+
+def gather(
+    *,
+    trainer: Any,
+    strategy: Strategy,
+    progress: Progress,
+    fit_loop: FitLoop,
+    datamodule: LightningDataModule | None,
+    callbacks: Iterable[Callback],
+    weights_only: bool,
+    version: str,
+) -> dict[str, Any]:
+    """Return a complete checkpoint of plain data and tensors.
+
+    Args:
+        trainer: Passed to the hooks of callbacks.
+        strategy: Owns the module, the optimizers and the precision.
+        progress: The counters.
+        fit_loop: Knows where the data stands.
+        datamodule: The data module, or None.
+        callbacks: All callbacks.
+        weights_only: Leave out optimizers, schedules, callbacks and generators.
+        version: Leyden's.
+    """
+    module: LightningModule = strategy.module
+    loaders = fit_loop.loader.state_dicts() if fit_loop.loader is not None else []
+    checkpoint: dict[str, Any] = {
+        "epoch": progress.epoch,
+        "global_step": progress.global_step,
+        "pytorch-lightning_version": LIGHTNING_VERSION,
+        "state_dict": strategy.module_state_dict(),
+        "loops": to_lightning(progress, loaders, fit_loop.last, fit_loop.steps),
+    }
+    ours: dict[str, Any] = {"format": FORMAT, "version": version, "progress": progress.state_dict()}
+    if not weights_only:
+        checkpoint["callbacks"] = {
+            callback.state_key: state for callback in callbacks if (state := callback.state_dict())
+        }
+        checkpoint["optimizer_states"] = [strategy.optimizer_state(optimizer) for optimizer in strategy.optimizers]
+        checkpoint["lr_schedulers"] = [schedule.scheduler.state_dict() for schedule in strategy.lr_scheduler_configs]
+        if state := strategy.precision.state_dict():
+            checkpoint[type(strategy.precision).__qualname__] = state
+        ours["rng"] = rng_state()
+        ours["epoch_rng"] = fit_loop.epoch_rng
+        ours["last"], ours["steps"] = fit_loop.last, fit_loop.steps
+    checkpoint["leyden"] = ours
+    for owner in (module, datamodule):
+        if owner is not None and owner.hparams:
+            _add_hparams(checkpoint, owner)
+    if datamodule is not None and (state := datamodule.state_dict()):
+        checkpoint[type(datamodule).__qualname__] = state
+    if not weights_only:
+        for callback in callbacks:
+            callback.on_save_checkpoint(trainer, module, checkpoint)
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def _add_hparams(checkpoint: dict[str, Any], owner: Any) -> None:
+    """Plain values in the open; the rest pickled as one bytes value, which nobody opens unless asked."""
+    key = owner.CHECKPOINT_HYPER_PARAMS_KEY
+    plain, other = plain_hparams(owner.hparams)
+    checkpoint[key] = plain
+    name = getattr(owner, "_hparams_name", None)
+    if name:
+        checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = name
+    if other:
+        checkpoint.setdefault(PICKLED, {})[key] = {"names": sorted(other), "data": pack(other)}
+
+
+def read(strategy: Strategy, path: Any, weights_only: bool | None) -> dict[str, Any]:
+    """Read a checkpoint file and check that this version can use it.
+
+    Raises:
+        CheckpointError: for a file of a newer format, or one that is no checkpoint.
+    """
+    checkpoint = strategy.load_checkpoint(path, weights_only)
+    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
+        keys = sorted(map(str, checkpoint))[:8] if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
+        raise CheckpointError(
+            f"{path} is no checkpoint of a trainer: it has no 'state_dict' (found: {keys}). Load plain weights with"
+            " model.load_state_dict(torch.load(path))."
+        )
+    found = checkpoint.get("leyden", {}).get("format", 0)
+    if found > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {found}; this version of Leyden reads up to format {FORMAT}. Update Leyden."
+        )
+    return dict(checkpoint)
+
+
+def restore_model(
+    checkpoint: dict[str, Any],
+    source: str,
+    *,
+    trainer: Any,
+    strategy: Strategy,
+    datamodule: LightningDataModule | None,
+    callbacks: Iterable[Callback],
+    fitting: bool,
+) -> None:
+    """Put back the data module, the module's weights and the callbacks, with their hooks."""
+    module: LightningModule = strategy.module
+    module.on_load_checkpoint(checkpoint)
+    strategy.load_module_state_dict(checkpoint["state_dict"], module.strict_loading, source)
+    if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
+        datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
+    if not fitting:
+        return
+    callbacks = list(callbacks)
+    for callback in callbacks:
+        callback.on_load_checkpoint(trainer, module, checkpoint)
+    states = checkpoint.get("callbacks") or {}
+    for callback in callbacks:
+        state = states.get(callback.state_key)
+        if state is None:
+            state = states.get(type(callback).__qualname__)
+        if state is not None and is_written(callback, "load_state_dict", Callback):
+            callback.load_state_dict(state)
+    if states:
+        known = {callback.state_key for callback in callbacks} | {type(callback).__qualname__ for callback in callbacks}
+        lost = sorted(str(key) for key in states if key not in known)
+        if lost:
+            rank_zero_warn(
+                f"{source} holds the state of callbacks that this Trainer does not have: {lost}. Add them with the same"
+                " arguments if they should go on where they stopped."
+            )
+
+
+def restore_training(
+    checkpoint: dict[str, Any], source: str, *, strategy: Strategy, progress: Progress, fit_loop: FitLoop
+) -> Position:
+    """Put back optimizers, schedules, precision and counters; return where the data stands."""
+    missing = [key for key in ("optimizer_states", "lr_schedulers") if key not in checkpoint]
+    if missing:
+        raise CheckpointError(
+            f"{source} holds weights only (no {', '.join(missing)}), so training cannot go on from it. Load the weights"
+            " with load_from_checkpoint() and start a new fit, or save with save_weights_only=False."
+        )
+    if state := checkpoint.get(type(strategy.precision).__qualname__):
+        strategy.precision.load_state_dict(state)
+    _restore_each("optimizer_states", "optimizers", checkpoint, strategy.optimizers, source, strategy.load_optimizer_state)
+    schedulers = [schedule.scheduler for schedule in strategy.lr_scheduler_configs]
+    _restore_each(
+        "lr_schedulers", "lr schedulers", checkpoint, schedulers, source, lambda scheduler, state: scheduler.load_state_dict(state)
+    )
+    ours = checkpoint.get("leyden")
+    if ours is not None:
+        progress.load_state_dict(ours["progress"])
+        last, steps = ours.get("last", False), ours.get("steps", True)
+    else:
+        last, steps = from_lightning(checkpoint, progress)
+        ours = {}
+    if progress.epoch_done:
+        # saved while the epoch was being closed: what is left of it is only its count
+        progress.epoch, progress.batch_idx, progress.epoch_done, progress.tail = progress.epoch + 1, 0, False, ""
+    loaders = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader", [])
+    return Position(ours.get("rng"), ours.get("epoch_rng"), loaders, last, steps)
+
+
+def _restore_each(key: str, what: str, checkpoint: Mapping[str, Any], parts: list[Any], source: str, load: Any) -> None:
+    states = checkpoint[key]
+    if len(states) != len(parts):
+        raise CheckpointError(
+            f"{source} holds the state of {len(states)} {what}, but configure_optimizers() returned {len(parts)}. Resume"
+            " with the same optimizers and schedulers."
+        )
+    for part, state in zip(parts, states, strict=True):
+        try:
+            load(part, state)
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"The state of {type(part).__name__} in {source} does not fit: {error}. Resume with the same model and"
+                " configure_optimizers()."
+            ) from error
+
+
+class Position:
+    """Where a fit stood in its data: brings the generators and the loader there, once, when its epoch begins.
+
+    Args:
+        rng: Generators when the checkpoint was written; None for files that have none.
+        epoch_rng: Generators when the epoch's iterator was made.
+        loaders: States of loaders that keep their own.
+        last: Whether the last batch before the checkpoint ended the epoch.
+        steps: Whether it ended with an update.
+    """
+
+    def __init__(self, rng: Any, epoch_rng: Any, loaders: list[Any], last: bool, steps: bool) -> None:
+        self.rng, self.epoch_rng, self.loaders = rng, epoch_rng, loaders
+        self.last, self.steps = last, steps
+
+    def before(self, loader: CombinedLoader, mid_epoch: bool) -> None:
+        """Call before the iterator is made."""
+        if self.loaders:
+            loader.load_state_dicts(self.loaders)
+        state = self.epoch_rng if mid_epoch else self.rng
+        if state is not None:
+            set_rng_state(state)
+
+    def after(self, iterator: Iterator[Any], batches: int) -> tuple[bool, bool]:
+        """Call once the iterator of an epoch that had begun is made; skips the batches that are done."""
+        if not self.loaders:
+            for _ in range(batches):
+                next(iterator, None)
+        if self.rng is not None:
+            set_rng_state(self.rng)
+        return self.last, self.steps

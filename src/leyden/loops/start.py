@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The beginning of a run: what was given is recognised, checked before anything runs, and gathered into a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from leyden import files
+from leyden.callback import Callback
+from leyden.datamodule import LightningDataModule
+from leyden.errors import CheckpointNotFoundError, LeydenWarning, MisconfigurationException, PossibleUserWarning
+from leyden.hooks import is_written, misspelt
+from leyden.hparams import logs_hparams
+from leyden.loggers.recorder import Recorder
+from leyden.loops.batches import has_source
+from leyden.loops.optimize import Optimization
+from leyden.loops.rows import Rows
+from leyden.loops.session import Session
+from leyden.module import LightningModule
+from leyden.optim import NoOptimizer, normalize
+from leyden.runtime.ranks import rank_zero_warn
+from leyden.types import TrainerFn
+
+_REMOVED = {
+    "training_epoch_end": "on_train_epoch_end",
+    "validation_epoch_end": "on_validation_epoch_end",
+    "test_epoch_end": "on_test_epoch_end",
+}
+_STEPS = {
+    TrainerFn.FITTING: ("training_step", "train"),
+    TrainerFn.VALIDATING: ("validation_step", "val"),
+    TrainerFn.TESTING: ("test_step", "test"),
+    TrainerFn.PREDICTING: ("predict_step", "predict"),
+}
+
+
+def unwrap(model: Any, datamodule: Any, loaders: Any) -> tuple[LightningModule, Any, Any]:
+    """Recognise the arguments of an entry point: a compiled module, a data module in the place of loaders.
+
+    Raises:
+        TypeError: for something that is no LightningModule.
+        MisconfigurationException: for loaders and a data module at once.
+    """
+    # what torch.compile returns wraps the module; the loops and the checkpoint want the module itself
+    module = getattr(model, "_orig_mod", model)
+    if not isinstance(module, LightningModule):
+        raise TypeError(
+            f"The model must be a LightningModule; it is a {type(model).__module__}.{type(model).__qualname__}. Derive"
+            " its class from leyden.LightningModule and write training_step and configure_optimizers."
+        )
+    if isinstance(loaders, LightningDataModule):
+        if datamodule is not None:
+            raise MisconfigurationException("Two data modules were given: one in the place of the loaders. Give one.")
+        return module, loaders, None
+    if loaders is not None and datamodule is not None:
+        raise MisconfigurationException("Both loaders and a datamodule were given. Give one of the two.")
+    return module, datamodule, loaders
+
+
+def make_session(trainer: Any, module: LightningModule, datamodule: Any, sources: dict[str, Any], interrupt: Any) -> Session:
+    """Gather the parts of a run on ``trainer``."""
+    module.trainer = trainer
+    if datamodule is not None:
+        datamodule.trainer = trainer
+    recorder = Recorder(trainer.loggers)
+    session = Session(
+        trainer=trainer,
+        module=module,
+        datamodule=datamodule,
+        strategy=trainer.strategy,
+        results=trainer.results,
+        progress=trainer.progress,
+        rows=Rows(trainer.history, recorder.put if trainer.loggers else None),
+        recorder=recorder,
+        interrupt=interrupt,
+        sources=sources,
+    )
+    session.validates = is_written(module, "validation_step", LightningModule) and has_source(session, "val")
+    return session
+
+
+def configure_optimizers(session: Session) -> None:
+    """Ask the module for its optimizers and hand them to the strategy."""
+    module, config = session.module, session.config
+    returned = module.configure_optimizers()
+    if returned is None:
+        rank_zero_warn("configure_optimizers() returned None: this fit runs without an optimizer.")
+        returned = NoOptimizer()
+    optimizers, schedules = normalize(
+        returned,
+        automatic=module.automatic_optimization,
+        custom_step=is_written(module, "lr_scheduler_step", LightningModule),
+        bare_scheduler=config.rule("bare_scheduler"),
+    )
+    if len(optimizers) > 1 and module.automatic_optimization and config.rule("several_optimizers") == "manual only":
+        raise MisconfigurationException(
+            f"configure_optimizers() returned {len(optimizers)} optimizers; with semantics='lightning' that takes manual"
+            " optimization: set self.automatic_optimization = False."
+        )
+    session.strategy.optimizers, session.strategy.lr_scheduler_configs = optimizers, schedules
+    optimization = session.optimization = Optimization(session)
+    session.strategy.set_optimizers(optimizers, schedules, optimization.step_with_closure, optimization.backward)
+
+
+def check(session: Session, fn: TrainerFn) -> None:
+    """Everything that can be known to be wrong before anything runs.
+
+    Raises:
+        MisconfigurationException: naming what is missing or contradictory.
+    """
+    module, name = session.module, type(session.module).__name__
+    step, prefix = _STEPS[fn]
+    for old, new in _REMOVED.items():
+        if callable(getattr(module, old, None)):
+            raise MisconfigurationException(
+                f"{name}.{old}() is not called any more. Keep what the steps return in a list of your own and read it in"
+                f" {new}()."
+            )
+    if fn is not TrainerFn.PREDICTING and not is_written(module, step, LightningModule):
+        raise MisconfigurationException(f"{name} has no {step}(): Trainer.{fn}() needs it.")
+    if fn is TrainerFn.PREDICTING and not is_written(module, step, LightningModule):
+        if type(module).forward is LightningModule.forward:
+            raise MisconfigurationException(f"{name} has neither predict_step() nor forward(): write one of them.")
+    if not has_source(session, prefix):
+        argument = "train_dataloaders" if prefix == "train" else "dataloaders"
+        raise MisconfigurationException(
+            f"There is no data for Trainer.{fn}(): pass {argument}= or datamodule=, or write"
+            f" {name}.{prefix}_dataloader()."
+        )
+    if fn is TrainerFn.FITTING:
+        _check_fit(session, name)
+    _warn_misspelt(session)
+
+
+def _check_fit(session: Session, name: str) -> None:
+    module, config = session.module, session.config
+    if not is_written(module, "configure_optimizers", LightningModule):
+        raise MisconfigurationException(
+            f"{name} has no configure_optimizers(): return an optimizer there, for example"
+            " torch.optim.Adam(self.parameters(), lr=1e-3); or None to train without one."
+        )
+    has_step = is_written(module, "validation_step", LightningModule)
+    has_data = has_source(session, "val")
+    if has_data and not has_step:
+        rank_zero_warn(
+            f"There is validation data but {name} has no validation_step(): no validation runs.", category=PossibleUserWarning
+        )
+    if has_step and not has_data:
+        rank_zero_warn(
+            f"{name} has a validation_step() but there is no validation data: no validation runs. Pass val_dataloaders="
+            " or write val_dataloader().",
+            category=PossibleUserWarning,
+        )
+    if not module.automatic_optimization:
+        if config.gradient_clip_val:
+            raise MisconfigurationException(
+                f"Trainer(gradient_clip_val={config.gradient_clip_val}) does nothing under manual optimization: call"
+                " self.clip_gradients(optimizer, gradient_clip_val=..., gradient_clip_algorithm=...) before"
+                " optimizer.step() in training_step."
+            )
+        if config.accumulate_grad_batches != 1:
+            raise MisconfigurationException(
+                f"Trainer(accumulate_grad_batches={config.accumulate_grad_batches}) does nothing under manual"
+                " optimization: call optimizer.step() only every n batches in training_step."
+            )
+
+
+def _warn_misspelt(session: Session) -> None:
+    owners: list[tuple[Any, str, type]] = [(session.module, "M", LightningModule)]
+    owners += [(callback, "C", Callback) for callback in session.trainer.callbacks if isinstance(callback, Callback)]
+    if isinstance(session.datamodule, LightningDataModule):
+        owners.append((session.datamodule, "D", LightningDataModule))
+    for owner, kind, base in owners:
+        for wrong, suggestion in misspelt(owner, kind, base):
+            rank_zero_warn(
+                f"{type(owner).__name__}.{wrong}() is no hook, so nothing calls it.{suggestion}", category=LeydenWarning
+            )
+
+
+def find_checkpoint(given: Any, fn: str, callbacks: Iterable[Any], log_dir: str | None) -> Any:
+    """Resolve ``ckpt_path``: None, a path, ``"best"`` or ``"last"`` (the newest complete one, by its step).
+
+    Raises:
+        MisconfigurationException: for ``"best"`` when no best checkpoint is known.
+        CheckpointNotFoundError: for a path that does not exist.
+    """
+    if given is None:
+        return None
+    callbacks = list(callbacks)
+    if given == "best":
+        best = next((path for callback in callbacks if (path := getattr(callback, "best_model_path", ""))), "")
+        if not best:
+            raise MisconfigurationException(
+                f"Trainer.{fn}(ckpt_path='best'): no best checkpoint is known. It takes a ModelCheckpoint that has saved"
+                " one (not under fast_dev_run); otherwise pass the path of a file."
+            )
+        return best
+    if given == "last":
+        folders = [path for callback in callbacks for path in _folders(callback)]
+        if log_dir:
+            folders.append(str(Path(log_dir) / "checkpoints"))
+        found = files.newest(folders)
+        if found is None:
+            rank_zero_warn(
+                f"Trainer.{fn}(ckpt_path='last'): there is no checkpoint in {sorted(set(folders))}; the run starts anew.",
+                category=PossibleUserWarning,
+            )
+        return found
+    text = str(given)
+    if "://" not in text and not Path(text).exists():
+        files.not_found(text)
+        raise CheckpointNotFoundError(text)
+    return given
+
+
+def _folders(callback: Any) -> list[str]:
+    last, folder = getattr(callback, "last_model_path", ""), getattr(callback, "dirpath", None)
+    return [str(Path(last).parent)] * bool(last) + [str(folder)] * bool(folder)
+
+
+def log_hyperparams(loggers: Iterable[Any], module: LightningModule, datamodule: Any) -> None:
+    """Log the hyperparameters of the module and the data module, and the graph, where a logger wants them.
+
+    A name that both have with different values is logged as ``datamodule/<name>`` for the data module.
+    """
+    loggers = list(loggers)
+    if not loggers:
+        return
+    params: dict[str, Any] = dict(module.hparams_initial) if logs_hparams(module) else {}
+    if datamodule is not None and logs_hparams(datamodule):
+        for name, value in dict(datamodule.hparams_initial).items():
+            clash = name in params and not _same(params[name], value)
+            params[f"datamodule/{name}" if clash else name] = value
+    for logger in loggers:
+        if params:
+            logger.log_hyperparams(params)
+        logger.log_graph(module)
+        logger.save()
+
+
+def _same(first: Any, second: Any) -> bool:
+    try:
+        return first is second or bool(first == second)
+    except (ValueError, RuntimeError):  # arrays and tensors have no single truth value
+        return False
+

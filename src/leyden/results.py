@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``self.log`` stores: one slot for each name and hook, reduced over steps, read back only when somebody asks.
+
+A call stores a detached copy and returns: it waits for no device and runs no collective. Each of the two loops has its
+own ``Store``; ``Results`` answers for the whole run (``callback_metrics``, ``logged_metrics``, ``progress_bar_metrics``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Mapping
+from numbers import Number
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leyden.errors import MisconfigurationException, PossibleUserWarning, did_you_mean
+from leyden.hooks import BY_NAME
+from leyden.runtime.ranks import rank_zero_warn
+from leyden.tree import batch_sizes
+from leyden.types import MetricLike
+
+REDUCTIONS: dict[Any, str] = {
+    "mean": "mean", "avg": "mean", torch.mean: "mean",
+    "sum": "sum", torch.sum: "sum", sum: "sum",
+    "min": "min", torch.min: "min", min: "min",
+    "max": "max", torch.max: "max", max: "max",
+}  # fmt: skip
+LOADER_SUFFIX = "/dataloader_idx_"
+
+
+def _accumulator_dtype() -> torch.dtype:
+    """The dtype in which values are kept: the default one, but never below 32 bits."""
+    dtype = torch.get_default_dtype()
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+class Slot:
+    """All that was logged under one name in one hook (and for one evaluation loader)."""
+
+    __slots__ = (
+        "batch_size", "epoch_name", "fresh", "last", "loader", "logger", "metric", "name", "on_epoch", "on_step",
+        "prog_bar", "reduction", "step_name", "total", "weight",
+    )  # fmt: skip
+
+    def __init__(
+        self, name: str, prog_bar: bool, logger: bool, on_step: bool, on_epoch: bool, reduction: str, loader: int | None,
+        suffix: bool, batch_size: int | None,
+    ) -> None:  # fmt: skip
+        tail = f"{LOADER_SUFFIX}{loader}" if suffix and loader is not None else ""
+        both = on_step and on_epoch
+        self.name = name + tail
+        self.step_name = f"{name}_step{tail}" if both else self.name
+        self.epoch_name = f"{name}_epoch{tail}" if both else self.name
+        self.prog_bar, self.logger, self.on_step, self.on_epoch = prog_bar, logger, on_step, on_epoch
+        self.reduction, self.loader, self.batch_size = reduction, loader, batch_size
+        self.metric: Any = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was logged."""
+        self.fresh = False
+        self.last: Any = None
+        self.total: Tensor | None = None
+        self.weight: Any = 0
+        if self.metric is not None:
+            self.metric.reset()
+
+    def add(self, value: Tensor, weight: int) -> None:
+        """Take ``value`` (0-d, detached) into the value of the epoch; ``weight`` samples stand behind it."""
+        if not value.is_floating_point():
+            value = value.to(_accumulator_dtype())
+        elif value.dtype not in (torch.float32, torch.float64):
+            value = value.to(_accumulator_dtype())
+        if self.reduction == "mean":
+            value = value * weight
+            self.weight = self.weight + weight
+        total = self.total
+        if total is None:
+            # start from a zero of the accumulator's dtype, so that the sum is promoted like any later one
+            self.total = value.to(torch.promote_types(value.dtype, _accumulator_dtype()), copy=True)
+        elif self.reduction in ("mean", "sum"):
+            self.total = total + value
+        else:
+            self.total = (torch.minimum if self.reduction == "min" else torch.maximum)(total, value)
+
+    def step_value(self) -> Tensor | None:
+        """The value of the last step, as a tensor; None if there is none."""
+        if self.metric is not None:
+            return _as_tensor(getattr(self.metric, "_forward_cache", None))
+        last = self.last
+        if isinstance(last, Tensor):
+            if last.dtype not in (torch.float32, torch.float64):
+                last = last.to(_accumulator_dtype())
+            return last
+        return None if last is None else torch.tensor(float(last), dtype=_accumulator_dtype())
+
+    def epoch_value(self) -> Tensor | None:
+        """The value of the epoch so far, as a tensor; None if nothing was logged."""
+        if self.metric is not None:
+            return _as_tensor(self.metric.compute())
+        if self.total is None:
+            return None
+        if self.reduction != "mean":
+            return self.total
+        # an int tensor, not a number: dividing by a number multiplies by its reciprocal on some devices
+        return self.total / torch.tensor(self.weight, device=self.total.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the partial sums of the epoch."""
+        return {"fresh": self.fresh, "last": self.last, "total": self.total, "weight": self.weight}
+
+
+def _as_tensor(value: Any) -> Tensor | None:
+    if value is None or isinstance(value, Tensor):
+        return value if value is None else value.detach()
+    if isinstance(value, Number):
+        return torch.tensor(value)
+    raise ValueError(
+        f"The metric object that was logged gives {type(value).__name__} {value!r}: self.log can only show a single"
+        " number. Log its parts by name (self.log_dict) instead."
+    )
+
+
+class Store:
+    """The slots of one loop, and where the loop stands: which hook runs, which batch, which loader."""
+
+    def __init__(self, training: bool) -> None:
+        self.training = training
+        self.slots: dict[tuple[Any, ...], Slot] = {}
+        self.hook: str | None = None
+        self.batch: Any = None
+        self.loader: int | None = None
+        self.on_step = False
+        """True from the first batch of an epoch (or loader) to its last: metrics are then those of the step."""
+        self._names: dict[tuple[str, int | None, str], tuple[Any, ...]] = {}
+        self._batch_size: int | None = None
+
+    def start_batch(self, batch: Any, loader: int | None = None) -> None:
+        """A new batch begins; ``loader`` is its index where there are several evaluation loaders."""
+        self.batch, self.loader, self.on_step, self._batch_size = batch, loader, True, None
+
+    def end_batch(self) -> None:
+        """Let go of the batch."""
+        self.batch = None
+
+    def log(
+        self, name: str, value: Any, prog_bar: bool, logger: bool | None, on_step: bool | None, on_epoch: bool | None,
+        reduce_fx: Any, add_dataloader_idx: bool, batch_size: int | None, where: tuple[Any, ...],
+    ) -> None:  # fmt: skip
+        """Store one value; the hot path is one look-up, and a copy of the value.
+
+        ``where`` holds the arguments that matter only to several devices, after ``enable_graph``.
+        """
+        # the arguments are the key: a call that was checked once is not checked again
+        key = (self.hook, self.loader, name, prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx, where)
+        slot = self.slots.get(key)
+        if slot is None:
+            slot = self._new_slot(key, value)
+        if isinstance(value, Tensor):
+            if value.ndim:
+                value = _single(name, value)
+            if value.requires_grad and not where[0]:
+                value = value.detach()
+        elif slot.metric is not None:
+            slot.metric, slot.fresh = value, True
+            return
+        elif type(value) is float:
+            if torch.get_default_dtype() is not torch.float64:
+                value = ctypes.c_float(value).value
+        else:
+            value = _plain(name, value)
+        slot.fresh = True
+        if slot.on_epoch:
+            tensor = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=_accumulator_dtype())
+            slot.add(tensor, self._size(slot, batch_size) if slot.reduction == "mean" else 1)
+        if slot.on_step:
+            # a copy: what the caller does to its tensor afterwards must not change what was logged
+            slot.last = value.clone() if isinstance(value, Tensor) else value
+
+    def _size(self, slot: Slot, batch_size: int | None) -> int:
+        """How many samples stand behind a value: as given, else read off the batch, once for each batch."""
+        if batch_size is not None:
+            return int(batch_size)
+        if self._batch_size is not None:
+            return self._batch_size
+        size = 1
+        if self.batch is not None and self.on_step:
+            sizes = iter(batch_sizes(self.batch))
+            first = next(sizes, None)
+            if first is None:
+                raise MisconfigurationException(
+                    f"self.log({slot.name!r}, ...): the epoch mean is weighted by the number of samples, which cannot be"
+                    f" read off a batch of type {type(self.batch).__name__}. Say self.log({slot.name!r}, ...,"
+                    " batch_size=n)."
+                )
+            other = next((s for s in sizes if s != first), None)
+            if other is not None and not slot.batch_size:
+                slot.batch_size = first  # said once for each metric
+                rank_zero_warn(
+                    f"self.log({slot.name!r}, ...): the batch holds tensors of different first dimensions ({first},"
+                    f" {other}, …), so its number of samples is a guess: {first}. Say self.log({slot.name!r}, ...,"
+                    " batch_size=n).",
+                    category=PossibleUserWarning,
+                )
+            size = self._batch_size = first
+        return size
+
+    def _new_slot(self, key: tuple[Any, ...], value: Any) -> Slot:
+        """Check a call of ``self.log`` that was not seen before, and make its slot."""
+        hook, loader, name, prog_bar, logger, on_step, on_epoch, reduce_fx, add_idx, _ = key
+        if not isinstance(name, str):
+            raise TypeError(f"self.log({name!r}, ...): the name must be a str, not {type(name).__name__}.")
+        row = BY_NAME.get(hook or "")
+        if row is None or row.logging is None:
+            place = f"the hook {hook!r}" if hook else "this place, outside all hooks of the loops"
+            raise MisconfigurationException(
+                f"self.log({name!r}, ...) is not possible in {place}: its value would belong to no step or epoch."
+                " Log in a step, a batch hook or an epoch hook, or call self.logger.log_metrics({...}) directly."
+            )
+        if LOADER_SUFFIX.strip("/") in name:
+            raise MisconfigurationException(
+                f"self.log({name!r}, ...): the index of the loader is added to the name by itself; leave it out."
+            )
+        rules = row.logging
+        step = rules.on_step if on_step is None else bool(on_step)
+        epoch = rules.on_epoch if on_epoch is None else bool(on_epoch)
+        if step and not rules.step_allowed:
+            raise MisconfigurationException(
+                f"self.log({name!r}, on_step=True) is not possible in {hook!r}, which belongs to no step: use"
+                " on_epoch=True."
+            )
+        reduction = reduce_fx.lower() if isinstance(reduce_fx, str) else reduce_fx
+        known = REDUCTIONS.get(reduction) if isinstance(reduction, (str, Callable)) else None  # type: ignore[arg-type]
+        if known is None and not isinstance(value, MetricLike):
+            raise MisconfigurationException(
+                f"self.log({name!r}, reduce_fx={reduce_fx!r}) is not valid: allowed are 'mean', 'sum', 'min', 'max' and"
+                f" their torch functions. Use a metric object for anything else.{did_you_mean(str(reduce_fx), ('mean', 'sum', 'min', 'max'))}"
+            )
+        place_key = (str(hook), loader, name)
+        if place_key in self._names and self._names[place_key] != key:
+            raise MisconfigurationException(
+                f"self.log({name!r}, ...) was called twice in {hook!r} with different arguments. Log under two names, or"
+                " with the same arguments."
+            )
+        self._names[place_key] = key
+        slot = Slot(name, prog_bar, logger is not False, step, epoch, known or "metric", loader, add_idx, None)
+        if isinstance(value, MetricLike) and not isinstance(value, Tensor):
+            slot.metric = value
+        self.slots[key] = slot
+        return slot
+
+    def items(self, on_step: bool) -> Iterator[tuple[Slot, str, Tensor]]:
+        """Yield ``(slot, name, value)`` of all that was logged since the last reset, for the step or for the epoch."""
+        for slot in self.slots.values():
+            if slot.fresh and slot.loader == self.loader and (slot.on_step if on_step else slot.on_epoch):
+                value = slot.step_value() if on_step else slot.epoch_value()
+                if value is not None:
+                    yield slot, slot.step_name if on_step else slot.epoch_name, value
+
+    def reset(self) -> None:
+        """Forget all values; the slots and their checks stay."""
+        for slot in self.slots.values():
+            slot.reset()
+        self.on_step, self.hook, self.batch, self.loader = False, None, None, None
+
+
+def _single(name: str, value: Tensor) -> Tensor:
+    if value.numel() != 1:
+        raise ValueError(
+            f"self.log({name!r}, ...) got a tensor of shape {tuple(value.shape)}; it must hold a single element. Did you"
+            f" mean self.log({name!r}, value.mean())?"
+        )
+    return value.reshape(())
+
+
+def _plain(name: str, value: Any) -> float | int:
+    """Turn any other number into a plain one; what is no number is an error."""
+    if isinstance(value, Mapping):
+        raise ValueError(f"self.log({name!r}, ...) got a dict; log its entries with self.log_dict.")
+    if isinstance(value, Number) or hasattr(value, "__float__"):
+        return int(value) if isinstance(value, int) else float(value)  # type: ignore[arg-type]
+    raise ValueError(
+        f"self.log({name!r}, {value!r}): the value is a {type(value).__name__}; it must be a number, a tensor with one"
+        " element or a metric object."
+    )
+
+
+class Results:
+    """The metrics of a run: ``callback`` (for monitors), ``logged`` (for loggers), ``bar`` (for the progress bar)."""
+
+    def __init__(self) -> None:
+        self.train = Store(training=True)
+        self.eval = Store(training=False)
+        self.active: Store | None = None
+        self.callback: dict[str, Tensor] = {}
+        self.logged: dict[str, Tensor] = {}
+        self.bar: dict[str, Tensor] = {}
+        self.ignore = False
+        """True while the sanity check runs: nothing that it logs is kept."""
+
+    def enter(self, hook: str) -> None:
+        """Say which hook runs next; ``self.log`` follows its rules."""
+        if self.active is not None:
+            self.active.hook = hook
+
+    def collect(self) -> dict[str, Tensor]:
+        """Bring the three views up to date from the active loop; return what belongs in a logger's row now."""
+        store = self.active
+        row: dict[str, Tensor] = {}
+        if store is None:
+            return row
+        on_step = store.on_step
+        for slot, name, value in store.items(on_step):
+            if store.training or not on_step:
+                self.callback[slot.name] = self.callback[name] = value
+            if slot.logger:
+                row[name] = value
+            if slot.prog_bar:
+                self.bar[name] = value
+        self.logged.update(row)
+        return row
+
+    def clear(self) -> None:
+        """Forget all metrics of earlier runs."""
+        self.callback, self.logged, self.bar = {}, {}, {}
+        self.train.reset()
+        self.eval.reset()
+
+    def to_cpu(self) -> None:
+        """Bring the three views to host memory, so that they outlive the device."""
+        for view in (self.callback, self.logged, self.bar):
+            for name, value in view.items():
+                view[name] = value.cpu()
+
+
+def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Read metrics back as python floats; this waits for the device."""
+    return {name: value.item() if isinstance(value, Tensor) else float(value) for name, value in metrics.items()}

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs of a strategy; the base class is the working null object: one process, one device, nothing to exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from leyden import files
+from leyden.loading import apply_state_dict
+from leyden.optim import LightningOptimizer
+from leyden.precision import Precision
+from leyden.tree import move_to
+from leyden.types import PathLike
+
+
+class Strategy:
+    """Runs the steps of a module on ``root_device``, in the number format of its ``precision``.
+
+    Args:
+        root_device: The device of this process.
+        precision: The number format; None is 32-true.
+    """
+
+    strategy_name = "single"
+
+    def __init__(self, root_device: torch.device | str = "cpu", precision: Precision | None = None) -> None:
+        self._root_device = torch.device(root_device)
+        self.precision = precision or Precision()
+        self.module: Any = None
+        self.optimizers: list[Optimizer] = []
+        self.lightning_optimizers: list[LightningOptimizer] = []
+        self.lr_scheduler_configs: list[Any] = []
+        self._manual_backward: Callable[..., None] | None = None
+
+    # -- who and where
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this process."""
+        return self._root_device
+
+    @property
+    def lightning_module(self) -> Any:
+        """The user's module."""
+        return self.module
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return 1
+
+    @property
+    def global_rank(self) -> int:
+        """Index of this process among all."""
+        return 0
+
+    @property
+    def local_rank(self) -> int:
+        """Index of this process on its node."""
+        return 0
+
+    @property
+    def node_rank(self) -> int:
+        """Index of this node."""
+        return 0
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.global_rank == 0
+
+    # -- the life of a module
+
+    def connect(self, module: nn.Module) -> None:
+        """Take the module of the coming run."""
+        self.module = module
+
+    def setup(self) -> None:
+        """Bring the module to its device and number format."""
+        self.module = self.precision.convert_module(self.module)
+        self.module.to(self.root_device)
+
+    def set_optimizers(
+        self, optimizers: list[Optimizer], schedules: list[Any], step: Callable[..., Any], backward: Callable[..., None]
+    ) -> None:
+        """Take the optimizers and schedules of the coming fit.
+
+        Args:
+            optimizers: As ``configure_optimizers`` returned them.
+            schedules: Their learning-rate schedules.
+            step: Called by the wrapped optimizers as ``step(optimizer, closure, **kwargs)``.
+            backward: Called by ``module.manual_backward``.
+        """
+        self.optimizers, self.lr_scheduler_configs = optimizers, schedules
+        self.lightning_optimizers = [LightningOptimizer(optimizer, step, optimizers) for optimizer in optimizers]
+        self._manual_backward = backward
+
+    def teardown(self) -> None:
+        """Let go of what only the run needed; bring the module and the optimizer state back to the host."""
+        self.lightning_optimizers, self._manual_backward = [], None
+        if self.root_device.type != "cpu" and self.module is not None:
+            host = torch.device("cpu")
+            self.module.to(host)
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.items():
+                    optimizer.state[key] = move_to(value, host)
+
+    # -- steps
+
+    def training_step(self, *args: Any) -> Any:
+        """Run ``module.training_step`` in the precision's context."""
+        with self.precision.forward_context():
+            return self.module.training_step(*args)
+
+    def validation_step(self, *args: Any) -> Any:
+        """Run ``module.validation_step`` in the precision's context."""
+        with self.precision.forward_context():
+            return self.module.validation_step(*args)
+
+    def test_step(self, *args: Any) -> Any:
+        """Run ``module.test_step`` in the precision's context."""
+        with self.precision.forward_context():
+            return self.module.test_step(*args)
+
+    def predict_step(self, *args: Any) -> Any:
+        """Run ``module.predict_step`` in the precision's context."""
+        with self.precision.forward_context():
+            return self.module.predict_step(*args)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients, scaled where the precision scales them."""
+        self.precision.backward(loss, *args, **kwargs)
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward with its hooks, for manual optimization.
+
+        Raises:
+            RuntimeError: outside fit.
+        """
+        if self._manual_backward is None:
+            raise RuntimeError("manual_backward() works inside Trainer.fit only: no fit is running.")
+        self._manual_backward(loss, *args, **kwargs)
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """Step ``optimizer``; ``precision.skipped_step`` tells whether the step was left out."""
+        return self.precision.optimizer_step(optimizer, closure, **kwargs)
+
+    def clip_gradients(self, optimizer: Optimizer, value: float, algorithm: str) -> Tensor | None:
+        """Clip the gradients of the optimizer's parameters; return their total norm before, for ``"norm"``."""
+        self.precision.unscale(optimizer)
+        return self.precision.clip([p for group in optimizer.param_groups for p in group["params"]], value, algorithm)
+
+    # -- between processes
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all processes."""
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return the object of process ``src``."""
+        return obj
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: str | None = "mean") -> Any:
+        """Reduce a tensor over processes."""
+        return tensor
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Agree on a yes or no: of all processes (``all``), or of any."""
+        return decision
+
+    def all_gather(self, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """Gather a tensor, or a tree of them, from all processes; with one process the input itself."""
+        return tensor
+
+    # -- checkpoints
+
+    def module_state_dict(self) -> dict[str, Any]:
+        """The weights, under the names that the user's module has for them."""
+        state: dict[str, Any] = self.module.state_dict()
+        return state
+
+    def load_module_state_dict(self, state: dict[str, Any], strict: bool, source: str) -> None:
+        """Load weights; what does not fit is an error that lists it."""
+        apply_state_dict(self.module, state, strict, source)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state of one optimizer."""
+        return dict(optimizer.state_dict())
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Load the state of one optimizer, on the device of its parameters."""
+        optimizer.load_state_dict(state)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: PathLike, storage_options: Any = None) -> None:
+        """Write a complete checkpoint, atomically."""
+        if self.is_global_zero:
+            files.save(checkpoint, filepath)
+
+    def load_checkpoint(self, filepath: PathLike, weights_only: bool | None = True) -> dict[str, Any]:
+        """Read a checkpoint to host memory."""
+        loaded: dict[str, Any] = files.load(filepath, map_location="cpu", weights_only=weights_only is not False)
+        return loaded
+
+    def remove_checkpoint(self, filepath: PathLike) -> None:
+        """Delete a checkpoint that this run wrote."""
+        if self.is_global_zero:
+            files.remove(filepath)

@@ -1,0 +1,495 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``Trainer``: owns the parts of a run and has its four entry points: fit, validate, test, predict."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import leyden
+from leyden.config import TrainerConfig
+from leyden.errors import MisconfigurationException, did_you_mean
+from leyden.loggers.history import History
+from leyden.loops import resolve, snapshot
+from leyden.loops.evaluate import EvaluationLoop
+from leyden.loops.fit import FitLoop
+from leyden.loops.predict import PredictLoop
+from leyden.loops.session import Session
+from leyden.loops.start import check, configure_optimizers, find_checkpoint, log_hyperparams, make_session, unwrap
+from leyden.module import LightningModule
+from leyden.progress import Progress
+from leyden.results import Results
+from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
+from leyden.runtime.seed import isolate_rng
+from leyden.signals import Interrupt
+from leyden.trainer_face import TrainerFace
+from leyden.types import RunningStage, TrainerFn, TrainerState, TrainerStatus
+
+
+class Trainer(TrainerFace):
+    """Trains, validates, tests and predicts with a ``LightningModule``.
+
+    All arguments are keyword-only, have the names and meanings of PyTorch Lightning's Trainer, and are checked here.
+
+    Args:
+        accelerator: ``"auto"``, ``"cpu"``, ``"gpu"``, ``"cuda"``, ``"mps"`` or an Accelerator.
+        strategy: ``"auto"`` or a Strategy.
+        devices: How many or which devices; ``"auto"`` is one.
+        num_nodes: How many machines.
+        precision: ``"32-true"``, ``"64-true"``, ``"16-mixed"``, ``"bf16-mixed"``, ``"16-true"``, ``"bf16-true"``.
+        logger: None or True for TensorBoard, False for none, a Logger or several. ``trainer.history`` has all rows anyway.
+        callbacks: A callback or a list of them.
+        fast_dev_run: Run n batches of everything (True: one) and write nothing.
+        max_epochs: Bound on epochs; -1 is none; None is 1000 unless ``max_steps`` or ``max_time`` is given.
+        min_epochs: Epochs that run whatever asks to stop.
+        max_steps: Bound on updates of the model; -1 is none.
+        min_steps: Updates that are made whatever asks to stop.
+        max_time: Bound on the time of training: ``"DD:HH:MM:SS"``, ``"30min"``, a timedelta or a dict of its arguments.
+        limit_train_batches: Batches of an epoch: a fraction (float) or a number (int). The other three alike.
+        limit_val_batches: See ``limit_train_batches``.
+        limit_test_batches: See ``limit_train_batches``.
+        limit_predict_batches: See ``limit_train_batches``.
+        overfit_batches: Train and validate on the same few batches, unshuffled.
+        val_check_interval: When to validate inside training: a fraction of an epoch (float), batches (int), ``"500
+            steps"``, or a duration.
+        check_val_every_n_epoch: Validate in every n-th epoch; None counts batches across epochs.
+        num_sanity_val_steps: Validation batches ahead of training; -1 is all.
+        log_every_n_steps: Updates between two rows; 0 is never.
+        enable_checkpointing: Add a ModelCheckpoint if no callback writes checkpoints.
+        enable_progress_bar: Add a progress bar.
+        enable_model_summary: Print a summary of the layers.
+        accumulate_grad_batches: Batches of one update.
+        gradient_clip_val: Largest norm or absolute value of gradients.
+        gradient_clip_algorithm: ``"norm"`` or ``"value"``.
+        deterministic: Use deterministic algorithms for the length of a run; ``"warn"`` where there are any.
+        benchmark: Let cuDNN search for the fastest algorithms.
+        inference_mode: Evaluate under ``torch.inference_mode`` rather than ``no_grad``.
+        use_distributed_sampler: Share samples out between several devices.
+        profiler: ``"simple"`` or a Profiler.
+        detect_anomaly: Find the operation that made a NaN; slow.
+        barebones: Everything off that costs time.
+        plugins: A Precision.
+        sync_batchnorm: Share batch statistics between several devices.
+        reload_dataloaders_every_n_epochs: Ask for new loaders every n epochs; 0 is never.
+        default_root_dir: Where logs and checkpoints go; None is the working directory.
+        enable_autolog_hparams: Log hyperparameters when a run begins.
+        model_registry: Accepted for compatibility.
+        semantics: ``"leyden"``, or ``"lightning"`` for its behaviour where ours differs on purpose.
+
+    Raises:
+        MisconfigurationException: for a value that cannot be; the message names the argument.
+        TypeError: for an unknown argument, with the closest known one.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Any = "auto",
+        strategy: Any = "auto",
+        devices: Any = "auto",
+        num_nodes: int = 1,
+        precision: Any = None,
+        logger: Any = None,
+        callbacks: Any = None,
+        fast_dev_run: int | bool = False,
+        max_epochs: int | None = None,
+        min_epochs: int | None = None,
+        max_steps: int = -1,
+        min_steps: int | None = None,
+        max_time: Any = None,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
+        val_check_interval: Any = None,
+        check_val_every_n_epoch: int | None = 1,
+        num_sanity_val_steps: int | None = None,
+        log_every_n_steps: int | None = None,
+        enable_checkpointing: bool | None = None,
+        enable_progress_bar: bool | None = None,
+        enable_model_summary: bool | None = None,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+        deterministic: bool | str | None = None,
+        benchmark: bool | None = None,
+        inference_mode: bool = True,
+        use_distributed_sampler: bool = True,
+        profiler: Any = None,
+        detect_anomaly: bool = False,
+        barebones: bool = False,
+        plugins: Any = None,
+        sync_batchnorm: bool = False,
+        reload_dataloaders_every_n_epochs: int = 0,
+        default_root_dir: str | os.PathLike[str] | None = None,
+        enable_autolog_hparams: bool = True,
+        model_registry: str | None = None,
+        semantics: str = "leyden",
+        **unknown: Any,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "unknown", "__class__")}
+        for name in unknown:
+            raise TypeError(f"Trainer() has no argument {name!r}.{did_you_mean(name, given)}")
+        if sync_batchnorm and not isinstance(sync_batchnorm, bool):
+            raise MisconfigurationException(f"Trainer(sync_batchnorm={sync_batchnorm!r}): it must be True or False.")
+        self.config = config = resolve.config(given)
+        self.default_root_dir = resolve.root_dir(default_root_dir)
+        self.state = TrainerState()
+        self.progress = Progress()
+        self.results = Results()
+        self.history = History()
+        self.should_stop = False
+        self.fit_loop = FitLoop()
+        self.validate_loop = EvaluationLoop(RunningStage.VALIDATING)
+        self.test_loop = EvaluationLoop(RunningStage.TESTING)
+        self.predict_loop = PredictLoop()
+        self._strategy, self._accelerator = resolve.strategy(strategy, accelerator, devices, num_nodes, precision, plugins)
+        self._profiler = resolve.profiler(profiler)
+        quiet = config.barebones
+        self._loggers = resolve.loggers(logger, self.default_root_dir, config, quiet)
+        self._callbacks = resolve.callbacks(
+            callbacks,
+            config,
+            checkpointing=(not quiet if enable_checkpointing is None else enable_checkpointing) and not config.fast_dev_run,
+            bar=not quiet if enable_progress_bar is None else enable_progress_bar,
+            summary=not quiet if enable_model_summary is None else enable_model_summary,
+            explicit=given,
+        )
+        self._datamodule: Any = None
+        self._session: Session | None = None
+        self._ckpt_path: Any = None
+        self._recorder: Any = None
+
+    # ------------------------------------------------------------------ entry points
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Train ``model``.
+
+        Args:
+            model: The module.
+            train_dataloaders: An iterable of batches, a list or dict of them, or a data module. None: the module's own.
+            val_dataloaders: The same for validation.
+            datamodule: Provides all loaders.
+            ckpt_path: Go on from this checkpoint: a path, ``"last"`` or ``"best"``.
+            weights_only: None or True never runs code from the checkpoint; False is for files you trust.
+
+        A second ``fit`` of the same module goes on from where the first stopped; of another module, it starts anew.
+        After Ctrl-C it finishes the step, runs ``on_exception`` and returns; ``trainer.interrupted`` is then True.
+        """
+        model, datamodule, train_dataloaders = unwrap(model, datamodule, train_dataloaders)
+        sources = {"train": train_dataloaders, "val": val_dataloaders}
+        with self._running(TrainerFn.FITTING, RunningStage.TRAINING):
+            session = self._start(model, sources, datamodule, ckpt_path, weights_only)
+            self._sanity_check(session)
+            with torch.autograd.set_detect_anomaly(self.config.detect_anomaly):
+                self.fit_loop.run(session)
+            self._end(session)
+
+    def validate(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        verbose: bool = True,
+        datamodule: Any = None,
+        weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:
+        """Run validation; return the logged values of each loader.
+
+        Args:
+            model: The module; None takes the last one, with its best weights unless ``ckpt_path`` says otherwise.
+            dataloaders: An iterable of batches, a list or dict of them, or a data module. None: the module's own.
+            ckpt_path: Take the weights from this checkpoint: a path, ``"best"`` or ``"last"``.
+            verbose: Print the values as a table.
+            datamodule: Provides the loaders.
+            weights_only: As in ``fit``.
+        """
+        return self._evaluate(
+            TrainerFn.VALIDATING, self.validate_loop, model, dataloaders, ckpt_path, verbose, datamodule, weights_only
+        )
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        verbose: bool = True,
+        datamodule: Any = None,
+        weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:
+        """Run the test; return the logged values of each loader. Arguments as in ``validate``."""
+        return self._evaluate(
+            TrainerFn.TESTING, self.test_loop, model, dataloaders, ckpt_path, verbose, datamodule, weights_only
+        )
+
+    def _evaluate(
+        self, fn: TrainerFn, loop: EvaluationLoop, model: LightningModule | None, dataloaders: Any, ckpt_path: Any,
+        verbose: bool, datamodule: Any, weights_only: bool | None,
+    ) -> list[dict[str, float]]:  # fmt: skip
+        provided = model is not None
+        model, datamodule, dataloaders = unwrap(self._known(model, str(fn)), datamodule, dataloaders)
+        results: list[dict[str, float]] = []
+        with self._running(fn, loop.stage):
+            session = self._start(model, {loop.prefix: dataloaders}, datamodule, ckpt_path, weights_only, provided)
+            results = loop.run(session)
+            self._end(session)
+            if verbose and self.is_global_zero:
+                loop.show(results)
+        return results
+
+    def predict(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: Any = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        weights_only: bool | None = None,
+    ) -> list[Any] | None:
+        """Run ``predict_step`` over all batches; return what it returned, as a list (of lists, with several loaders).
+
+        Args:
+            model: As in ``validate``.
+            dataloaders: As in ``validate``.
+            datamodule: As in ``validate``.
+            return_predictions: False keeps nothing in memory and returns None.
+            ckpt_path: As in ``validate``.
+            weights_only: As in ``fit``.
+        """
+        provided = model is not None
+        model, datamodule, dataloaders = unwrap(self._known(model, "predict"), datamodule, dataloaders)
+        predictions: list[Any] | None = None
+        with self._running(TrainerFn.PREDICTING, RunningStage.PREDICTING):
+            session = self._start(model, {"predict": dataloaders}, datamodule, ckpt_path, weights_only, provided)
+            self.predict_loop.return_predictions = return_predictions is not False
+            predictions = self.predict_loop.run(session)
+            self._end(session)
+        return predictions
+
+    def _known(self, model: Any, entry: str) -> Any:
+        found = self.lightning_module if model is None else model
+        if found is None:
+            raise MisconfigurationException(
+                f"Trainer.{entry}(model=None): this Trainer has not run any module yet. Pass one."
+            )
+        return found
+
+    # ------------------------------------------------------------------ a run, from start to end
+
+    @contextlib.contextmanager
+    def _running(self, fn: TrainerFn, stage: RunningStage) -> Iterator[None]:
+        """Frame of every entry point: states, signals, and what happens when an exception ends the run."""
+        self.state.fn, self.state.status, self.state.stage = fn, TrainerStatus.RUNNING, stage
+        self.should_stop = False
+        self._interrupt = Interrupt()
+        try:
+            with self._interrupt, resolve.Determinism(self.config):
+                yield
+            self.state.status = TrainerStatus.FINISHED
+        except KeyboardInterrupt as exception:
+            self._fail(exception)
+            if self.config.rule("interrupt") == "exit":
+                sys.exit(1)
+            rank_zero_info("Interrupted: Trainer.interrupted is True.")
+        except BaseException as exception:
+            self._fail(exception)
+            raise
+        finally:
+            self._release()
+
+    def _start(
+        self, model: LightningModule, sources: dict[str, Any], datamodule: Any, ckpt_path: Any, weights_only: bool | None,
+        provided: bool = True,
+    ) -> Session:  # fmt: skip
+        """Everything before the first batch, in Lightning's order of hooks."""
+        fn, strategy = self.state.fn, self._strategy
+        assert fn is not None
+        fitting = fn is TrainerFn.FITTING
+        path = self._checkpoint_path(ckpt_path, provided)
+        if fitting:
+            if model is not strategy.module:
+                self.progress.reset()
+                self.history = History()
+            self.fit_loop.bounds(self.config, fresh=not self._bounds_known)
+            self._bounds_known = True
+            self.fit_loop.renew()
+        self._datamodule = datamodule
+        session = self._session = make_session(self, model, datamodule, sources, self._interrupt)
+        self._recorder = session.recorder
+        strategy.connect(model)
+        self._callbacks = resolve.merge_callbacks(self._callbacks, model.configure_callbacks())
+        check(session, fn)
+        if self._profiler is not None:
+            self._profiler.setup(stage=str(fn), local_rank=self.local_rank, log_dir=self.log_dir)
+        session.prepare_data()
+        session.set_up(str(fn), self._callbacks)
+        checkpoint = self._restore_model(path, weights_only, datamodule) if path is not None else None
+        self.results.clear()
+        session.bind(self._callbacks, self._profiler)
+        strategy.setup()
+        if fitting:
+            configure_optimizers(session)
+            session.hooks.on_fit_start()
+        if self.config.enable_autolog_hparams and not self.config.barebones:
+            log_hyperparams(self._loggers, model, datamodule)
+        if checkpoint is not None and fitting:
+            session.position = snapshot.restore_training(
+                checkpoint, str(path), strategy=strategy, progress=self.progress, fit_loop=self.fit_loop
+            )
+        if path is not None:
+            rank_zero_info(f"{'Restored the run' if fitting else 'Loaded the weights'} from {path}.")
+        model.zero_grad()
+        return session
+
+    def _restore_model(self, path: Any, weights_only: bool | None, datamodule: Any) -> dict[str, Any]:
+        safe = self.config.rule("loading") if weights_only is None else weights_only
+        checkpoint = snapshot.read(self._strategy, path, safe)
+        snapshot.restore_model(
+            checkpoint, str(path), trainer=self, strategy=self._strategy, datamodule=datamodule,
+            callbacks=self._callbacks, fitting=True,
+        )  # fmt: skip
+        return checkpoint
+
+    def _checkpoint_path(self, given: Any, provided: bool) -> Any:
+        """Resolve ``"best"``, ``"last"``, a path, or what ``trainer.ckpt_path`` was set to."""
+        fn = self.state.fn
+        assert fn is not None
+        if given is None and fn is not TrainerFn.FITTING and not provided:
+            given = "best" if self.checkpoint_callback is not None and self.checkpoint_callback.best_model_path else None
+            if given is not None:
+                rank_zero_info(f"Trainer.{fn}() without a model takes the best weights; ckpt_path='last' takes the last.")
+        self._ckpt_path = find_checkpoint(given, str(fn), self.checkpoint_callbacks, self.log_dir)
+        return self._ckpt_path
+
+    def _sanity_check(self, session: Session) -> None:
+        """Run a few validation batches ahead of training; they leave no trace in metrics, loggers or generators."""
+        steps = self.config.num_sanity_val_steps
+        if not self.enable_validation or not steps or session.position is not None or self.progress.batches > 0:
+            return
+        with isolate_rng():
+            self.state.stage = RunningStage.SANITY_CHECKING
+            self.results.clear()
+            session.hooks.on_sanity_check_start()
+            self.fit_loop.validation.run(session, RunningStage.SANITY_CHECKING)
+            session.hooks.on_sanity_check_end()
+            self.results.clear()
+            session.enter(RunningStage.TRAINING)
+
+    def _end(self, session: Session) -> None:
+        """Everything after the last batch, when nothing went wrong."""
+        fn = self.state.fn
+        self._strategy.teardown()
+        self.results.to_cpu()
+        self.results.active = None
+        if fn is TrainerFn.FITTING:
+            session.hooks.on_fit_end()
+        session.tear_down(str(fn), self._callbacks)
+        session.recorder.close("success")
+        if self._profiler is not None:
+            self._profiler.describe()
+            self._profiler.teardown(stage=str(fn))
+
+    def _fail(self, exception: BaseException) -> None:
+        """Tell everybody that the run ends with ``exception``; what goes wrong on the way must not take its place."""
+        self.state.status = TrainerStatus.INTERRUPTED
+        module = self.lightning_module
+        told = [*self._callbacks, self._datamodule] if self._session is not None else []
+        for listener in told:
+            try:
+                if listener is self._datamodule:
+                    if listener is not None:
+                        listener.on_exception(exception)
+                else:
+                    listener.on_exception(self, module, exception)
+            except Exception as error:
+                rank_zero_warn(
+                    f"{type(listener).__name__}.on_exception failed while {type(exception).__name__} ended the run:"
+                    f" {type(error).__name__}: {error}"
+                )
+        if self._recorder is not None:
+            self._recorder.close("failed", reraise=False)
+        if self._session is not None:
+            self._strategy.teardown()
+            if self._profiler is not None:
+                self._profiler.teardown(stage=str(self.state.fn))
+
+    def _release(self) -> None:
+        """Let go of the session: nothing that a run made outlives it."""
+        session, self._session, self._recorder = self._session, None, None
+        self.results.active = None
+        self.results.train.reset()
+        self.results.eval.reset()
+        self.state.stage = None
+        self.fit_loop.release()
+        if session is not None:
+            session.release(self._callbacks)
+
+    # ------------------------------------------------------------------ checkpoints and the rest
+
+    def save_checkpoint(
+        self, filepath: str | os.PathLike[str], weights_only: bool | None = None, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint of where the run stands: atomically, or not at all.
+
+        Args:
+            filepath: Where.
+            weights_only: True leaves out optimizers, schedules, callbacks and generators.
+            storage_options: Accepted for compatibility.
+
+        Raises:
+            AttributeError: before the first run, when there is no module.
+            CheckpointError: when the file cannot be written.
+        """
+        if self.lightning_module is None:
+            raise AttributeError("Trainer.save_checkpoint(): this Trainer has no module yet. Run fit first.")
+        checkpoint = snapshot.gather(
+            trainer=self,
+            strategy=self._strategy,
+            progress=self.progress,
+            fit_loop=self.fit_loop,
+            datamodule=self._datamodule,
+            callbacks=self._callbacks,
+            weights_only=bool(weights_only),
+            version=leyden.__version__,
+        )
+        self._strategy.save_checkpoint(checkpoint, filepath, storage_options)
+        self._strategy.barrier("Trainer.save_checkpoint")
+
+    @contextlib.contextmanager
+    def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Build a module directly on the device and in the number format of this Trainer.
+
+        Args:
+            empty_init: True leaves the weights uninitialised (when a checkpoint follows).
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._strategy.root_device)
+            stack.enter_context(self._strategy.precision.init_context())
+            if empty_init:
+                stack.enter_context(torch.nn.utils.skip_init_context() if hasattr(torch.nn.utils, "skip_init_context") else contextlib.nullcontext())
+            yield
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on rank 0, without disturbing the progress bar."""
+        if not self.is_global_zero:
+            return
+        bar = self.progress_bar_callback
+        if bar is not None and getattr(bar, "is_enabled", True):
+            bar.print(*args, **kwargs)
+        else:
+            print(*args, **kwargs)
+
