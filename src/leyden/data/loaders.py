@@ -73,7 +73,7 @@ def num_batches(stage: RunningStage, length: int | float, limit: int | float, ar
 def _smallest_fraction(length: int) -> float:
     """Return the shortest decimal >= 1/length that comes to one batch (``int(3 * 0.333)`` would come to none)."""
     for digits in range(1, 16):
-        fraction = math.ceil(10**digits / length) / 10**digits
+        fraction = math.ceil(10.0**digits / length) / 10.0**digits
         if int(length * fraction) == 1:
             return fraction
     return 1.0
