@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The precisions, and how a name such as ``"bf16-mixed"`` becomes one."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from leyden.errors import LeydenWarning, MisconfigurationException, did_you_mean
+from leyden.precision.base import Precision
+from leyden.precision.double import DoublePrecision
+from leyden.precision.half import HalfPrecision
+from leyden.precision.mixed import MixedPrecision
+
+PRECISIONS = ("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")
+_SHORT = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+def canonical(precision: str | int | None) -> str:
+    """Return the full name of a precision: 16 and ``"16"`` are ``"16-mixed"``, None is ``"32-true"``."""
+    if precision is None:
+        return "32-true"
+    name = str(precision)
+    name = _SHORT.get(name, name)
+    if isinstance(precision, bool) or name not in PRECISIONS:
+        raise MisconfigurationException(
+            f"precision={precision!r} is unknown. Allowed: {', '.join(map(repr, PRECISIONS))}, and the short forms "
+            f"64, 32, 16 and 'bf16'.{did_you_mean(name, [*PRECISIONS, *_SHORT])}"
+        )
+    return name
+
+
+def make_precision(precision: Precision | str | int | None, device: torch.device | str) -> Precision:
+    """Return the precision of that name for a run on ``device``; a Precision is returned as it is.
+
+    ``"16-mixed"`` on a CPU becomes ``"bf16-mixed"``, with a warning: CPUs have no float16 arithmetic to gain from.
+    """
+    if isinstance(precision, Precision):
+        return precision
+    name = canonical(precision)
+    device_type = torch.device(device).type
+    if name == "16-mixed" and device_type == "cpu":
+        warnings.warn(
+            "precision='16-mixed' gains nothing on a CPU: using 'bf16-mixed'. Ask for that to silence this.",
+            LeydenWarning,
+            stacklevel=2,
+        )
+        name = "bf16-mixed"
+    if name == "32-true":
+        return Precision()
+    if name == "64-true":
+        return DoublePrecision()
+    if name.endswith("-true"):
+        return HalfPrecision(name)
+    return MixedPrecision(name, device_type)
+
+
+__all__ = [
+    "PRECISIONS",
+    "DoublePrecision",
+    "HalfPrecision",
+    "MixedPrecision",
+    "Precision",
+    "canonical",
+    "make_precision",
+]

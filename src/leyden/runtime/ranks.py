@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say and do things on the first process only: messages, warnings, and the decorator ``rank_zero_only``."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from leyden.errors import LeydenDeprecationWarning, LeydenWarning
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# LOCAL_RANK comes before SLURM_PROCID: SLURM sets the latter even where something else starts the processes
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+_logger = logging.getLogger("leyden")
+
+
+def rank_from_environment() -> int | None:
+    """Return the rank that the launcher of this process has put into the environment, or None if there was none."""
+    for name in _RANK_VARIABLES:
+        value = os.environ.get(name, "").strip()
+        if value.isdigit():
+            return int(value)
+    return None
+
+
+class RankZeroOnly:
+    """The decorator ``rank_zero_only``: a decorated function runs on rank 0 and returns ``default`` elsewhere.
+
+    ``rank`` is this process's global rank. It starts as what the environment says, or 0; the strategy sets it when
+    it knows better.
+    """
+
+    def __init__(self) -> None:
+        self.rank: int = rank_from_environment() or 0
+
+    def __call__(self, fn: Callable[P, T], default: T | None = None) -> Callable[P, T | None]:
+        @functools.wraps(fn)
+        def on_rank_zero(*args: P.args, **kwargs: P.kwargs) -> T | None:
+            return fn(*args, **kwargs) if self.rank == 0 else default
+
+        return on_rank_zero
+
+
+rank_zero_only = RankZeroOnly()
+
+
+class _Stderr(logging.Handler):
+    """Writes to whatever ``sys.stderr`` is at that moment, and keeps quiet once the user configures logging."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if logging.getLogger().handlers:
+            return
+        try:
+            print(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+def _speak(level: int, message: object, args: tuple[Any, ...], stacklevel: int) -> None:
+    # lazily, so that importing leyden configures nothing, and the root logger is never touched
+    if not _logger.hasHandlers():
+        _logger.addHandler(_Stderr())
+    if _logger.level == logging.NOTSET:
+        _logger.setLevel(logging.INFO)
+    _logger.log(level, message, *args, stacklevel=stacklevel)
+
+
+def rank_zero_info(message: object, *args: Any, stacklevel: int = 4) -> None:
+    """Tell the user something, on rank 0: a line on stderr, or wherever the user has sent the logger ``leyden``.
+
+    ``args`` are merged into ``message`` with ``%``, as in :mod:`logging`. ``stacklevel`` 4 names the caller of this
+    function, 5 its caller.
+    """
+    if rank_zero_only.rank == 0:
+        _speak(logging.INFO, message, args, stacklevel - 1)
+
+
+def rank_zero_debug(message: object, *args: Any, stacklevel: int = 4) -> None:
+    """Log at debug level, on rank 0; shown when the logger ``leyden`` is set to ``DEBUG``."""
+    if rank_zero_only.rank == 0:
+        _speak(logging.DEBUG, message, args, stacklevel - 1)
+
+
+def rank_zero_warn(message: str | Warning, category: type[Warning] = LeydenWarning, stacklevel: int = 4) -> None:
+    """Warn on rank 0. ``stacklevel`` 4 blames the caller of this function, 5 its caller, and so on."""
+    if rank_zero_only.rank == 0:
+        warnings.warn(message, category, stacklevel=max(stacklevel - 2, 1))
+
+
+def rank_zero_deprecation(
+    message: str | Warning, category: type[Warning] = LeydenDeprecationWarning, stacklevel: int = 5
+) -> None:
+    """Warn on rank 0 that an old name was used. ``stacklevel`` 5 blames the caller of this function."""
+    if rank_zero_only.rank == 0:
+        warnings.warn(message, category, stacklevel=max(stacklevel - 3, 1))
