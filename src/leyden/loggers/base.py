@@ -96,33 +96,26 @@ class Logger(ABC):
         """Called with the ModelCheckpoint callback each time it has saved."""
 
 
-def write_lock(logger: Logger) -> WriteLock:
+def write_lock(logger: Logger) -> RLock:
     """Return the lock that the verbs of ``logger`` hold while they run.
 
     It is made at its first use: subclasses need not call ``super().__init__()``. A process forked at the wrong moment
     inherits it locked, so worker processes of a DataLoader must not write to a logger.
     """
-    lock: WriteLock | None = logger.__dict__.get("_write_lock")
-    if lock is None:
-        lock = logger.__dict__.setdefault("_write_lock", WriteLock())  # atomic, so that two threads get the same one
-    return lock
+    holder: _LockHolder | None = logger.__dict__.get("_write_lock")
+    if holder is None:
+        holder = logger.__dict__.setdefault("_write_lock", _LockHolder())  # atomic: two threads get the same one
+    return holder.lock
 
 
-class WriteLock:
-    """A reentrant lock that lets its owner be copied and pickled: the copy gets a lock of its own."""
+class _LockHolder:
+    """Lets the owner of a lock be copied and pickled: the copy gets a lock of its own."""
 
     def __init__(self) -> None:
-        lock = RLock()
-        self.acquire, self.release = lock.acquire, lock.release
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.release()
+        self.lock = RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return WriteLock, ()
+        return _LockHolder, ()
 
 
 def _one_writer(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,6 +10,8 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from leyden.errors import MisconfigurationException
 from leyden.loggers.base import rank_zero_experiment, write_lock
 from leyden.loggers.folder import FolderLogger, append_file, filesystem_of, replace_file
@@ -62,7 +64,7 @@ class CSVLogger(FolderLogger):
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add one row. Tensors of one element count as numbers; without ``step`` rows are counted."""
-        writer: ExperimentWriter = self.experiment
+        writer: ExperimentWriter = self._experiment or self.experiment
         if step is None:
             step = writer.num_rows
         if self._prefix:
@@ -107,7 +109,7 @@ class ExperimentWriter:
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Keep one row until the next ``save``; without ``step`` rows are counted."""
-        row = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
+        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
         row["step"] = self.num_rows if step is None else step
         if not row.keys() <= self._names:
             self._names.update(row)
@@ -129,7 +131,7 @@ class ExperimentWriter:
                 self.metrics_keys = columns
             else:
                 writer.writerow(columns)
-        writer.writerows([[row.get(name, "") for name in columns] for row in rows])
+        writer.writerows(map(row.get, columns) for row in rows)  # None, for a name the row lacks, is an empty cell
         append_file(self._filesystem, self.metrics_file_path, block.getvalue().encode())
         self.metrics_keys = columns
         self.metrics = []
