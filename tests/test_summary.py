@@ -61,11 +61,11 @@ def test_the_text_holds_the_table_and_the_totals():
     text = str(ModelSummary(model))
     assert text.splitlines() == [
         "  | Name         | Type       | Params | Mode  | FLOPs | In sizes  | Out sizes",
-        "-----------------------------------------------------------------------------",
+        "-" * 78,
         "0 | net          | Sequential | 132 K  | train | 2.6 M | [10, 256] | [10, 512]",
         "1 | head         | Linear     | 5.1 K  | train | 102 K | [10, 512] | [10, 10]",
         "  | other params | n/a        | 3      | n/a   | n/a   | n/a       | n/a",
-        "-----------------------------------------------------------------------------",
+        "-" * 78,
         "Parameters: 137 K in all, 132 K trainable, 5.1 K frozen; 0.551 MB",
         "Modules: 4 in train mode, 1 in eval mode",
         "FLOPs: 2.7 M for one forward pass of the example input",
@@ -225,7 +225,7 @@ def test_a_model_without_layers():
 
 
 def test_scripted_layers():
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
         scripted = torch.jit.script(nn.Linear(2, 3))
     model = nn.Sequential(scripted)
     model.example_input_array = torch.zeros(1, 2)
