@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import textwrap
 import threading
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -70,7 +72,7 @@ def test_J1_terminal(fake_trainer, clock):
     trainer.metrics = {"loss": 0.12345, "lr": 1e-5, "[odd]": 1}
     trainer.fit(bar)
     (line,) = screen(file.getvalue())
-    assert re.sub(r"━+", "━", line) == "Epoch 2/2 ━ 4/4 00:02<00:00 2.00it/s loss: 0.123 lr: 1.00e-05 [odd]: 1"
+    assert re.sub(r"━+", "━", line) == "Epoch 2/2  ━ 4/4 00:02<00:00 2.00it/s loss=0.123 lr=1.00e-05 [odd]=1"
 
 
 def test_J1_terminal_while_it_validates(fake_trainer, clock):
@@ -112,10 +114,18 @@ def test_narrow_terminals_lose_no_metrics(fake_trainer, clock):
     trainer = fake_trainer(batches=2, max_epochs=1)
     trainer.metrics = {"train_loss": 0.5, "accuracy": 0.25, "learning_rate": 0.125}
     trainer.fit(bar)
-    text = "".join(screen(file.getvalue()))
-    assert text.count("…") == 0
-    for value in ("0.500", "0.250", "0.125"):
-        assert value in text
+    lines = screen(file.getvalue())
+    assert [line.split()[-1] for line in lines] == ["train_loss=0.500", "accuracy=0.250", "learning_rate=0.125"]
+
+
+def test_no_row_is_ever_drawn_without_its_numbers(fake_trainer, clock):
+    bar, file = live_bar()
+    trainer = fake_trainer(batches=2, max_epochs=2, val=[2])
+    trainer.after_batch = passing(clock, 0.5)
+    trainer.fit(bar)
+    drawn = [line for line in re.split(r"\n|\x1b\[2K", file.getvalue()) if "━" in line]
+    assert all(re.search(r"\d/\d", line) for line in drawn)
+    assert len(drawn) > 8
 
 
 def test_what_is_printed_meanwhile_goes_above(fake_trainer, clock):
@@ -150,6 +160,26 @@ def test_the_terminal_is_given_back(hook, fake_trainer, clock):
     assert threading.active_count() == 1
 
 
+@pytest.mark.parametrize("fail", [False, True])
+def test_E1_nothing_keeps_the_trainer_alive(fail, fake_trainer, clock):
+    bar, _ = live_bar()
+    gc.collect()
+    gc.disable()
+    try:
+        trainer = fake_trainer(val=[2])
+        alive = weakref.ref(trainer)
+        if fail:
+            bar.setup(trainer, None, "fit")
+            bar.on_train_epoch_start(trainer, None)
+            bar.on_exception(trainer, None, KeyError())
+        else:
+            trainer.fit(bar)
+        del trainer
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 def test_theme_and_columns(fake_trainer, clock):
     class Mine(RichProgressBar):
         def configure_columns(self, trainer):
@@ -163,7 +193,7 @@ def test_theme_and_columns(fake_trainer, clock):
     trainer.metrics = {"a": 1.23, "b": 4.56}
     trainer.fit(bar)
     assert "\x1b[31mEpoch 1/1" in file.getvalue()
-    assert screen(re.sub(r"\x1b\[[\d;]*m", "", file.getvalue())) == ["Epoch 1/1 at 2 a: 1.2; b: 4.6"]
+    assert screen(re.sub(r"\x1b\[[\d;]*m", "", file.getvalue())) == ["Epoch 1/1  at 2 a=1.2; b=4.6"]
 
 
 def test_rate_zero_switches_it_off(fake_trainer, clock, capsys):
@@ -280,7 +310,7 @@ def test_J1_J3_a_real_terminal():
     code, output = run(terminal=True)
     assert code == 0
     lines = screen(re.sub(r"\x1b\[[\d;]*m", "", output))
-    assert lines[-2].startswith("Epoch 2/2 ━")
+    assert lines[-2].startswith("Epoch 2/2  ━")
     assert lines[-1] == "True"
     assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1
 

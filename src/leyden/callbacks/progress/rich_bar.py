@@ -129,10 +129,17 @@ class RichProgressBar(DrawnProgressBar):
         Besides what rich knows of a task, its fields ``batches``, ``time``, ``rate`` and ``metrics`` hold text.
         """
         from rich.progress import BarColumn, TextColumn  # noqa: PLC0415 - as in make_display
+        from rich.table import Column  # noqa: PLC0415
 
         theme = self.theme
         return [
-            TextColumn("{task.description}", style=theme.description, markup=False),
+            TextColumn(
+                "{task.description}",
+                style=theme.description,
+                markup=False,
+                # as wide as "Validation", so that the bars stay where they are when it begins
+                table_column=Column(no_wrap=True, min_width=10),
+            ),
             BarColumn(
                 bar_width=max(10, min(40, self._console_width // 8)),
                 complete_style=theme.progress_bar,
@@ -192,22 +199,22 @@ class RichDisplay:
         for row in [row for row in self._tasks if row not in rows]:
             progress.remove_task(self._tasks.pop(row))
         for row in rows:
-            if row not in self._tasks:
-                self._tasks[row] = progress.add_task(
-                    row.description, total=row.finite_total, batches="", time="", rate="", metrics=""
-                )
             total = "--" if row.finite_total is None else row.finite_total
-            progress.update(
-                self._tasks[row],
-                total=row.finite_total,
-                completed=row.done,
-                batches=f"{row.done}/{total}",
-                time=f"{format_clock(row.elapsed)}<{format_clock(row.remaining_s)}",
-                rate=format_rate(row.rate),
-                metrics=self._theme.metrics_text_delimiter.join(
-                    f"{name}: {format_metric(value, self._theme.metrics_format)}" for name, value in row.metrics.items()
-                ),
+            metrics = (
+                f"{name}={format_metric(value, self._theme.metrics_format)}" for name, value in row.metrics.items()
             )
+            now: dict[str, Any] = {
+                "total": row.finite_total,
+                "completed": row.done,
+                "batches": f"{row.done}/{total}",
+                "time": f"{format_clock(row.elapsed)}<{format_clock(row.remaining_s)}",
+                "rate": format_rate(row.rate),
+                "metrics": self._theme.metrics_text_delimiter.join(metrics),
+            }
+            if row in self._tasks:
+                progress.update(self._tasks[row], **now)
+            else:  # complete from the start, because adding a task draws it
+                self._tasks[row] = progress.add_task(row.description, **now)
 
     def _table(self) -> Table:
         return self._progress.make_tasks_table(self._progress.tasks)
