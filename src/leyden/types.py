@@ -239,6 +239,9 @@ class TrainerView(Protocol):
     def check_val_every_n_epoch(self) -> int | None: ...
 
     @property
+    def val_check_interval(self) -> Interval: ...
+
+    @property
     def val_check_batch(self) -> int | float | None: ...
 
     @property
@@ -252,6 +255,9 @@ class TrainerView(Protocol):
 
     @property
     def checkpoint_callback(self) -> Any: ...
+
+    @property
+    def ckpt_path(self) -> PathLike | None: ...
 
     @property
     def logger(self) -> Any: ...
@@ -288,6 +294,9 @@ class TrainerView(Protocol):
 
     @property
     def predict_dataloaders(self) -> Any: ...
+
+    @property
+    def predict_loop(self) -> Any: ...
 
     @property
     def global_rank(self) -> int: ...
