@@ -49,7 +49,7 @@ def ours() -> dict[str, Any]:
 def test_the_run_is_long_enough_to_mean_something(ours: dict[str, Any]) -> None:
     assert len(ours["losses"]) == 120
     assert ours["global_step"] == 30
-    assert float.fromhex(ours["validated"]["val_accuracy"]) > 0.85
+    assert float.fromhex(ours["validated"]["val_accuracy"]) > 0.8
 
 
 @pytest.mark.parametrize("what", ["losses", "rates", "callback_metrics", "validated", "global_step", "current_epoch"])
