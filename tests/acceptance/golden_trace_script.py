@@ -159,7 +159,9 @@ class Recorder:
         state = self.trainer.state
         entry, stage = _word(state.fn), _word(state.stage)
         mode = "train" if self.module.training else "eval"
-        gradients = "inference" if torch.is_inference_mode_enabled() else "grad" if torch.is_grad_enabled() else "no_grad"
+        gradients = (
+            "inference" if torch.is_inference_mode_enabled() else "grad" if torch.is_grad_enabled() else "no_grad"
+        )
         return f"{entry}/{stage} epoch={self.trainer.current_epoch} step={self.trainer.global_step} {mode} {gradients}"
 
 
@@ -169,7 +171,7 @@ def calls(trace: list[str]) -> list[str]:
 
 
 def traced(base: type, hooks: str, who: str, record: Recorder) -> type:
-    """Return a subclass of ``base`` that overrides each hook with the same signature: records, then calls the original."""
+    """Return a subclass of ``base`` that overrides each hook with its signature: records, then calls the original."""
     lines = ["class Traced(base):"]
     for hook in hooks.replace(") ", ")\n").split("\n"):
         if not hook.strip():
@@ -328,7 +330,10 @@ def loaders(plan: dict[str, Any], stage: str, batches: int) -> Any:
 SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {"trainer": {"max_epochs": 2, "gradient_clip_val": 1.0}},
     "no_validation": {"trainer": {"max_epochs": 2, "limit_val_batches": 0}},
-    "step_returns_dict": {"plan": {"returns": "dict"}, "trainer": {"max_epochs": 1, "gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}},
+    "step_returns_dict": {
+        "plan": {"returns": "dict"},
+        "trainer": {"max_epochs": 1, "gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
+    },
     "accumulation": {"plan": {"train_loaders": 5}, "trainer": {"max_epochs": 2, "accumulate_grad_batches": 2}},
     "accumulation_of_a_stream": {
         "plan": {"train_loaders": "stream:5", "val_loaders": "stream:2"},
@@ -337,7 +342,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "manual": {"plan": {"manual": True, "optimizer": "two"}, "trainer": {"max_epochs": 2}},
     "validation_inside_epoch": {"trainer": {"max_epochs": 2, "val_check_interval": 0.5}},
     "validation_every_3_batches": {
-        "trainer": {"max_epochs": 2, "val_check_interval": 3, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+        "trainer": {
+            "max_epochs": 2, "val_check_interval": 3, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0,
+        },
     },
     "validation_every_2_epochs": {"trainer": {"max_epochs": 3, "check_val_every_n_epoch": 2}},
     "two_validation_loaders": {"plan": {"val_loaders": [2, 1]}, "trainer": {"max_epochs": 1}},
@@ -371,7 +378,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "reload_dataloaders": {"trainer": {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}},
     "all_sanity_batches": {"plan": {"val_loaders": [3, 1]}, "trainer": {"max_epochs": 1, "num_sanity_val_steps": -1}},
     "checkpoint_and_early_stopping": {
-        "trainer": {"max_epochs": 6}, "checkpoint": {"monitor": "metric", "save_last": True}, "early_stopping": {"patience": 2},
+        "trainer": {"max_epochs": 6},
+        "checkpoint": {"monitor": "metric", "save_last": True},
+        "early_stopping": {"patience": 2},
     },
     "checkpoint_without_validation": {"trainer": {"max_epochs": 2, "limit_val_batches": 0}, "checkpoint": {}},
     "checkpoint_every_2_steps": {
@@ -381,7 +390,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "data_module": {"trainer": {"max_epochs": 1}, "data": True, "checkpoint": {}},
     "fit_then_test": {"trainer": {"max_epochs": 1}, "entries": ["fit", "validate", "test", "predict"]},
     "fit_twice": {"trainer": {"max_epochs": 1}, "entries": ["fit", "more", "fit"]},
-    "test_the_best": {"trainer": {"max_epochs": 3}, "checkpoint": {"monitor": "metric"}, "entries": ["fit", "test best"]},
+    "test_the_best": {
+        "trainer": {"max_epochs": 3}, "checkpoint": {"monitor": "metric"}, "entries": ["fit", "test best"],
+    },
     "save_and_resume": {"trainer": {"max_epochs": 1}, "data": True, "entries": ["fit", "save", "resume"]},
     "resume_inside_epoch": {"trainer": {"max_steps": 6}, "entries": ["fit", "save", "resume"]},
 }  # fmt: skip
@@ -413,7 +424,9 @@ class _Run:
         self.plan = dict(self.spec.get("plan", {}))
         if self.spec.get("own_callback"):
             self.plan["own_callback"] = self.make_callback("O")
-        self.module = traced(make_net(L), MODULE_HOOKS if kind == "full" else LIGHT_MODULE_HOOKS, "M", self.record)(self.plan)
+        self.module = traced(make_net(L), MODULE_HOOKS if kind == "full" else LIGHT_MODULE_HOOKS, "M", self.record)(
+            self.plan
+        )
         self.record.module = self.module
         self.datamodule = self.make_datamodule() if self.spec.get("data") else None
         self.trainer_arguments = {

@@ -39,7 +39,7 @@ def machine() -> dict[str, str]:
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
     """Return 1,280 handwritten digits to train on (40 batches of 32) and 517 to validate on."""
-    from sklearn.datasets import load_digits  # noqa: PLC0415 - heavy, and only this function needs it
+    from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     x, y = torch.from_numpy(images / 16.0).float(), torch.from_numpy(labels).long()

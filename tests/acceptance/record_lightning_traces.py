@@ -31,8 +31,8 @@ def record(name: str, L: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    import lightning  # noqa: PLC0415 - only this command needs it, the tests import its functions
-    import lightning.pytorch as L  # noqa: PLC0415
+    import lightning
+    import lightning.pytorch as L
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scenario", nargs="*", help="which ones to record; all without arguments")

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from golden_trace_script import SCENARIOS, calls, run_scenario
-from record_lightning_traces import GOLDEN, KINDS, record
 
 import leyden
+from golden_trace_script import SCENARIOS, calls, run_scenario
+from record_lightning_traces import GOLDEN, KINDS, record
 
 # Where the state of a run differs on purpose (the order of the calls never does).
 MEANINGS = {

@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lightning_parity_script
 import pytest
+
+import lightning_parity_script
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "lightning_parity_script.py"
