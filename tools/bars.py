@@ -15,6 +15,7 @@ Times are not bars: they differ from machine to machine and stand in benchmarks/
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 import tempfile
@@ -196,12 +197,13 @@ def _module(log: bool, probe: Any = None) -> Any:
 def _fit(batches: int, *, attached: bool, probe: Any = None, count: list[int] | None = None) -> None:
     """Fit for one epoch; with ``attached``: one ``self.log`` a step, a csv logger and three callbacks of ours."""
     import torch
+    from torch.utils.data import DataLoader
 
     import leyden as L
     from leyden.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
     from leyden.loggers import CSVLogger
 
-    data = [torch.ones(2, 4)] * batches
+    data = DataLoader(torch.ones(2 * batches, 4), batch_size=2)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parts: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
@@ -220,7 +222,7 @@ def _fit(batches: int, *, attached: bool, probe: Any = None, count: list[int] | 
         )
         module = _module(attached, probe)
         with _counting(count):
-            trainer.fit(module, data, data[:1] if attached else None)
+            trainer.fit(module, data, DataLoader(torch.ones(2, 4)) if attached else None)
 
 
 class _counting:
@@ -261,12 +263,13 @@ def frames_to_training_step() -> list[str]:
     seen: list[list[str]] = []
 
     def probe() -> None:
-        frame = sys._getframe(2)  # the caller of training_step
+        here = inspect.currentframe()
+        frame = here.f_back.f_back if here and here.f_back else None  # the caller of training_step
         frames = []
         while frame is not None and frame.f_code is not _fit.__code__:
             if frame.f_code.co_filename.startswith(str(SOURCE)):
                 frames.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}")
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         seen.append(frames[::-1])
 
     _fit(2, attached=False, probe=probe)
