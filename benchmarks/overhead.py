@@ -6,8 +6,8 @@
 The step is so small (``Linear(32, 2)``, a batch of 4 that is already in memory, SGD, one CPU thread) that hardly
 anything but the framework is measured; on a real model the same microseconds vanish. What is timed is one whole call of
 ``fit`` over an epoch of ``--steps`` batches, its set-up and tear-down included, and nothing else: no construction, no
-imports. Contenders take turns; each is compared with the loop that ran in its own round; the median of the rounds is
-printed, with the smallest and the largest beside it.
+imports. All take turns within a round, each right after a run of the loop that it is compared with; the median ratio of
+the rounds is printed, with the smallest and the largest beside it.
 """
 
 from __future__ import annotations
@@ -154,27 +154,32 @@ def with_trainer(
     return lambda: trainer.fit(module, batches)
 
 
-def contenders() -> dict[str, tuple[str, Callable[[int, str], Prepared]]]:
-    """Return, by name, which hand-written loop a contender is compared with and how it is prepared."""
+Prepare = Callable[[int, str], Prepared]
 
-    def trainer(name: str, **options: Any) -> Callable[[int, str], Prepared]:
+
+def contenders() -> tuple[dict[str, Prepare], dict[str, tuple[str, Prepare]]]:
+    """Return the hand-written loops by name, and by name each framework with the loop that it is compared with."""
+
+    def trainer(name: str, **options: Any) -> Prepare:
         return lambda steps, folder: with_trainer(steps, folder, name=name, **options)
 
-    recorded, bare = "by hand, loss.item() each step", "by hand, nothing recorded"
-    table = {
-        recorded: (recorded, lambda steps, folder: by_hand(steps, folder, record=True)),
-        bare: (bare, lambda steps, folder: by_hand(steps, folder, record=False)),
+    recorded, bare = "a loop with loss.item() each step", "a loop that records nothing"
+    loops: dict[str, Prepare] = {
+        recorded: lambda steps, folder: by_hand(steps, folder, record=True),
+        bare: lambda steps, folder: by_hand(steps, folder, record=False),
+    }
+    frameworks = {
         "leyden, self.log": (recorded, trainer("leyden")),
         "leyden, self.log, a row each step": (recorded, trainer("leyden", every=1)),
         "leyden, nothing logged": (bare, trainer("leyden", log=False)),
         "leyden, self.log, 3 callbacks, csv": (recorded, trainer("leyden", attach=True)),
     }
     if importlib.util.find_spec("accelerate"):
-        table["accelerate, loss.item() each step"] = (recorded, with_accelerate)
+        frameworks["accelerate, loss.item()"] = (recorded, with_accelerate)
     if importlib.util.find_spec("lightning"):
-        table["lightning, self.log"] = (recorded, trainer("lightning.pytorch"))
-        table["lightning, self.log, 3 callbacks, csv"] = (recorded, trainer("lightning.pytorch", attach=True))
-    return table
+        frameworks["lightning, self.log"] = (recorded, trainer("lightning.pytorch"))
+        frameworks["lightning, self.log, 3 callbacks, csv"] = (recorded, trainer("lightning.pytorch", attach=True))
+    return loops, frameworks
 
 
 @contextmanager
@@ -189,7 +194,7 @@ def quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-def seconds(prepare: Callable[[int, str], Prepared], steps: int) -> float:
+def seconds(prepare: Prepare, steps: int) -> float:
     """Prepare a run, then time it alone."""
     with tempfile.TemporaryDirectory() as folder:
         run = prepare(steps, folder)
@@ -200,22 +205,24 @@ def seconds(prepare: Callable[[int, str], Prepared], steps: int) -> float:
 
 
 def measure(steps: int, rounds: int, only: str) -> list[dict[str, Any]]:
-    """Run every contender once a round, in turn, and return one row for each."""
-    table = {name: row for name, row in contenders().items() if only in name or name.startswith("by hand")}
-    times: dict[str, list[float]] = {name: [] for name in table}
-    for prepare in (prepare for _, prepare in table.values()):
+    """Run every contender once a round, each right after the loop that it is compared with; return a row for each."""
+    loops, frameworks = contenders()
+    frameworks = {name: row for name, row in frameworks.items() if only in name}
+    for prepare in [*loops.values(), *(prepare for _, prepare in frameworks.values())]:
         seconds(prepare, min(steps, 300))  # what is done only once in a process
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in frameworks}
     for _ in range(rounds):
-        for name, (_, prepare) in table.items():
-            times[name].append(seconds(prepare, steps))
+        for name, (loop, prepare) in frameworks.items():
+            pairs[name].append((seconds(loops[loop], steps), seconds(prepare, steps)))
     rows = []
-    for name, (loop, _) in table.items():
-        ratios = [mine / theirs for mine, theirs in zip(times[name], times[loop], strict=True)]
+    for name, (loop, _) in frameworks.items():
+        ratios = [mine / theirs for theirs, mine in pairs[name]]
         rows.append(
             {
                 "name": name,
                 "against": loop,
-                "us_per_step": statistics.median(times[name]) / steps * 1e6,
+                "us_per_step": statistics.median(mine for _, mine in pairs[name]) / steps * 1e6,
+                "us_per_step_of_loop": statistics.median(theirs for theirs, _ in pairs[name]) / steps * 1e6,
                 "ratio": statistics.median(ratios),
                 "least": min(ratios),
                 "most": max(ratios),
@@ -236,17 +243,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=5000, help="batches in one run")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each contender")
-    parser.add_argument("--only", default="", help="only contenders whose name contains this, and the loops")
+    parser.add_argument("--only", default="", help="only the frameworks whose row contains this")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with quiet():
         rows = measure(options.steps, options.rounds, options.only)
     print(f"{machine()}; {options.steps} steps, median of {options.rounds} rounds")
-    print(f"{'':<40} us/step   ratio   (least, most)   to")
+    print(f"{'':<40} us/step  loop's   ratio  (least, most)  to")
     for row in rows:
         spread = f"({row['least']:.2f}, {row['most']:.2f})"
-        print(f"{row['name']:<40} {row['us_per_step']:7.1f}  {row['ratio']:6.2f}   {spread:<14}  {row['against']}")
+        times = f"{row['us_per_step']:8.1f} {row['us_per_step_of_loop']:7.1f}"
+        print(f"{row['name']:<40}{times}  {row['ratio']:6.2f}  {spread:<13}  {row['against']}")
     if options.json:
         described = {"machine": machine(), "steps": options.steps, "rounds": options.rounds, "rows": rows}
         options.json.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
