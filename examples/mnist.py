@@ -45,7 +45,7 @@ class MNIST(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            self.train, self.val = random_split(self.load("train"), [55000, 5000], torch.Generator().manual_seed(0))
+            self.train, self.val = random_split(self.load("train"), [0.9, 0.1], torch.Generator().manual_seed(0))
         elif stage == "test":
             self.test = self.load("t10k")
 
