@@ -48,6 +48,10 @@ def test_no_function_body_is_longer_than_100_lines() -> None:
     assert bars.longest_function()[0] <= 100, bars.longest_function()
 
 
+def test_every_file_and_every_public_name_says_what_it_is_for() -> None:
+    assert bars.undocumented() == []
+
+
 @pytest.mark.parametrize(
     "statement", ["import leyden", "from leyden import Callback, LightningDataModule, LightningModule, Trainer"]
 )

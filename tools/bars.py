@@ -7,6 +7,7 @@
     framework calls per batch            Python calls into leyden, counted by sys.setprofile: exact on any machine
     files in import circles              lazy imports, imports for typing and `__init__` files counted
     longest file, hot loop, function     lines
+    without a docstring                  files, and public names in them
     modules loaded by an import          ours and third parties', beyond those of torch
 
 Times are not bars: they differ from machine to machine and stand in benchmarks/ as ratios.
@@ -70,6 +71,21 @@ def longest_function() -> tuple[int, str]:
                 lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
                 longest = max(longest, (lines, f"{_relative(path)}:{node.lineno} {node.name}"))
     return longest
+
+
+def undocumented() -> list[str]:
+    """Return files without licence line or sentence of purpose, and public classes and functions without docstring."""
+    found = []
+    for path in source_files():
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        if not text.startswith("# SPDX-License-Identifier: Apache-2.0\n") or not ast.get_docstring(tree):
+            found.append(_relative(path))
+        for node in tree.body:
+            named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            if named and not node.name.startswith("_") and not ast.get_docstring(node):
+                found.append(f"{_relative(path)}:{node.lineno} {node.name}")
+    return found
 
 
 def import_graph(source: Path = SOURCE) -> dict[str, set[str]]:
@@ -290,6 +306,8 @@ def bars() -> Iterable[Bar]:
     yield Bar("lines of the longest file", *_with_limit(longest_file(), 600))
     yield Bar("lines of loops/fit.py, the hot loop", lines_of_hot_loop(), 400)
     yield Bar("lines of the longest function body", *_with_limit(longest_function(), 100))
+    silent = undocumented()
+    yield Bar("files and public names without a docstring", len(silent), 0, "; ".join(silent))
     yield Bar("modules loaded by import leyden", len(modules_loaded("import leyden")), 60)
     names = "from leyden import Callback, LightningDataModule, LightningModule, Trainer"
     yield Bar("modules loaded by the names a script needs", len(modules_loaded(names)), 60)
