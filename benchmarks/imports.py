@@ -11,7 +11,6 @@ import importlib.util
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 STATEMENTS = {
     "leyden": [
@@ -61,5 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
     main()
