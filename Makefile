@@ -1,0 +1,58 @@
+# Every target makes its own environment (.venv) on first use; `make demo` is the place to start.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test check format bench gpu clean
+
+help:
+	@echo "make demo    train a classifier of handwritten digits (under a minute)"
+	@echo "make test    run the tests"
+	@echo "make check   lint, format, types, import floors, and the bars of the design"
+	@echo "make format  let ruff rewrite what make check would complain about"
+	@echo "make bench   compare with a hand-written loop and with installed peers"
+	@echo "make gpu     tests and benchmarks that need a GPU, with the python3 that is there; installs nothing"
+	@echo "make clean   remove the environment, caches and logs"
+
+# torch first and alone, pinned: an open range would fetch the newest build with its CUDA packages
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/python examples/digits.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/bars.py
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/imports.py
+	$(BIN)/python benchmarks/overhead.py
+
+gpu:
+	@if ! $(PYTHON) -c "import torch" 2>/dev/null; then \
+		echo "make gpu: $(PYTHON) has no torch, so nothing was run."; \
+	elif ! $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		echo "make gpu: torch sees no CUDA GPU here, so nothing was run."; \
+	else \
+		PYTHONPATH=src $(PYTHON) -m pytest tests/gpu && PYTHONPATH=src $(PYTHON) benchmarks/gpu/overhead.py; \
+	fi
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis leyden_logs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
