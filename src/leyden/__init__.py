@@ -1,4 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leyden: a trainer for PyTorch."""
+"""Leyden: a trainer for PyTorch. The public names, loaded when they are first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from leyden.callback import Callback as Callback
+    from leyden.datamodule import LightningDataModule as LightningDataModule
+    from leyden.module import LightningModule as LightningModule
+    from leyden.runtime.seed import seed_everything as seed_everything
+    from leyden.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
+
+_NAMES = {
+    "Callback": "leyden.callback",
+    "LightningDataModule": "leyden.datamodule",
+    "LightningModule": "leyden.module",
+    "Trainer": "leyden.trainer",
+    "seed_everything": "leyden.runtime.seed",
+    "isolate_rng": "leyden.runtime.seed",
+    "rank_zero_only": "leyden.runtime.ranks",
+}
+_MODULES = ("callbacks", "loggers", "profilers", "strategies", "precision")
+
+__all__ = ["__version__", *_NAMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"leyden.{name}")
+    raise AttributeError(f"module 'leyden' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_NAMES, *_MODULES])

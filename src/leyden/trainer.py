@@ -20,6 +20,7 @@ from leyden.loops.evaluate import EvaluationLoop
 from leyden.loops.fit import FitLoop
 from leyden.loops.predict import PredictLoop
 from leyden.loops.session import Session
+from leyden.loops.show import table
 from leyden.loops.start import check, configure_optimizers, find_checkpoint, log_hyperparams, make_session, unwrap
 from leyden.module import LightningModule
 from leyden.progress import Progress
@@ -247,8 +248,8 @@ class Trainer(TrainerFace):
             session = self._start(model, {loop.prefix: dataloaders}, datamodule, ckpt_path, weights_only, provided)
             results = loop.run(session)
             self._end(session)
-            if verbose and self.is_global_zero:
-                loop.show(results)
+            if verbose and (text := table(results, str(fn))):
+                self.print(text)
         return results
 
     def predict(

@@ -10,7 +10,7 @@ from typing import Any
 from leyden import files
 from leyden.callback import Callback
 from leyden.datamodule import LightningDataModule
-from leyden.errors import CheckpointNotFoundError, LeydenWarning, MisconfigurationException, PossibleUserWarning
+from leyden.errors import LeydenWarning, MisconfigurationException, PossibleUserWarning
 from leyden.hooks import is_written, misspelt
 from leyden.hparams import logs_hparams
 from leyden.loggers.recorder import Recorder
@@ -184,7 +184,6 @@ def find_checkpoint(given: Any, fn: str, callbacks: Iterable[Any], log_dir: str 
 
     Raises:
         MisconfigurationException: for ``"best"`` when no best checkpoint is known.
-        CheckpointNotFoundError: for a path that does not exist.
     """
     if given is None:
         return None
@@ -201,18 +200,15 @@ def find_checkpoint(given: Any, fn: str, callbacks: Iterable[Any], log_dir: str 
         folders = [path for callback in callbacks for path in _folders(callback)]
         if log_dir:
             folders.append(str(Path(log_dir) / "checkpoints"))
-        found = files.newest(folders)
+        newest = [path for folder in dict.fromkeys(folders) if (path := files.newest(folder)) is not None]
+        found = max(newest, key=lambda path: files.recorded_step(path) or 0, default=None)
         if found is None:
             rank_zero_warn(
                 f"Trainer.{fn}(ckpt_path='last'): there is no checkpoint in {sorted(set(folders))}; the run starts anew.",
                 category=PossibleUserWarning,
             )
         return found
-    text = str(given)
-    if "://" not in text and not Path(text).exists():
-        files.not_found(text)
-        raise CheckpointNotFoundError(text)
-    return given
+    return given  # a file that is not there is an error when it is read
 
 
 def _folders(callback: Any) -> list[str]:
