@@ -167,21 +167,24 @@ class ModelHooks:
         self.eval()  # type: ignore[attr-defined]
 
     def on_validation_model_train(self) -> None:
-        """Put the model back after validation; unless overridden, each submodule gets its own former mode."""
+        """Put the model back after validation; only called when overridden: else each submodule gets its own former mode."""
+        self.train()  # type: ignore[attr-defined]
 
     def on_test_model_eval(self) -> None:
         """Put the model into eval mode for test."""
         self.eval()  # type: ignore[attr-defined]
 
     def on_test_model_train(self) -> None:
-        """Put the model back after test; unless overridden, each submodule gets its own former mode."""
+        """Put the model back after test; only called when overridden: else each submodule gets its own former mode."""
+        self.train()  # type: ignore[attr-defined]
 
     def on_predict_model_eval(self) -> None:
         """Put the model into eval mode for predict."""
         self.eval()  # type: ignore[attr-defined]
 
     def on_predict_model_train(self) -> None:
-        """Put the model back after predict; unless overridden, each submodule gets its own former mode."""
+        """Put the model back after predict; only called when overridden: else each submodule gets its own former mode."""
+        self.train()  # type: ignore[attr-defined]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Called with the complete checkpoint before it is written; add to it in place."""

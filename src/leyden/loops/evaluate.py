@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -70,16 +69,17 @@ class EvaluationLoop:
     def run(self, session: Session, stage: RunningStage | None = None) -> list[dict[str, float]]:
         """Evaluate; return the logged values of each loader."""
         session.enter(stage or self.stage)
-        self.load_data(session)
-        assert self.loader is not None
-        limits = self.limits(session)
-        if sum(limits) == 0:
-            return []
-        names = _names(session, self.prefix)
-        step = getattr(session.module, names.step)
-        batches.check_several(step, names.step, len(limits))
-        # a context, not a decorator: a phase must not add a frame above the user's step
-        with _no_grad(session.config.inference_mode):
+        # inside fit tensors of a validation may be wanted by training later: inference tensors could not
+        inference = session.config.inference_mode and session.trainer.state.fn is not TrainerFn.FITTING
+        with torch.inference_mode() if inference else torch.no_grad():
+            self.load_data(session)
+            assert self.loader is not None
+            limits = self.limits(session)
+            if sum(limits) == 0:
+                return []
+            names = _names(session, self.prefix)
+            step = getattr(session.module, names.step)
+            batches.check_several(step, names.step, len(limits))
             return self._run(session, names, step, limits)
 
     def _run(
@@ -181,9 +181,4 @@ class _Names:
 
 def _names(session: Session, prefix: str) -> _Names:
     return _Names(session, "test" if prefix == "test" else "validation")
-
-
-def _no_grad(inference_mode: bool) -> AbstractContextManager[Any]:
-    return torch.inference_mode() if inference_mode else torch.no_grad()
-
 

@@ -185,6 +185,7 @@ class FitLoop:
                 " max_epochs to go on."
             )
         if trainer.enable_validation and not self.validation.ready and when.epoch_validates(config, progress.epoch):
+            session.enter(RunningStage.VALIDATING)
             self.validation.load_data(session)
             session.enter(RunningStage.TRAINING)
         self.last_val_time = time.monotonic()
@@ -369,6 +370,7 @@ class FitLoop:
         """Run validation inside training and come back."""
         results = session.results
         results.collect()  # the values of the step stay readable while validation logs its own
+        session.enter(RunningStage.VALIDATING)
         if self.steps:
             if session.hooks.on_validation_model_zero_grad:
                 session.hooks.on_validation_model_zero_grad()

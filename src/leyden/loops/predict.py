@@ -53,6 +53,10 @@ class PredictLoop:
     def run(self, session: Session) -> list[Any] | None:
         """Predict; return the list of predictions (of lists, with several loaders), or None."""
         session.enter(RunningStage.PREDICTING)
+        with torch.inference_mode() if session.config.inference_mode else torch.no_grad():
+            return self._predict(session)
+
+    def _predict(self, session: Session) -> list[Any] | None:
         self.load_data(session)
         assert self.loader is not None
         if sum(self.max_batches) == 0:
@@ -66,7 +70,6 @@ class PredictLoop:
         track = any(hasattr(interval, "on_epoch") for interval in writers)
         self.loader.limits = list(self.max_batches)
         with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode() if session.config.inference_mode else torch.no_grad())
             indices = [stack.enter_context(_indices(item if track else None)) for item in self.loader.flattened]
             self._run(session, indices, keep)
         kept = self.predictions
