@@ -100,6 +100,11 @@ def apply_state_dict(module: nn.Module, state: Mapping[str, Tensor], strict: boo
     Raises:
         CheckpointError: for keys that are missing, unexpected (both only when ``strict``) or of another shape.
     """
+    try:
+        module.load_state_dict(state, strict=strict)
+        return
+    except RuntimeError as error:
+        reason = error
     own = module.state_dict()
     shapes = [
         f"{key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
@@ -109,17 +114,10 @@ def apply_state_dict(module: nn.Module, state: Mapping[str, Tensor], strict: boo
         and not isinstance(own[key], nn.parameter.UninitializedTensorMixin)
         and state[key].shape != own[key].shape
     ]
-    if not shapes:
-        try:
-            result = module.load_state_dict(state, strict=False)
-        except RuntimeError as error:
-            raise CheckpointError(f"The weights in {source} do not fit {type(module).__name__}: {error}") from error
-        missing, unexpected = list(result.missing_keys), list(result.unexpected_keys)
-    else:
-        missing = [key for key in own if key not in state]
-        unexpected = [key for key in state if key not in own]
-    if not shapes and not (strict and (missing or unexpected)):
-        return
+    missing = [key for key in own if key not in state] if strict else []
+    unexpected = [key for key in state if key not in own] if strict else []
+    if not (shapes or missing or unexpected):
+        raise reason  # the module's own way of loading has its own reasons
     lines = [f"The weights in {source} do not fit {type(module).__name__}."]
     if shapes:
         lines.append(f"  {len(shapes)} of another shape: " + "; ".join(shapes[:8]) + (" …" if len(shapes) > 8 else ""))
@@ -131,7 +129,7 @@ def apply_state_dict(module: nn.Module, state: Mapping[str, Tensor], strict: boo
         lines.append("  Build the model with the arguments it was trained with (they win over those in the file).")
     else:
         lines.append("  Pass strict=False (or set self.strict_loading = False) to load what fits.")
-    raise CheckpointError("\n".join(lines))
+    raise CheckpointError("\n".join(lines)) from reason
 
 
 def _by_prefix(keys: list[str]) -> str:

@@ -46,6 +46,8 @@ class NoOptimizer(Optimizer):
     def __init__(self) -> None:
         super().__init__([torch.zeros(1)], {})
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None: ...
+
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         return closure() if closure is not None else None
 

@@ -379,7 +379,7 @@ class Trainer(TrainerFace):
     def _sanity_check(self, session: Session) -> None:
         """Run a few validation batches ahead of training; they leave no trace in metrics, loggers or generators."""
         steps = self.config.num_sanity_val_steps
-        if not self.enable_validation or not steps or session.position is not None or self.progress.batches > 0:
+        if not self.enable_validation or not steps or session.position is not None:
             return
         with isolate_rng():
             self.state.stage = RunningStage.SANITY_CHECKING

@@ -144,11 +144,10 @@ class FitLoop:
         output = session.strategy.training_step(*args)
         loss = output if isinstance(output, Tensor) else read_loss(output)
         if loss is None:
-            rank_zero_warn("training_step() returned None: the batch is skipped.", stacklevel=3)
-            if steps and not first:
-                opt.update()  # the earlier batches of the window still count
-            return None
-        if isinstance(loss, (list, tuple)):
+            # nothing to learn from this batch; the others of its window still count
+            if first:
+                opt.zero_grad(batch_idx)
+        elif isinstance(loss, (list, tuple)):
             step_losses(opt, loss, batch_idx, divisor, first)
         else:
             if not isinstance(loss, Tensor) or not loss.requires_grad or loss.numel() != 1:
@@ -276,8 +275,7 @@ class FitLoop:
         if position is not None and resumed:
             self.last, self.steps = position.after(iterator, progress.batch_idx)
         session.position = None
-        config = session.config
-        self.due = when.next_check(progress, config, self.interval, self.val_every, self.val_across)
+        self.due = self.next_due(session)
         return iterator
 
     def end_epoch(self, session: Session) -> None:
@@ -323,6 +321,14 @@ class FitLoop:
             opt.rescale = accumulate / ((batch_idx + 1) % accumulate)
         return length
 
+    def next_due(self, session: Session) -> float:
+        """The number of batches after which something may be due next."""
+        progress = session.progress
+        for schedule in session.strategy.lr_scheduler_configs:
+            if schedule.reduce_on_plateau and schedule.interval == "step":
+                return progress.batches + 1
+        return when.next_check(progress, session.config, self.interval, self.val_every, self.val_across)
+
     def validation_is_due(self, session: Session) -> bool:
         """Whether validation follows the batch that has just been counted."""
         trainer, progress = session.trainer, session.progress
@@ -357,7 +363,7 @@ class FitLoop:
         progress.tail = ""
         if session.interrupt.received:
             raise KeyboardInterrupt
-        self.due = when.next_check(progress, config, self.interval, self.val_every, self.val_across)
+        self.due = self.next_due(session)
         if self.last or (config.max_steps >= 0 and progress.global_step >= config.max_steps):
             return False
         if trainer.should_stop:

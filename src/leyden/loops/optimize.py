@@ -213,13 +213,13 @@ def closure_batch(
             output = outputs[0] = session.strategy.training_step(*args)
             store.hook = outer
             loss = read_loss(output)
-            if loss is None:
-                return None
-            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            if loss is not None and (not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad):
                 check_loss(loss, bool(hooks.backward))
-            normalized = weighted(opt, output, loss, divisor)
             if first:
                 opt.zero_grad(batch_idx)
+            if loss is None:
+                return None
+            normalized = weighted(opt, output, loss, divisor)
             opt.backward(normalized)
             return loss.detach()
 

@@ -16,7 +16,7 @@ from leyden.callback import Callback
 from leyden.config import TrainerConfig, parse_duration
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.precision import Precision, make_precision
-from leyden.runtime.devices import Accelerator, make_accelerator, parse_devices
+from leyden.runtime.devices import Accelerator, choose, make_accelerator
 from leyden.runtime.ranks import rank_zero_info
 from leyden.strategies import SingleDeviceStrategy, Strategy
 
@@ -49,7 +49,10 @@ def strategy(
         MisconfigurationException: for an unknown name, or for more devices than one process can use.
     """
     backend = make_accelerator(accelerator)
-    chosen = parse_devices(backend, devices)
+    chosen = choose(backend, devices)
+    if devices == "auto" and len(chosen) > 1:
+        rank_zero_info(f"Training on {chosen[0]}, one of {len(chosen)} devices.")
+        chosen = chosen[:1]
     if num_nodes != 1 or len(chosen) > 1:
         raise MisconfigurationException(
             f"Trainer(devices={devices!r}, num_nodes={num_nodes!r}) asks for {len(chosen)} devices on {num_nodes} nodes;"
