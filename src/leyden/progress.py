@@ -32,6 +32,8 @@ class Progress:
     """Which part of the tail of the last batch comes next; empty between two batches."""
     epoch_done: bool = False
     """True from the end of the last batch of an epoch until ``epoch`` has been increased."""
+    cut: bool = False
+    """Whether the last epoch was ended before its last batch; ``batch_idx`` is then where it stopped."""
     val_batches: list[int] = field(default_factory=list)
     """Validation batches of each loader that have been run in this fit: the x-axis of their per-step values."""
     last_train_reload: int = 0

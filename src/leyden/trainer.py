@@ -379,7 +379,9 @@ class Trainer(TrainerFace):
     def _sanity_check(self, session: Session) -> None:
         """Run a few validation batches ahead of training; they leave no trace in metrics, loggers or generators."""
         steps = self.config.num_sanity_val_steps
-        if not self.enable_validation or not steps or session.position is not None:
+        if not self.enable_validation or not steps:
+            return
+        if session.position is not None and (self.progress.batch_idx or self.progress.tail):
             return
         with isolate_rng():
             self.state.stage = RunningStage.SANITY_CHECKING

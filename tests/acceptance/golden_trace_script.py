@@ -379,7 +379,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "all_sanity_batches": {"plan": {"val_loaders": [3, 1]}, "trainer": {"max_epochs": 1, "num_sanity_val_steps": -1}},
     "checkpoint_and_early_stopping": {
         "trainer": {"max_epochs": 6},
-        "checkpoint": {"monitor": "metric", "save_last": True},
+        "checkpoint": {"monitor": "metric"},
         "early_stopping": {"patience": 2},
     },
     "checkpoint_without_validation": {"trainer": {"max_epochs": 2, "limit_val_batches": 0}, "checkpoint": {}},

@@ -16,6 +16,8 @@ from leyden.hooks import is_written
 from leyden.loops.session import Session
 from leyden.module import LightningModule
 
+_END = object()
+
 
 class Lookahead:
     """Iterates one item ahead, so that ``done`` is True as soon as the last item has been handed out."""
@@ -99,8 +101,14 @@ def train_iterator(combined: CombinedLoader, total: int | float) -> tuple[Iterat
     return iterator, None
 
 
+def remaining(iterator: Iterator[Any]) -> Iterator[Any]:
+    """Yield what ``next(iterator)`` gives: a for loop over a CombinedLoader would begin anew, and draw random numbers."""
+    while (item := next(iterator, _END)) is not _END:
+        yield item
+
+
 def _only_batches(iterator: Iterator[tuple[Any, int, int]]) -> Iterator[Any]:
-    for batch, _, _ in iterator:
+    for batch, _, _ in remaining(iterator):
         yield batch
 
 

@@ -107,7 +107,7 @@ class EvaluationLoop:
         seen = session.progress.val_batches if session.trainer.state.fn is TrainerFn.FITTING else [0] * len(limits)
         outputs: list[dict[str, Any]] = [{} for _ in (limits if loader.mode == "sequential" else (0,))]
         current = 0
-        for batch, batch_idx, loader_idx in iterator:
+        for batch, batch_idx, loader_idx in batches.remaining(iterator):
             if loader_idx != current:
                 outputs[current], current = self._end_loader(session), loader_idx
             self.batch_idx = batch_idx

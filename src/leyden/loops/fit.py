@@ -259,22 +259,24 @@ class FitLoop:
     def start_epoch(self, session: Session) -> Iterator[Any]:
         """Reload data if asked, run ``on_train_epoch_start``, and return the iterator over the epoch's batches."""
         progress, position = session.progress, session.position
-        resumed = progress.batch_idx > 0 or bool(progress.tail)
+        if position is None:
+            progress.batch_idx, progress.tail, progress.cut = 0, "", False
+        begun = progress.batch_idx > 0 or bool(progress.tail)
         self.load_data(session)
         assert self.loader is not None
         batches.start_epoch(self.loader, progress.epoch)
         self.last = False
         if position is not None:
-            position.before(self.loader, mid_epoch=resumed)
-        if not resumed:
+            position.before(self.loader, mid_epoch=begun)
+        if not begun or progress.cut:
             session.hooks.on_train_epoch_start()
         if self._iterator is None:
             self._iterate()
         assert self._iterator is not None
         iterator, self._iterator = self._iterator, None
-        if position is not None and resumed:
+        if position is not None and begun:
             self.last, self.steps = position.after(iterator, progress.batch_idx)
-        session.position = None
+        session.position, progress.cut = None, False
         self.due = self.next_due(session)
         return iterator
 
@@ -291,7 +293,11 @@ class FitLoop:
         session.rows.write(row, progress.batches_that_stepped - 1, progress.epoch)
         results.train.reset()
         progress.epoch += 1
-        progress.batch_idx, progress.epoch_done, progress.tail = 0, False, ""
+        progress.epoch_done, progress.tail = False, ""
+        # an epoch that a bound on steps has cut short goes on where it stopped, if the run is resumed
+        progress.cut = not self.last and progress.batch_idx > 0
+        if not progress.cut:
+            progress.batch_idx = 0
 
     def finished(self, session: Session) -> bool:
         """Whether no further epoch runs; says why."""

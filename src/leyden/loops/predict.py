@@ -88,7 +88,7 @@ class PredictLoop:
         hooks.on_predict_epoch_start()
         several = len(self.max_batches) > 1
         transfer, num_args = session.transfer(), 3 if several else max(batches.positional(module.predict_step), 1)
-        for batch, batch_idx, loader_idx in iterator:
+        for batch, batch_idx, loader_idx in batches.remaining(iterator):
             if transfer is not None:
                 batch = transfer(batch, loader_idx)
             self.current_batch_indices = indices[loader_idx](batch_idx)

@@ -185,7 +185,10 @@ def restore_training(
         ours = {}
     if progress.epoch_done:
         # saved while the epoch was being closed: what is left of it is only its count
-        progress.epoch, progress.batch_idx, progress.epoch_done, progress.tail = progress.epoch + 1, 0, False, ""
+        progress.epoch, progress.epoch_done, progress.tail = progress.epoch + 1, False, ""
+        progress.cut = not last and progress.batch_idx > 0
+        if not progress.cut:
+            progress.batch_idx = 0
     loaders = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader", [])
     return Position(ours.get("rng"), ours.get("epoch_rng"), loaders, last, steps)
 
