@@ -30,6 +30,7 @@ from leyden.hparams import (
     load_hparams_from_tags_csv,
     load_hparams_from_yaml,
     logs_hparams,
+    plain_hparams,
     save_hparams_to_tags_csv,
     save_hparams_to_yaml,
 )
@@ -502,6 +503,11 @@ def test_constructor_kwargs_filters_and_overrides():
     saved = {"a": 1, "c": 3, "logged": 4, "_instantiator": "os.system", "_class_path": "x"}
     assert constructor_kwargs(Target, saved, {"c": 5}) == {"a": 1, "c": 5}
     assert constructor_kwargs(TakesAny, saved, {"more": 5}) == {"a": 1, "c": 3, "logged": 4, "more": 5}
+
+
+def test_constructor_kwargs_restores_what_was_stored():
+    plain, _ = plain_hparams({"a": Path("x"), "c": [Namespace(y=1)]})
+    assert constructor_kwargs(Target, plain, {}) == {"a": Path("x"), "c": [Namespace(y=1)]}
 
 
 def test_constructor_kwargs_nested():

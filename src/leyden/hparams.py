@@ -304,6 +304,7 @@ def constructor_kwargs(
 ) -> dict[str, Any]:
     """Return the keyword arguments to construct ``cls`` with: those saved, replaced by ``overrides``.
 
+    ``saved`` may be as :func:`plain_hparams` left it or as :func:`restore_hparams` gave it back, without the overrides.
     Saved values that the constructor does not take are dropped, unless it takes ``**kwargs``. ``name`` (of
     :func:`hparams_name`) tells that the saved values were passed as one argument. ``unreadable`` names those that
     are in the checkpoint but were not unpickled. ``source`` says in errors where the saved values come from.
@@ -313,7 +314,9 @@ def constructor_kwargs(
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    loaded = {key: value for key, value in saved.items() if key not in ("_instantiator", "_class_path")}
+    loaded = {
+        key: value for key, value in restore_hparams(saved).items() if key not in ("_instantiator", "_class_path")
+    }
     nested = name in named and name not in loaded
     if nested:
         loaded = {str(name): AttributeDict({**loaded, **overrides})}

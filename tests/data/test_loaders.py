@@ -82,6 +82,9 @@ def test_iterable_is_not_opened():
             r"Trainer.test\(dataloaders=...\) got None \(NoneType\).*write test_dataloader\(\)",
         ),
         (5, "dataloaders", "validate", r"write val_dataloader\(\)"),
+        (5, "val_dataloaders", "fit", r"Trainer.fit\(val_dataloaders=...\).*write val_dataloader\(\)"),
+        (5, "val_dataloaders", "validate", r"Trainer.validate\(dataloaders=...\).*write val_dataloader\(\)"),
+        (5, "MyModule.val_dataloader()", "fit", r"^MyModule.val_dataloader\(\) returned 5"),
         (5, "MyModule.val_dataloader", "fit", r"MyModule.val_dataloader\(\) returned 5 \(int\)"),
         (DataLoader, "dataloaders", "predict", r"got the class DataLoader, which cannot"),
     ],
@@ -129,6 +132,11 @@ def test_length():
 )
 def test_num_batches(size, limit, expected):
     assert num_batches(TRAIN, size, limit, "limit_train_batches") == expected
+
+
+def test_num_batches_takes_a_prefix():
+    with pytest.raises(MisconfigurationException, match="of the test loader"):
+        num_batches("test", math.inf, 0.5, "limit_test_batches")
 
 
 @pytest.mark.parametrize("limit", [0.5, 0.0])

@@ -163,6 +163,21 @@ def test_closure(precision, module):
     assert not torch.equal(module.weight, before)
 
 
+def test_keywords_reach_the_optimizer(precision, module):
+    seen = []
+
+    class Keyword(torch.optim.SGD):
+        def step(self, closure=None, *, note=None):
+            seen.append(note)
+
+    optimizer = Keyword(module.parameters(), lr=0.1)
+    precision.optimizer_step(optimizer, note=1)
+    backward(precision, module)
+    precision.optimizer_step(optimizer, note=2)
+    MixedPrecision("bf16-mixed", "cpu").optimizer_step(optimizer, note=3)
+    assert seen == [1, 2, 3]
+
+
 def test_lbfgs_is_refused(precision, module):
     with pytest.raises(MisconfigurationException, match="LBFGS.*bf16-mixed"):
         precision.optimizer_step(torch.optim.LBFGS(module.parameters()), lambda: None)

@@ -6,13 +6,12 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from leyden.data.loaders import length, stop_workers
 from leyden.errors import CheckpointError, MisconfigurationException, did_you_mean
 from leyden.types import Stateful
 
-Mode: TypeAlias = Literal["min_size", "max_size_cycle", "max_size", "sequential"]
 Limits: TypeAlias = list[int | float] | None
 Step: TypeAlias = tuple[Any, int, int]
 """A batch (or a list of batches, one a loader), its index, and the index of the loader it came from."""
@@ -145,7 +144,7 @@ class CombinedLoader:
         "sequential": _Sequential,
     }
 
-    def __init__(self, iterables: Any, mode: Mode = "min_size") -> None:
+    def __init__(self, iterables: Any, mode: str = "min_size") -> None:
         if mode not in self._MODES:
             raise MisconfigurationException(
                 f"CombinedLoader(mode={mode!r}) is unknown. Use one of {', '.join(map(repr, self._MODES))}."
@@ -153,12 +152,12 @@ class CombinedLoader:
             )
         self._iterables = iterables
         self._flattened = list(_flatten(iterables))
-        self._mode: Mode = mode
+        self._mode = mode
         self._limits: Limits = None
         self._iterator: _Together | _Sequential | None = None
 
     @property
-    def mode(self) -> Mode:
+    def mode(self) -> str:
         """How the iterables are combined."""
         return self._mode
 

@@ -24,13 +24,12 @@ def check_iterable(loader: object, source: str, fn: str) -> None:
         return
     what = f"the class {loader.__name__}" if isinstance(loader, type) else f"{loader!r} ({type(loader).__name__})"
     if "." in source:
-        raise TypeError(
-            f"{source}() returned {what}, which cannot be iterated over. Return a DataLoader or an iterable."
-        )
-    hook = source.removesuffix("s") if source.endswith("dataloaders") else source
-    hook = hook if "_" in hook else {"validate": "val", "fit": "train"}.get(fn, fn) + "_" + hook
+        hook = source.removesuffix("()")
+        raise TypeError(f"{hook}() returned {what}, which cannot be iterated over. Return a DataLoader or an iterable.")
+    argument = source if fn == "fit" else "dataloaders"
+    hook = source.removesuffix("s") if "_" in source else {"validate": "val"}.get(fn, fn) + "_dataloader"
     raise TypeError(
-        f"Trainer.{fn}({source}=...) got {what}, which cannot be iterated over. "
+        f"Trainer.{fn}({argument}=...) got {what}, which cannot be iterated over. "
         f"Pass a DataLoader or an iterable of batches, or write {hook}() in the module or the data module."
     )
 
@@ -43,13 +42,15 @@ def length(loader: Any) -> int | float:
         return math.inf
 
 
-def num_batches(stage: RunningStage, length: int | float, limit: int | float, argument_name: str) -> int | float:
+def num_batches(stage: RunningStage | str, length: int | float, limit: int | float, argument_name: str) -> int | float:
     """Return how many batches of a loader of that ``length`` a loop runs, given ``limit``.
 
-    An int ``limit`` is a number of batches, a float a fraction of the loader. ``argument_name`` (such as
+    ``stage`` is a stage or its prefix (``"val"``). An int ``limit`` is a number of batches, a float a fraction of the
+    loader. ``argument_name`` (such as
     ``"limit_train_batches"``) is for the errors: MisconfigurationException where a fraction of an unknown length is
     asked for, or one that comes to no batch at all.
     """
+    prefix = stage.dataloader_prefix if isinstance(stage, RunningStage) else stage
     if length == 0:
         return 0
     if isinstance(limit, int):
@@ -58,13 +59,13 @@ def num_batches(stage: RunningStage, length: int | float, limit: int | float, ar
         if limit == 1.0:
             return length
         raise MisconfigurationException(
-            f"{argument_name}={limit} asks for a fraction of the {stage.dataloader_prefix} loader, whose length is not "
+            f"{argument_name}={limit} asks for a fraction of the {prefix} loader, whose length is not "
             f"known. Give a number of batches (an int), or 1.0 for all."
         )
     count = int(length * limit)
     if count == 0 and limit > 0.0:
         raise MisconfigurationException(
-            f"{argument_name}={limit} of the {length} batches of the {stage.dataloader_prefix} loader is less than one "
+            f"{argument_name}={limit} of the {length} batches of the {prefix} loader is less than one "
             f"batch. The smallest fraction that works is {_smallest_fraction(int(length))}."
         )
     return count

@@ -97,9 +97,12 @@ class Precision:
         nn.utils.clip_grad_value_(parameters, value)
         return None
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-        """Let ``optimizer`` take one step and return what it returned; ``closure`` recomputes the loss."""
-        return optimizer.step() if closure is None else optimizer.step(closure)
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """Let ``optimizer`` take one step and return what it returned.
+
+        ``closure`` recomputes the loss; ``kwargs`` go to ``optimizer.step``.
+        """
+        return optimizer.step(**kwargs) if closure is None else optimizer.step(closure, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what must be in a checkpoint, under the name of the class; empty if nothing."""

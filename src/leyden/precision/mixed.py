@@ -65,9 +65,9 @@ class MixedPrecision(Precision):
         self.scaler.unscale_(optimizer)
         self._unscaled.add(id(optimizer))
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         if self.scaler is None:
-            return super().optimizer_step(optimizer, closure)
+            return super().optimizer_step(optimizer, closure, **kwargs)
         if isinstance(optimizer, LBFGS):
             raise MisconfigurationException(
                 "LBFGS evaluates the loss several times a step, which loss scaling does not allow. "
@@ -76,13 +76,13 @@ class MixedPrecision(Precision):
         result = None if closure is None else closure()
         self._step_ran, self._found_inf = True, None
         if not _has_gradients(optimizer):
-            optimizer.step()  # nothing to check for infinities; the scaler would refuse
+            optimizer.step(**kwargs)  # nothing to check for infinities; the scaler would refuse
             return result
         self.unscale(optimizer)
         self._step_ran = False
         hook = optimizer.register_step_pre_hook(self._note_step)
         try:
-            returned = self.scaler.step(optimizer)
+            returned = self.scaler.step(optimizer, **kwargs)
         finally:
             hook.remove()
         self._stepped.add(id(optimizer))

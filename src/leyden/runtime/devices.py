@@ -204,21 +204,25 @@ def choose(accelerator: str | Accelerator = "auto", devices: int | str | Sequenc
     ``devices``: ``"auto"`` for all (one process on a CPU; one GPU in a notebook), -1 for all, a number n for the first
     n, a list or a string (``"0,2"``) for those. Raises MisconfigurationException for what is unknown or not here.
     """
-    kind = make_accelerator(accelerator)
+    return parse_devices(make_accelerator(accelerator), devices)
+
+
+def parse_devices(accelerator: Accelerator, devices: int | str | Sequence[int]) -> list[torch.device]:
+    """Return the devices that ``Trainer(devices=...)`` means with ``accelerator``; see :func:`choose`."""
     wanted: Any = devices
     if wanted in (0, "0", [], ()) or isinstance(wanted, bool):
         raise MisconfigurationException(
-            f"devices={wanted!r} names no device of the {kind.name()} accelerator. "
+            f"devices={wanted!r} names no device of the {accelerator.name()} accelerator. "
             "Give a number of at least 1, a list of indices, -1 for all, or 'auto'."
         )
     if isinstance(wanted, str) and wanted.strip().lower() == "auto":
-        wanted = kind.auto_device_count()
-        if wanted > 1 and kind.name() == "cuda" and hasattr(sys, "ps1"):
+        wanted = accelerator.auto_device_count()
+        if wanted > 1 and accelerator.name() == "cuda" and hasattr(sys, "ps1"):
             rank_zero_info(
                 "Using 1 of %d GPUs, as this is an interactive session. Ask for more with devices=...", wanted
             )
             wanted = 1
-    return kind.get_parallel_devices(kind.parse_devices(wanted))
+    return accelerator.get_parallel_devices(accelerator.parse_devices(wanted))
 
 
 def find_usable_cuda_devices(num_devices: int = -1) -> list[int]:
