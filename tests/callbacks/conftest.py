@@ -58,7 +58,7 @@ class FakeLogger:
 class FakeTrainer:
     """Attributes as a Trainer has them; ``fit`` runs ``epochs`` of ``batches`` and validates as it is told.
 
-    ``metrics(when, trainer)`` returns what is logged at ``"batch"``, ``"validation"`` and ``"epoch"``. ``fails`` maps an
+    ``metrics(when, trainer)`` returns what is logged at ``"batch"``, ``"validation"``, ``"epoch"``. ``fails`` maps an
     event (``"save epoch=0-step=4.ckpt"``, ``"batch 3"`` ...) to what is raised when it is about to happen.
     """
 

@@ -144,8 +144,14 @@ def test_format_checkpoint_name(tmp_path):
     name = callback.format_checkpoint_name({"epoch": torch.tensor(3), "val/loss": torch.tensor(0.128), "a.b": 1})
     assert name == str(tmp_path / "epoch=003-val/loss=0.13-a.b=1.ckpt")
     callback = ModelCheckpoint(filename="{epoch}")
-    assert callback.format_checkpoint_name({"epoch": 1}, filename="{missing:d}", ver=2, prefix="p") == "p-missing=0-v2.ckpt"
-    assert callback.format_checkpoint_name({"epoch": 1, "epoch_test": 2}, "{epoch}{epoch_test}") == "epoch=1epoch_test=2.ckpt"
+    assert (
+        callback.format_checkpoint_name({"epoch": 1}, filename="{missing:d}", ver=2, prefix="p")
+        == "p-missing=0-v2.ckpt"
+    )
+    assert (
+        callback.format_checkpoint_name({"epoch": 1, "epoch_test": 2}, "{epoch}{epoch_test}")
+        == "epoch=1epoch_test=2.ckpt"
+    )
     callback.CHECKPOINT_JOIN_CHAR, callback.CHECKPOINT_EQUALS_CHAR, callback.FILE_EXTENSION = "+", ":", ".pt"
     callback.filename = None
     assert callback.format_checkpoint_name({"epoch": 1, "step": 2}, ver=1) == "epoch:1+step:2+v1.pt"
@@ -393,9 +399,18 @@ def test_k3_where_links_cannot_be_made_last_is_a_copy(make_trainer, monkeypatch)
 SETUPS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "newest and last": ([{"save_last": True}], {}),
     "top 2 and last": ([{"monitor": "val", "save_top_k": 2, "save_last": True}], {"epochs": 5}),
-    "top 2 under one name": ([{"monitor": "val", "save_top_k": 2, "filename": "best", "save_last": True}], {"epochs": 5}),
-    "all under one name": ([{"filename": "{epoch}", "every_n_train_steps": 2, "save_top_k": -1, "save_last": True}], {}),
-    "steps, link": ([{"every_n_train_steps": 3, "save_last": "link", "monitor": "val", "save_top_k": 2}], {"epochs": 4}),
+    "top 2 under one name": (
+        [{"monitor": "val", "save_top_k": 2, "filename": "best", "save_last": True}],
+        {"epochs": 5},
+    ),
+    "all under one name": (
+        [{"filename": "{epoch}", "every_n_train_steps": 2, "save_top_k": -1, "save_last": True}],
+        {},
+    ),
+    "steps, link": (
+        [{"every_n_train_steps": 3, "save_last": "link", "monitor": "val", "save_top_k": 2}],
+        {"epochs": 4},
+    ),
     "halves": ([{"monitor": "val", "save_last": True}], {"val_check_interval": 0.5}),
     "two in one folder": (
         [{"monitor": "val", "filename": "x", "save_last": True}, {"monitor": "loss", "mode": "max", "filename": "x"}],

@@ -111,12 +111,12 @@ class LearningRateMonitor(Callback):
         stats = self._read(trainer, interval if self.logging_interval is None else "any")
         if not stats:
             return
-        device = trainer.strategy.root_device
+        device, metrics = trainer.strategy.root_device, trainer.callback_metrics
         for name, value in stats.items():
             known = self._as_tensor.get(name)
             if known is None or known[0] != value:  # most rates stand still for many rows
                 known = self._as_tensor[name] = (value, torch.tensor(value, device=device))
-            trainer.callback_metrics[name] = known[1]
+            metrics[name] = known[1]
         for logger in trainer.loggers:
             logger.log_metrics(stats, step=trainer.batches_that_stepped)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -59,6 +60,7 @@ class Timer(Callback):
         self._start_time: dict[RunningStage, float | None] = dict.fromkeys(RunningStage)
         self._end_time: dict[RunningStage, float | None] = dict.fromkeys(RunningStage)
         self._offset = 0.0  # seconds of training before this process began
+        self._deadline = math.inf  # when the time is up, by the monotonic clock: all that a step has to look at
 
     def unused_hooks(self, trainer: TrainerView) -> frozenset[str]:
         """Return the hooks that this instance does not need in this run."""
@@ -89,12 +91,13 @@ class Timer(Callback):
 
     def on_fit_start(self, trainer: TrainerView, pl_module: Any) -> None:
         """Stop at once if the time was used up before the resume."""
-        if self._duration is not None:
-            self._check_time_remaining(trainer)
+        self._check_time_remaining(trainer)
 
     def on_train_start(self, trainer: TrainerView, pl_module: Any) -> None:
         """Start the clock of training."""
         self._start(RunningStage.TRAINING)
+        if self._duration is not None:
+            self._deadline = time.monotonic() + self._duration - self._offset
 
     def on_train_end(self, trainer: TrainerView, pl_module: Any) -> None:
         """Stop the clock of training."""
@@ -120,12 +123,13 @@ class Timer(Callback):
         self, trainer: TrainerView, pl_module: Any, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Stop after this batch if the time is up."""
-        if self._duration is not None and self._interval is Interval.step:
+        # with several processes each has to ask the first one, whatever its own clock says
+        if self._interval is Interval.step and (time.monotonic() >= self._deadline or trainer.world_size > 1):
             self._check_time_remaining(trainer)
 
     def on_train_epoch_end(self, trainer: TrainerView, pl_module: Any) -> None:
         """Stop after this epoch if the time is up."""
-        if self._duration is not None and self._interval is Interval.epoch:
+        if self._interval is Interval.epoch:
             self._check_time_remaining(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,7 +145,8 @@ class Timer(Callback):
         self._end_time[stage] = None  # a second run of this stage must not be measured against the first one's end
 
     def _check_time_remaining(self, trainer: TrainerView) -> None:
-        assert self._duration is not None
+        if self._duration is None:
+            return
         is_over = self.time_elapsed() >= self._duration
         if trainer.world_size > 1:  # clocks differ: rank 0 decides, so that all stop at the same batch
             is_over = trainer.strategy.broadcast(is_over)
