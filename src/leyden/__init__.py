@@ -6,14 +6,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from leyden.version import __version__
+
 if TYPE_CHECKING:
     from leyden.callback import Callback as Callback
     from leyden.datamodule import LightningDataModule as LightningDataModule
     from leyden.module import LightningModule as LightningModule
     from leyden.runtime.seed import seed_everything as seed_everything
     from leyden.trainer import Trainer as Trainer
-
-__version__ = "0.1.0"
 
 _NAMES = {
     "Callback": "leyden.callback",

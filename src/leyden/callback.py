@@ -25,7 +25,7 @@ class Callback:
     order: ClassVar[int] = 0
     """Callbacks are sorted by this number (stable): negative first, positive last."""
     monitors: ClassVar[bool] = False
-    """True for a callback that reads a metric: its ``on_train_epoch_end`` runs after the module's own, so that it sees what is logged there."""
+    """True for a callback that reads a metric: its ``on_train_epoch_end`` runs after the module's own and sees its values."""
 
     @property
     def state_key(self) -> str:
@@ -73,8 +73,10 @@ class Callback:
     def on_train_batch_start(self, trainer: TrainerView, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Called before a training step."""
 
-    def on_train_batch_end(self, trainer: TrainerView, pl_module: Any, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
-        """Called after a training step and its optimizer step; ``outputs`` is what ``training_step`` returned, as a dict with a detached ``loss``."""
+    def on_train_batch_end(
+        self, trainer: TrainerView, pl_module: Any, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Called after a training step and its update; ``outputs`` is what the step returned, as a dict, ``loss`` detached."""
 
     def on_validation_start(self, trainer: TrainerView, pl_module: Any) -> None:
         """Called when a validation run begins."""
@@ -88,11 +90,19 @@ class Callback:
     def on_validation_epoch_end(self, trainer: TrainerView, pl_module: Any) -> None:
         """Called after the last validation batch."""
 
-    def on_validation_batch_start(self, trainer: TrainerView, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_validation_batch_start(
+        self, trainer: TrainerView, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Called before a validation step."""
 
     def on_validation_batch_end(
-        self, trainer: TrainerView, pl_module: Any, outputs: STEP_OUTPUT, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: TrainerView,
+        pl_module: Any,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Called after a validation step."""
 
@@ -108,11 +118,19 @@ class Callback:
     def on_test_epoch_end(self, trainer: TrainerView, pl_module: Any) -> None:
         """Called after the last test batch."""
 
-    def on_test_batch_start(self, trainer: TrainerView, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_test_batch_start(
+        self, trainer: TrainerView, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Called before a test step."""
 
     def on_test_batch_end(
-        self, trainer: TrainerView, pl_module: Any, outputs: STEP_OUTPUT, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: TrainerView,
+        pl_module: Any,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Called after a test step."""
 
@@ -128,7 +146,9 @@ class Callback:
     def on_predict_epoch_end(self, trainer: TrainerView, pl_module: Any) -> None:
         """Called after the last prediction batch."""
 
-    def on_predict_batch_start(self, trainer: TrainerView, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_predict_batch_start(
+        self, trainer: TrainerView, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Called before a prediction step."""
 
     def on_predict_batch_end(

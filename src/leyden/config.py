@@ -79,7 +79,9 @@ class TrainerConfig:
         _check_limits(self)
         _check_clipping(self)
         if self.semantics not in SEMANTICS:
-            raise _bad("semantics", self.semantics, "'leyden' or 'lightning'", did_you_mean(str(self.semantics), SEMANTICS))
+            raise _bad(
+                "semantics", self.semantics, "'leyden' or 'lightning'", did_you_mean(str(self.semantics), SEMANTICS)
+            )
         if self.deterministic not in (None, True, False, "warn"):
             raise _bad("deterministic", self.deterministic, "True, False, 'warn' or None")
         parse_val_check_interval(self.val_check_interval)
@@ -137,18 +139,29 @@ def _check_counts(config: TrainerConfig) -> None:
     steps = config.num_sanity_val_steps
     if not (_is_int(steps) and steps >= -1) and steps != math.inf:
         raise _bad("num_sanity_val_steps", steps, "an int >= 0, or -1 for all")
-    fast = config.fast_dev_run
+    fast: Any = config.fast_dev_run
     if not isinstance(fast, (bool, int)) or fast < 0:
         raise _bad("fast_dev_run", fast, "True, False or a number of batches >= 0")
 
 
 def _check_limits(config: TrainerConfig) -> None:
-    for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches"):
+    for name in (
+        "limit_train_batches",
+        "limit_val_batches",
+        "limit_test_batches",
+        "limit_predict_batches",
+        "overfit_batches",
+    ):
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 <= value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value >= 0):
             raise _bad(name, value, "a fraction from 0.0 to 1.0 or a number of batches >= 0")
         if isinstance(value, float) and value > 1.0 and value != math.inf:
-            raise _bad(name, value, "a fraction from 0.0 to 1.0 (float) or a number of batches (int)", f" Did you mean {int(value)}?")
+            raise _bad(
+                name,
+                value,
+                "a fraction from 0.0 to 1.0 (float) or a number of batches (int)",
+                f" Did you mean {int(value)}?",
+            )
 
 
 def _check_clipping(config: TrainerConfig) -> None:
@@ -157,7 +170,9 @@ def _check_clipping(config: TrainerConfig) -> None:
         raise TypeError(f"Trainer(gradient_clip_val={value!r}) is not valid: it must be an int, a float or None.")
     algorithm = getattr(algorithm, "value", algorithm)
     if algorithm is not None and str(algorithm).lower() not in ("norm", "value"):
-        raise _bad("gradient_clip_algorithm", algorithm, "'norm' or 'value'", did_you_mean(str(algorithm), ("norm", "value")))
+        raise _bad(
+            "gradient_clip_algorithm", algorithm, "'norm' or 'value'", did_you_mean(str(algorithm), ("norm", "value"))
+        )
 
 
 def parse_duration(value: Interval, name: str) -> timedelta | None:
@@ -174,7 +189,9 @@ def parse_duration(value: Interval, name: str) -> timedelta | None:
         try:
             return timedelta(**value)
         except TypeError as error:
-            raise _bad(name, value, "a dict of arguments of datetime.timedelta, such as {'hours': 2}", f" ({error})") from None
+            raise _bad(
+                name, value, "a dict of arguments of datetime.timedelta, such as {'hours': 2}", f" ({error})"
+            ) from None
     if isinstance(value, str):
         parts = value.strip().split(":")
         if len(parts) == 4 and all(part.isdigit() for part in parts):
@@ -215,9 +232,12 @@ def parse_val_check_interval(value: Interval) -> ValInterval:
     int: batches. float: fraction of an epoch. ``"500 steps"``: optimizer steps. ``"0.25 epoch"``, ``"100 batches"``,
     ``"30min"``, ``"DD:HH:MM:SS"``, timedelta or dict: as they say.
     """
-    name, allowed = "val_check_interval", (
-        "a number of batches (int), a fraction of an epoch (float from 0.0 to 1.0), a duration ('DD:HH:MM:SS', '30min',"
-        " timedelta, dict) or a string such as '500 steps', '100 batches', '0.25 epoch'"
+    name, allowed = (
+        "val_check_interval",
+        (
+            "a number of batches (int), a fraction of an epoch (float from 0.0 to 1.0), a duration ('DD:HH:MM:SS', '30min',"
+            " timedelta, dict) or a string such as '500 steps', '100 batches', '0.25 epoch'"
+        ),
     )
     if value is None:
         return ValInterval("epoch", 1.0)

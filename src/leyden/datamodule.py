@@ -20,8 +20,8 @@ D = TypeVar("D", bound="LightningDataModule")
 class LightningDataModule(DataHooks, HyperparametersMixin):
     """Everything about the data of an experiment.
 
-    Write ``prepare_data`` (download), ``setup(stage)`` (split) and the ``*_dataloader`` methods you need. ``setup`` runs
-    once for each stage and instance: ``fit`` then ``test`` does not split again for ``fit``.
+    Write ``prepare_data`` (download), ``setup(stage)`` (split) and the ``*_dataloader`` methods you need.
+    ``setup(stage)`` is called at the start of every entry point: guard a random split, or seed it.
     """
 
     name: str | None = None
@@ -121,7 +121,9 @@ def _find_dataset(datamodule: LightningDataModule, method: str) -> str:
         loader = getattr(datamodule, method)()
     except Exception:  # __str__ must not fail: a loader that needs setup() is simply not known yet
         return "not available yet (call setup first)"
-    loaders: Iterable[Any] = loader.values() if isinstance(loader, Mapping) else loader if isinstance(loader, list) else [loader]
+    loaders: Iterable[Any] = (
+        loader.values() if isinstance(loader, Mapping) else loader if isinstance(loader, list) else [loader]
+    )
     parts = []
     for item in loaders:
         dataset = getattr(item, "dataset", item)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every error and warning that Leyden raises on purpose, and the helper that suggests the name a user meant.
 
-    LeydenError
-    ├── MisconfigurationException (also a ValueError)   what was asked for cannot be; nothing has run yet
-    └── CheckpointError (also a RuntimeError)           a checkpoint cannot be written, read or applied
-        └── CheckpointNotFoundError (also a FileNotFoundError)
-    SIGTERMException (a SystemExit, code 143)           the process was asked to end
+LeydenError
+├── MisconfigurationException (also a ValueError)   what was asked for cannot be; nothing has run yet
+└── CheckpointError (also a RuntimeError)           a checkpoint cannot be written, read or applied
+    └── CheckpointNotFoundError (also a FileNotFoundError)
+SIGTERMException (a SystemExit, code 143)           the process was asked to end
 
-    LeydenWarning (a UserWarning)
-    └── PossibleUserWarning                             likely, but not certainly, a mistake
-    LeydenDeprecationWarning (a DeprecationWarning)
+LeydenWarning (a UserWarning)
+└── PossibleUserWarning                             likely, but not certainly, a mistake
+LeydenDeprecationWarning (a DeprecationWarning)
 """
 
 from __future__ import annotations

@@ -138,7 +138,9 @@ def misspelt(owner: Any, kind: str, base: type) -> Iterable[tuple[str, str]]:
         base: The class of ours that it extends; names known there are not hooks somebody mistyped.
     """
     names = {hook.name for hook in HOOKS if kind in hook.owners}
-    for name in sorted({attribute for cls in type(owner).__mro__ if cls not in base.__mro__ for attribute in vars(cls)}):
+    for name in sorted(
+        {attribute for cls in type(owner).__mro__ if cls not in base.__mro__ for attribute in vars(cls)}
+    ):
         looks_like_hook = name.startswith("on_") or name.endswith(("_step", "_dataloader", "_epoch_end"))
         if not looks_like_hook or name in names or hasattr(base, name) or name.startswith("_"):
             continue

@@ -31,21 +31,30 @@ def load_from_checkpoint(
     safe = weights_only is not False
     checkpoint = files.load(checkpoint_path, map_location=map_location or "cpu", weights_only=safe)
     source = str(checkpoint_path) if isinstance(checkpoint_path, (str, Path)) else "the checkpoint"
-    saved = saved_hparams(checkpoint, cls.CHECKPOINT_HYPER_PARAMS_KEY, open_pickles=not safe)
+    saved, unopened = saved_hparams(
+        checkpoint, cls.CHECKPOINT_HYPER_PARAMS_KEY, open_pickles=not safe, map_location=map_location
+    )
     if hparams_file is not None:
         saved.update(_hparams_from_file(hparams_file))
-    saved.update(overrides)
-    saved, unopened = drop_unopened(saved)
-    warn_unused(unopened, source)
-    instance = cls(**constructor_kwargs(cls, saved, overrides))
+    unopened = [name for name in unopened if name not in saved and name not in overrides]
+    kwargs = constructor_kwargs(
+        cls, saved, overrides, name=checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME), source=source, unreadable=unopened
+    )
+    if unopened:
+        rank_zero_warn(
+            f"{source} holds hyperparameters that are not plain data ({', '.join(unopened)}); they were left closed."
+            " Pass weights_only=False if you trust the file, or give their values as arguments."
+        )
+    instance = cls(**kwargs)
     if not isinstance(instance, nn.Module):
         state = checkpoint.get(type(instance).__qualname__)
         if state:
             instance.load_state_dict(state)
         return instance
-    instance.on_load_checkpoint(checkpoint)  # type: ignore[operator]
-    strict = instance.strict_loading if strict is None else strict
-    apply_state_dict(instance, checkpoint["state_dict"], bool(strict), source)
+    module: Any = instance
+    module.on_load_checkpoint(checkpoint)
+    strict = module.strict_loading if strict is None else strict
+    apply_state_dict(module, checkpoint["state_dict"], bool(strict), source)
     if map_location is None:
         device = next((value.device for value in checkpoint["state_dict"].values() if isinstance(value, Tensor)), None)
         if device is not None:
@@ -53,8 +62,13 @@ def load_from_checkpoint(
     return instance
 
 
-def saved_hparams(checkpoint: Mapping[str, Any], key: str, open_pickles: bool) -> dict[str, Any]:
-    """Return the hyperparameters in ``checkpoint`` under ``key``, those that are not plain data too if ``open_pickles``."""
+def saved_hparams(
+    checkpoint: Mapping[str, Any], key: str, open_pickles: bool, map_location: Any = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the hyperparameters in ``checkpoint`` under ``key``, and the names of those that stay closed.
+
+    Those that are not plain data are pickled in the file; they are opened only if ``open_pickles``.
+    """
     found: Any = {}
     for name in (key, "hparams", "module_arguments"):  # the last two: files of Lightning before 1.0
         if name in checkpoint:
@@ -62,25 +76,12 @@ def saved_hparams(checkpoint: Mapping[str, Any], key: str, open_pickles: bool) -
             break
     result = dict(found)
     pickled = (checkpoint.get(PICKLED) or {}).get(key)
-    if pickled is not None:
-        if open_pickles:
-            result.update(unpack(pickled["data"]))
-        else:
-            result.update({name: _Unopened(name) for name in pickled["names"] if name not in result})
-    return result
-
-
-class _Unopened:
-    """Stands for a hyperparameter that is in the file, but pickled."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-def drop_unopened(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Split off the values that were not opened; return the rest and their names."""
-    unopened = [name for name, value in values.items() if isinstance(value, _Unopened)]
-    return {name: value for name, value in values.items() if name not in unopened}, unopened
+    if pickled is None:
+        return result, []
+    if open_pickles:
+        result.update(unpack(pickled["data"], map_location))
+        return result, []
+    return result, [name for name in pickled["names"] if name not in result]
 
 
 def _hparams_from_file(path: str | Path) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def apply_state_dict(module: nn.Module, state: Mapping[str, Tensor], strict: boo
         for key in own
         if isinstance(own[key], Tensor)
         and isinstance(state.get(key), Tensor)
-        and not isinstance(own[key], nn.parameter.UninitializedTensorMixin)
+        and not isinstance(own[key], (nn.UninitializedParameter, nn.UninitializedBuffer))
         and state[key].shape != own[key].shape
     ]
     missing = [key for key in own if key not in state] if strict else []
@@ -139,14 +140,3 @@ def _by_prefix(keys: list[str]) -> str:
         groups.setdefault(key.split(".")[0], []).append(key)
     shown = [f"{prefix}.* ({len(group)})" if len(group) > 2 else ", ".join(group) for prefix, group in groups.items()]
     return "; ".join(shown[:10]) + (" …" if len(shown) > 10 else "")
-
-
-def warn_unused(names: list[str], source: str) -> None:
-    """Say that pickled hyperparameters were left closed."""
-    if names:
-        rank_zero_warn(
-            f"{source} holds hyperparameters that are not plain data ({', '.join(names)}); they were left closed. Pass"
-            " weights_only=False if you trust the file, or give their values as arguments."
-        )
-
-

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +79,10 @@ class LightningModule(ModelHooks, DataHooks, HyperparametersMixin, nn.Module):
 
     def log_into(self, results: Results | None) -> None:
         """Say where ``self.log`` stores its values; the Trainer calls this at the start and the end of a run."""
-        for module in self.modules():
-            if isinstance(module, LightningModule):
-                module._results = results
+        self._results = results
+        for child in self.children():
+            if isinstance(child, LightningModule):
+                child.log_into(results)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -309,12 +310,12 @@ class LightningModule(ModelHooks, DataHooks, HyperparametersMixin, nn.Module):
         rank_zero_only: bool = False,
     ) -> None:
         """Log each entry of a dict, or each metric of a collection of metrics; the arguments are those of ``log``."""
-        items = dictionary.items(keep_base=False) if hasattr(dictionary, "keep_base") else None
-        if items is None:
-            try:
-                items = dictionary.items(keep_base=False, copy_state=False)  # type: ignore[call-arg]
-            except TypeError:
-                items = dictionary.items()
+        entries: Any = dictionary
+        try:
+            # a collection of metrics gives its parts as they are, not copies of their state
+            items = entries.items(keep_base=False, copy_state=False)
+        except TypeError:
+            items = entries.items()
         for name, value in items:
             self.log(
                 name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group,
@@ -376,7 +377,7 @@ class LightningModule(ModelHooks, DataHooks, HyperparametersMixin, nn.Module):
         if self._fabric is not None:
             self._fabric.backward(loss, *args, **kwargs)
         else:
-            loss.backward(*args, **kwargs)
+            loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def toggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
         """Make only the parameters of ``optimizer`` require gradients, until ``untoggle_optimizer``."""
@@ -481,7 +482,8 @@ class LightningModule(ModelHooks, DataHooks, HyperparametersMixin, nn.Module):
         Raises:
             CheckpointError: the file is missing, damaged, or does not fit this class; the message says how.
         """
-        return load_from_checkpoint(cls, checkpoint_path, map_location, hparams_file, strict, weights_only, kwargs)
+        loaded = load_from_checkpoint(cls, checkpoint_path, map_location, hparams_file, strict, weights_only, kwargs)
+        return cast("M", loaded)
 
     def freeze(self: M) -> M:
         """Stop training: no parameter requires a gradient, eval mode. Returns the module."""
@@ -518,5 +520,3 @@ class LightningModule(ModelHooks, DataHooks, HyperparametersMixin, nn.Module):
             return torch.onnx.export(self, sample if isinstance(sample, tuple) else (sample,), file_path, **kwargs)
         finally:
             self.train(training)
-
-

@@ -48,7 +48,7 @@ class NoOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None: ...
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         return closure() if closure is not None else None
 
     def zero_grad(self, set_to_none: bool = True) -> None: ...
@@ -199,10 +199,9 @@ def _check_schedule(
     kind = type(scheduler).__name__
     if not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
         raise TypeError(f"The lr scheduler {kind} is not valid: it must have state_dict() and load_state_dict().")
-    if not isinstance(schedule.frequency, int) or schedule.frequency < 1:
-        raise MisconfigurationException(
-            f"The 'frequency' of an lr scheduler must be an int >= 1; it is {schedule.frequency!r}."
-        )
+    frequency: Any = schedule.frequency
+    if not isinstance(frequency, int) or frequency < 1:
+        raise MisconfigurationException(f"The 'frequency' of an lr scheduler must be an int >= 1; it is {frequency!r}.")
     standard = isinstance(scheduler, (torch.optim.lr_scheduler.LRScheduler, ReduceLROnPlateau))
     if automatic and not standard and not custom_step:
         raise MisconfigurationException(
@@ -238,7 +237,9 @@ def needs_closure(optimizer: Optimizer) -> bool:
         return True
     if closure is None:
         return False
-    return closure.default is inspect.Parameter.empty or not type(optimizer).__module__.startswith(("torch.", "leyden."))
+    return closure.default is inspect.Parameter.empty or not type(optimizer).__module__.startswith(
+        ("torch.", "leyden.")
+    )
 
 
 class LightningOptimizer:
@@ -257,7 +258,7 @@ class LightningOptimizer:
         """The wrapped optimizer."""
         return self._optimizer
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         # schedulers and user code ask isinstance(optimizer, Optimizer); type() still says LightningOptimizer
         return type(self._optimizer)
@@ -304,5 +305,3 @@ class LightningOptimizer:
         finally:
             for parameter, required in states:
                 parameter.requires_grad = required
-
-

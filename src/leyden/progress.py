@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The counters of a fit: all of them, each with one meaning, and everything that a resume must know of them.
 
-    epoch                  epochs completed; the number of the one that runs now
-    batch_idx              batches of this epoch that were trained on; the index of the next one
-    batches                batches trained on since the run began
-    global_step            updates of the model (with ``semantics="lightning"``: steps of all optimizers)
-    batches_that_stepped   batches that ended with an update: the x-axis of the loggers
+epoch                  epochs completed; the number of the one that runs now
+batch_idx              batches of this epoch that were trained on; the index of the next one
+batches                batches trained on since the run began
+global_step            updates of the model (with ``semantics="lightning"``: steps of all optimizers)
+batches_that_stepped   batches that ended with an update: the x-axis of the loggers
 """
 
 from __future__ import annotations

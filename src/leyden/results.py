@@ -69,9 +69,7 @@ class Slot:
 
     def add(self, value: Tensor, weight: int) -> None:
         """Take ``value`` (0-d, detached) into the value of the epoch; ``weight`` samples stand behind it."""
-        if not value.is_floating_point():
-            value = value.to(_accumulator_dtype())
-        elif value.dtype not in (torch.float32, torch.float64):
+        if not value.is_floating_point() or value.dtype not in (torch.float32, torch.float64):
             value = value.to(_accumulator_dtype())
         if self.reduction == "mean":
             value = value * weight
@@ -236,7 +234,8 @@ class Store:
         if known is None and not isinstance(value, MetricLike):
             raise MisconfigurationException(
                 f"self.log({name!r}, reduce_fx={reduce_fx!r}) is not valid: allowed are 'mean', 'sum', 'min', 'max' and"
-                f" their torch functions. Use a metric object for anything else.{did_you_mean(str(reduce_fx), ('mean', 'sum', 'min', 'max'))}"
+                " their torch functions. Use a metric object for anything else."
+                f"{did_you_mean(str(reduce_fx), ('mean', 'sum', 'min', 'max'))}"
             )
         place_key = (str(hook), loader, name)
         if place_key in self._names and self._names[place_key] != key:
@@ -280,7 +279,7 @@ def _plain(name: str, value: Any) -> float | int:
     if isinstance(value, Mapping):
         raise ValueError(f"self.log({name!r}, ...) got a dict; log its entries with self.log_dict.")
     if isinstance(value, Number) or hasattr(value, "__float__"):
-        return int(value) if isinstance(value, int) else float(value)  # type: ignore[arg-type]
+        return int(value) if isinstance(value, int) else float(value)
     raise ValueError(
         f"self.log({name!r}, {value!r}): the value is a {type(value).__name__}; it must be a number, a tensor with one"
         " element or a metric object."

@@ -32,7 +32,9 @@ class Interrupt:
             raise KeyboardInterrupt
         self.received = True
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._former is not None:
             signal.signal(signal.SIGINT, self._former)
             self._former = None

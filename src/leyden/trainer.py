@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-import leyden
-from leyden.config import TrainerConfig
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.loggers.history import History
 from leyden.loops import resolve, snapshot
@@ -30,6 +28,7 @@ from leyden.runtime.seed import isolate_rng
 from leyden.signals import Interrupt
 from leyden.trainer_face import TrainerFace
 from leyden.types import RunningStage, TrainerFn, TrainerState, TrainerStatus
+from leyden.version import __version__
 
 
 class Trainer(TrainerFace):
@@ -150,14 +149,17 @@ class Trainer(TrainerFace):
         self.validate_loop = EvaluationLoop(RunningStage.VALIDATING)
         self.test_loop = EvaluationLoop(RunningStage.TESTING)
         self.predict_loop = PredictLoop()
-        self._strategy, self._accelerator = resolve.strategy(strategy, accelerator, devices, num_nodes, precision, plugins)
+        self._strategy, self._accelerator = resolve.strategy(
+            strategy, accelerator, devices, num_nodes, precision, plugins
+        )
         self._profiler = resolve.profiler(profiler)
         quiet = config.barebones
         self._loggers = resolve.loggers(logger, self.default_root_dir, config, quiet)
         self._callbacks = resolve.callbacks(
             callbacks,
             config,
-            checkpointing=(not quiet if enable_checkpointing is None else enable_checkpointing) and not config.fast_dev_run,
+            checkpointing=(not quiet if enable_checkpointing is None else enable_checkpointing)
+            and not config.fast_dev_run,
             bar=not quiet if enable_progress_bar is None else enable_progress_bar,
             summary=not quiet if enable_model_summary is None else enable_model_summary,
             explicit=given,
@@ -349,7 +351,7 @@ class Trainer(TrainerFace):
             log_hyperparams(self._loggers, model, datamodule)
         if checkpoint is not None and fitting:
             session.position = snapshot.restore_training(
-                checkpoint, str(path), strategy=strategy, progress=self.progress, fit_loop=self.fit_loop
+                checkpoint, str(path), strategy=strategy, progress=self.progress
             )
         if path is not None:
             rank_zero_info(f"{'Restored the run' if fitting else 'Loaded the weights'} from {path}.")
@@ -370,9 +372,13 @@ class Trainer(TrainerFace):
         fn = self.state.fn
         assert fn is not None
         if given is None and fn is not TrainerFn.FITTING and not provided:
-            given = "best" if self.checkpoint_callback is not None and self.checkpoint_callback.best_model_path else None
+            given = (
+                "best" if self.checkpoint_callback is not None and self.checkpoint_callback.best_model_path else None
+            )
             if given is not None:
-                rank_zero_info(f"Trainer.{fn}() without a model takes the best weights; ckpt_path='last' takes the last.")
+                rank_zero_info(
+                    f"Trainer.{fn}() without a model takes the best weights; ckpt_path='last' takes the last."
+                )
         self._ckpt_path = find_checkpoint(given, str(fn), self.checkpoint_callbacks, self.log_dir)
         return self._ckpt_path
 
@@ -467,9 +473,9 @@ class Trainer(TrainerFace):
             datamodule=self._datamodule,
             callbacks=self._callbacks,
             weights_only=bool(weights_only),
-            version=leyden.__version__,
+            version=__version__,
         )
-        self._strategy.save_checkpoint(checkpoint, filepath, storage_options)
+        self._strategy.save_checkpoint(checkpoint, os.fspath(filepath), storage_options)
         self._strategy.barrier("Trainer.save_checkpoint")
 
     @contextlib.contextmanager
@@ -483,7 +489,11 @@ class Trainer(TrainerFace):
             stack.enter_context(self._strategy.root_device)
             stack.enter_context(self._strategy.precision.init_context())
             if empty_init:
-                stack.enter_context(torch.nn.utils.skip_init_context() if hasattr(torch.nn.utils, "skip_init_context") else contextlib.nullcontext())
+                stack.enter_context(
+                    torch.nn.utils.skip_init_context()
+                    if hasattr(torch.nn.utils, "skip_init_context")
+                    else contextlib.nullcontext()
+                )
             yield
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -495,4 +505,3 @@ class Trainer(TrainerFace):
             bar.print(*args, **kwargs)
         else:
             print(*args, **kwargs)
-

@@ -26,7 +26,7 @@ def tree_map(function: Callable[[Any], Any], tree: Any, leaf: type | tuple[type,
         if isinstance(tree, defaultdict):
             return type(tree)(tree.default_factory, items)
         if type(tree) in (dict, OrderedDict):
-            return type(tree)(items)
+            return type(tree)(items)  # type: ignore[call-arg]
         return _rebuild_mapping(tree, items)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(tree_map(function, value, leaf) for value in tree))
@@ -49,7 +49,8 @@ def _rebuild_mapping(tree: Mapping[Any, Any], items: list[tuple[Any, Any]]) -> A
         for key, value in items:
             result[key] = value
         return result
-    return type(tree)(items)  # type: ignore[call-arg]
+    make: Any = type(tree)
+    return make(items)
 
 
 def leaves(tree: Any) -> Iterator[Any]:
@@ -87,7 +88,9 @@ def move_to(tree: Any, device: torch.device) -> Any:
 
 class _HasTo(type):
     def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, Tensor) or (callable(getattr(instance, "to", None)) and not isinstance(instance, type))
+        return isinstance(instance, Tensor) or (
+            callable(getattr(instance, "to", None)) and not isinstance(instance, type)
+        )
 
 
 class _MOVABLE(metaclass=_HasTo):
@@ -100,7 +103,7 @@ def detach(tree: Any) -> Any:
 
 
 def batch_sizes(batch: Any) -> Iterator[int]:
-    """Yield the candidates for the number of samples in ``batch``: the first dimension of each tensor, the length of each string.
+    """Yield candidates for the number of samples in ``batch``: first dimensions of tensors, lengths of strings.
 
     Objects that know their own size are believed: an attribute ``num_graphs`` (graph batches) or ``batch_size``
     holding an int.

@@ -23,7 +23,12 @@ EVAL_DATALOADERS: TypeAlias = Any
 """One iterable of batches, or a list or dict of them."""
 LRScheduler: TypeAlias = Union[torch.optim.lr_scheduler.LRScheduler, torch.optim.lr_scheduler.ReduceLROnPlateau]
 OptimizerLRScheduler: TypeAlias = Union[
-    Optimizer, Sequence[Optimizer], Sequence[Mapping[str, Any]], tuple[Sequence[Optimizer], Sequence[Any]], Mapping[str, Any], None
+    Optimizer,
+    Sequence[Optimizer],
+    Sequence[Mapping[str, Any]],
+    tuple[Sequence[Optimizer], Sequence[Any]],
+    Mapping[str, Any],
+    None,
 ]
 """What ``configure_optimizers`` may return; ``optim.py`` turns each form into one."""
 Interval: TypeAlias = Union[int, float, str, timedelta, Mapping[str, int], None]
@@ -60,7 +65,7 @@ class RunningStage(_Word):
 
     @property
     def dataloader_prefix(self) -> str | None:
-        """The prefix of the ``*_dataloader`` method that feeds this stage: ``"train"``, ``"val"``, ``"test"``, ``"predict"``."""
+        """The prefix of the method that gives the loaders: ``"train"``, ``"val"``, ``"test"``, ``"predict"``."""
         if self in (RunningStage.VALIDATING, RunningStage.SANITY_CHECKING):
             return "val"
         return str(self.value)
@@ -334,7 +339,9 @@ class TrainerView(Protocol):
     @property
     def batches_that_stepped(self) -> int: ...
 
-    def save_checkpoint(self, filepath: PathLike, weights_only: bool | None = None, storage_options: Any = None) -> None: ...
+    def save_checkpoint(
+        self, filepath: PathLike, weights_only: bool | None = None, storage_options: Any = None
+    ) -> None: ...
 
     def validation_due(self) -> bool: ...
 

@@ -101,7 +101,7 @@ def train_iterator(combined: CombinedLoader, total: int | float) -> tuple[Iterat
     return iterator, None
 
 
-def remaining(iterator: Iterator[Any]) -> Iterator[Any]:
+def remaining(iterator: Any) -> Iterator[Any]:
     """Yield what ``next(iterator)`` gives: a for loop over a CombinedLoader would begin anew, and draw random numbers."""
     while (item := next(iterator, _END)) is not _END:
         yield item

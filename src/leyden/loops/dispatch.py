@@ -96,7 +96,12 @@ _DATA = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch
 
 
 def bind(
-    trainer: Any, module: LightningModule, datamodule: Any, callbacks: Iterable[Callback], results: Results, profiler: Any
+    trainer: Any,
+    module: LightningModule,
+    datamodule: Any,
+    callbacks: Iterable[Callback],
+    results: Results,
+    profiler: Any,
 ) -> Hooks:
     """Make the ``Hooks`` of one run.
 
@@ -118,7 +123,9 @@ def bind(
         if name in _DATA:
             for owner, base in ((datamodule, LightningDataModule), (module, LightningModule)):
                 if owner is not None and is_written(owner, name, base):
-                    mine = [_measured(getattr(owner, name), profiler, f"[{base.__name__}]{type(owner).__name__}.{name}")]
+                    mine = [
+                        _measured(getattr(owner, name), profiler, f"[{base.__name__}]{type(owner).__name__}.{name}")
+                    ]
                     break
             theirs: list[tuple[bool, Callable[..., Any]]] = []
         else:
@@ -128,7 +135,9 @@ def bind(
                 (
                     bool(getattr(callback, "monitors", False)),
                     _measured(
-                        partial(getattr(callback, name), trainer, module), profiler, f"[Callback]{type(callback).__name__}.{name}"
+                        partial(getattr(callback, name), trainer, module),
+                        profiler,
+                        f"[Callback]{type(callback).__name__}.{name}",
                     ),
                 )
                 for callback in callbacks

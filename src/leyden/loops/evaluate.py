@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evaluation loop: validation inside fit, the sanity check, ``Trainer.validate`` and ``Trainer.test``.
 
-    on_*_model_eval, on_*_start, on_*_epoch_start
-    for each loader, for each batch:
-        batch to device, on_*_batch_start, *_step, on_*_batch_end
-    on_*_epoch_end, a row with the values of the epoch, on_*_end, on_*_model_train
+on_*_model_eval, on_*_start, on_*_epoch_start
+for each loader, for each batch:
+    batch to device, on_*_batch_start, *_step, on_*_batch_end
+on_*_epoch_end, a row with the values of the epoch, on_*_end, on_*_model_train
 """
 
 from __future__ import annotations
@@ -181,4 +181,3 @@ class _Names:
 
 def _names(session: Session, prefix: str) -> _Names:
     return _Names(session, "test" if prefix == "test" else "validation")
-

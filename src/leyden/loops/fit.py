@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -30,19 +30,10 @@ from leyden.data.combined import CombinedLoader
 from leyden.errors import MisconfigurationException
 from leyden.loops import batches, when
 from leyden.loops.evaluate import EvaluationLoop
-from leyden.loops.optimize import (
-    Optimization,
-    check_loss,
-    closure_batch,
-    indexed_batch,
-    manual_batch,
-    read_loss,
-    step_losses,
-    weighted,
-)
+from leyden.loops.optimize import Optimization, check_loss, read_loss, step_losses, weighted
+from leyden.loops.paths import choose
 from leyden.loops.schedule import step_schedules
 from leyden.loops.session import Session
-from leyden.optim import needs_closure
 from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
 from leyden.runtime.seed import rng_state
 from leyden.types import RunningStage
@@ -82,7 +73,8 @@ class FitLoop:
         store, interrupt = session.results.train, session.interrupt
         if not self.prepare(session):
             return
-        optimization, train, num_args = self.choose(session)
+        optimization: Optimization = session.optimization
+        train, num_args = choose(session, self.train_batch)
         transfer = session.transfer()
         hooks.on_train_start()
         while not self.finished(session):
@@ -138,7 +130,14 @@ class FitLoop:
         hooks.on_train_end()
 
     def train_batch(
-        self, session: Session, opt: Optimization, args: tuple[Any, ...], batch_idx: int, first: bool, steps: bool, divisor: int
+        self,
+        session: Session,
+        opt: Optimization,
+        args: tuple[Any, ...],
+        batch_idx: int,
+        first: bool,
+        steps: bool,
+        divisor: int,
     ) -> Any:
         """Forward, backward and, at the end of a window, the update. Returns what ``training_step`` returned."""
         output = session.strategy.training_step(*args)
@@ -240,20 +239,6 @@ class FitLoop:
         self.epoch_rng = rng_state()
         self._iterator, self._ahead = batches.train_iterator(self.loader, self.num_batches)
 
-    def choose(self, session: Session) -> tuple[Optimization, Callable[..., Any], int]:
-        """Choose, once, how a batch is trained: the straight way, inside a closure, one call per optimizer, or by hand."""
-        module = session.module
-        optimization: Optimization = session.optimization
-        step = module.training_step
-        train: Callable[..., Any] = self.train_batch
-        if not module.automatic_optimization:
-            train = manual_batch
-        elif batches.takes(step, "optimizer_idx"):
-            train = indexed_batch
-        elif session.hooks.optimizer_step or any(needs_closure(optimizer) for optimizer in optimization.optimizers):
-            train = closure_batch
-        return optimization, train, batches.positional(step)
-
     # ------------------------------------------------------------------ around an epoch
 
     def start_epoch(self, session: Session) -> Iterator[Any]:
@@ -283,6 +268,7 @@ class FitLoop:
     def end_epoch(self, session: Session) -> None:
         """Run ``on_train_epoch_end``, the schedules that wait for a metric, and write the row of the epoch."""
         progress, results = session.progress, session.results
+        results.collect()  # what was logged per step stays readable while hooks read the values of the epoch
         results.train.on_step, results.train.loader = False, None
         results.train.end_batch()
         progress.epoch_done = True
@@ -344,7 +330,13 @@ class FitLoop:
             return True
         elapsed = time.monotonic() - self.last_val_time if self.interval.unit == "time" else 0.0
         return when.validation_due(
-            progress, self.interval, self.val_every, self.val_across, last=self.last, stepped=self.steps, elapsed=elapsed
+            progress,
+            self.interval,
+            self.val_every,
+            self.val_across,
+            last=self.last,
+            stepped=self.steps,
+            elapsed=elapsed,
         )
 
     def finish_batch(self, session: Session) -> bool:
@@ -398,7 +390,8 @@ def _outputs(output: Any) -> Any:
     if isinstance(output, Tensor):
         return {"loss": output.detach()}
     if isinstance(output, Mapping):
-        return {key: value.detach() if key == "loss" and isinstance(value, Tensor) else value for key, value in output.items()}
+        return {
+            key: value.detach() if key == "loss" and isinstance(value, Tensor) else value
+            for key, value in output.items()
+        }
     return {}
-
-

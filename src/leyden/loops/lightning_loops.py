@@ -19,14 +19,13 @@ def _tracker(total: dict[str, int], current: dict[str, int] | None = None, **mor
     return {"total": total, "current": dict(total) if current is None else current, **more}
 
 
-def to_lightning(progress: Progress, loaders: list[Any], last: bool, steps: bool) -> dict[str, Any]:
+def to_lightning(progress: Progress, loaders: list[Any], last: bool) -> dict[str, Any]:
     """Return the value of the key ``loops``.
 
     Args:
         progress: Our counters.
         loaders: States of stateful training loaders.
         last: Whether the last batch ended its epoch.
-        steps: Whether it ended with an update.
     """
     short = "ready completed"
     zero = _tracker(_counts(0))

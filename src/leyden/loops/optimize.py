@@ -14,7 +14,6 @@ from leyden.errors import MisconfigurationException
 from leyden.hooks import is_written
 from leyden.loops.session import Session
 from leyden.module import LightningModule
-from leyden.optim import LightningOptimizer
 
 
 class Optimization:
@@ -30,7 +29,8 @@ class Optimization:
             self.progress.optimizer_steps = [0] * len(self.optimizers)
         self._sums_optimizers = session.config.rule("global_step") == "optimizer steps"
         self._own_clipping = any(
-            is_written(session.module, name, LightningModule) for name in ("configure_gradient_clipping", "clip_gradients")
+            is_written(session.module, name, LightningModule)
+            for name in ("configure_gradient_clipping", "clip_gradients")
         )
         self.stepped = False
         """Whether the model was updated since the current batch began."""
@@ -187,87 +187,7 @@ def step_losses(opt: Optimization, losses: Sequence[Tensor], batch_idx: int, div
         opt.backward(loss / divisor if divisor > 1 else loss, inputs=own, retain_graph=index < len(losses) - 1)
 
 
-def manual_batch(
-    session: Session, opt: Optimization, args: tuple[Any, ...], batch_idx: int, first: bool, steps: bool, divisor: int
-) -> Any:
-    """Manual optimization: ``training_step`` does it all."""
-    output = session.strategy.training_step(*args)
-    if output is not None and not isinstance(output, (Tensor, Mapping)):
-        raise MisconfigurationException(
-            f"training_step() returned {type(output).__name__}; under manual optimization it must return a tensor, a dict"
-            " or None."
-        )
-    return output
-
-
-def closure_batch(
-    session: Session, opt: Optimization, args: tuple[Any, ...], batch_idx: int, first: bool, steps: bool, divisor: int
-) -> Any:
-    """The training step runs inside ``optimizer.step``: for LBFGS, optimizers of others, and an overridden ``optimizer_step``."""
-    store, hooks = session.results.train, session.hooks
-    outputs: list[Any] = [None]
-
-    def closure(optimizer: Optimizer | None = None) -> Any:
-        with torch.enable_grad():
-            outer, store.hook = store.hook, "training_step"
-            output = outputs[0] = session.strategy.training_step(*args)
-            store.hook = outer
-            loss = read_loss(output)
-            if loss is not None and (not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad):
-                check_loss(loss, bool(hooks.backward))
-            if first:
-                opt.zero_grad(batch_idx)
-            if loss is None:
-                return None
-            normalized = weighted(opt, output, loss, divisor)
-            opt.backward(normalized)
-            return loss.detach()
-
-    if not steps:
-        closure()
-        return outputs[0]
-    for index, optimizer in enumerate(session.strategy.lightning_optimizers):
-        # with several optimizers the first one's closure makes the gradients that all of them step on
-        run = closure if index == 0 else _no_closure
-        if hooks.optimizer_step:
-            hooks.optimizer_step(session.trainer.current_epoch, batch_idx, optimizer, run)
-        else:
-            optimizer.step(run)
-    opt.window_weight, opt.rescale = None, 1.0
-    return outputs[0]
-
-
-def _no_closure() -> None:
-    """Stands for the closure where the gradients are there already."""
-
-
-def indexed_batch(
-    session: Session, opt: Optimization, args: tuple[Any, ...], batch_idx: int, first: bool, steps: bool, divisor: int
-) -> Any:
-    """``training_step(batch, batch_idx, optimizer_idx)``: one call for each optimizer, which alone requires gradients."""
-    outputs: Any = None
-    for index, optimizer in enumerate(opt.optimizers):
-        with LightningOptimizer(optimizer, opt.step_with_closure, opt.optimizers).toggle_model():
-            output = session.strategy.training_step(*args[:2], index)
-            loss = read_loss(output)
-            if loss is None:
-                continue
-            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-                check_loss(loss, bool(session.hooks.backward))
-            if first:
-                opt.zero_grad_of(optimizer, batch_idx)
-            opt.backward(loss / divisor if divisor > 1 else loss)
-            outputs = output
-            if steps:
-                opt.before_step(optimizer)
-                session.strategy.optimizer_step(optimizer)
-                opt.count(index)
-    if steps:
-        opt.window_weight, opt.rescale = None, 1.0
-    return outputs
-
-
-def weighted(opt: Optimization, output: Any, loss: Tensor, divisor: int) -> Tensor:
+def weighted(opt: Optimization, output: Any, loss: Tensor, divisor: int) -> Any:
     """Normalise a loss over its window: by the weight that the step declared, else by the number of batches.
 
     A step declares a weight by returning ``{"loss": mean, "num_items": n}``: the gradients of the window are then those
@@ -280,6 +200,3 @@ def weighted(opt: Optimization, output: Any, loss: Tensor, divisor: int) -> Tens
         opt.window_weight = weight if opt.window_weight is None else opt.window_weight + weight
         return loss * weight
     return loss / divisor
-
-
-

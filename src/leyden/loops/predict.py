@@ -137,7 +137,7 @@ def _indices(loader: Any) -> Iterator[Callable[[int], list[int]]]:
     """For the length of the block, let ``loader`` tell which samples a batch holds; empty where that is not known."""
     sampler = loader.batch_sampler if isinstance(loader, DataLoader) else None
     if sampler is None:
-        yield lambda batch_idx: []
+        yield lambda _: []
         return
     recorder = _Recorder(sampler)
     # past DataLoader's own guard, which would have us build the user's loader anew; put back below

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns the names that a user gave the Trainer into objects, once: devices, precision, strategy, loggers, callbacks, profiler."""
+"""Turns the names that a user gave the Trainer into objects, once: devices, strategy, loggers, callbacks, profiler."""
 
 from __future__ import annotations
 

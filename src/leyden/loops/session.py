@@ -91,7 +91,9 @@ class Session:
             callback.setup(self.trainer, module, stage)
         module.setup(stage)
         self.strategy.barrier("post_setup")
-        build = [name for name in ("configure_sharded_model", "configure_model") if is_written(module, name, LightningModule)]
+        build = [
+            name for name in ("configure_sharded_model", "configure_model") if is_written(module, name, LightningModule)
+        ]
         if build:
             with self.strategy.root_device, self.strategy.precision.init_context():
                 for name in build:

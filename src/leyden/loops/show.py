@@ -19,7 +19,10 @@ def table(results: Sequence[dict[str, float]], stage: str) -> str:
     widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
 
     def line(row: list[str]) -> str:
-        first, *rest = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        first, *rest = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         return "  ".join([first, *rest]).rstrip()
 
     return "\n".join([line(head), "  ".join("─" * width for width in widths), *(line(row) for row in body)])

@@ -61,7 +61,7 @@ def gather(
         "global_step": progress.global_step,
         "pytorch-lightning_version": LIGHTNING_VERSION,
         "state_dict": strategy.module_state_dict(),
-        "loops": to_lightning(progress, loaders, fit_loop.last, fit_loop.steps),
+        "loops": to_lightning(progress, loaders, fit_loop.last),
     }
     ours: dict[str, Any] = {"format": FORMAT, "version": version, "progress": progress.state_dict()}
     if not weights_only:
@@ -106,7 +106,7 @@ def read(strategy: Strategy, path: Any, weights_only: bool | None) -> dict[str, 
     Raises:
         CheckpointError: for a file of a newer format, or one that is no checkpoint.
     """
-    checkpoint = strategy.load_checkpoint(path, weights_only)
+    checkpoint: Any = strategy.load_checkpoint(path, weights_only)
     if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
         keys = sorted(map(str, checkpoint))[:8] if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
         raise CheckpointError(
@@ -159,9 +159,7 @@ def restore_model(
             )
 
 
-def restore_training(
-    checkpoint: dict[str, Any], source: str, *, strategy: Strategy, progress: Progress, fit_loop: FitLoop
-) -> Position:
+def restore_training(checkpoint: dict[str, Any], source: str, *, strategy: Strategy, progress: Progress) -> Position:
     """Put back optimizers, schedules, precision and counters; return where the data stands."""
     missing = [key for key in ("optimizer_states", "lr_schedulers") if key not in checkpoint]
     if missing:
@@ -171,10 +169,17 @@ def restore_training(
         )
     if state := checkpoint.get(type(strategy.precision).__qualname__):
         strategy.precision.load_state_dict(state)
-    _restore_each("optimizer_states", "optimizers", checkpoint, strategy.optimizers, source, strategy.load_optimizer_state)
+    _restore_each(
+        "optimizer_states", "optimizers", checkpoint, strategy.optimizers, source, strategy.load_optimizer_state
+    )
     schedulers = [schedule.scheduler for schedule in strategy.lr_scheduler_configs]
     _restore_each(
-        "lr_schedulers", "lr schedulers", checkpoint, schedulers, source, lambda scheduler, state: scheduler.load_state_dict(state)
+        "lr_schedulers",
+        "lr schedulers",
+        checkpoint,
+        schedulers,
+        source,
+        lambda scheduler, state: scheduler.load_state_dict(state),
     )
     ours = checkpoint.get("leyden")
     if ours is not None:

@@ -59,7 +59,9 @@ def unwrap(model: Any, datamodule: Any, loaders: Any) -> tuple[LightningModule, 
     return module, datamodule, loaders
 
 
-def make_session(trainer: Any, module: LightningModule, datamodule: Any, sources: dict[str, Any], interrupt: Any) -> Session:
+def make_session(
+    trainer: Any, module: LightningModule, datamodule: Any, sources: dict[str, Any], interrupt: Any
+) -> Session:
     """Gather the parts of a run on ``trainer``."""
     module.trainer = trainer
     if datamodule is not None:
@@ -120,9 +122,9 @@ def check(session: Session, fn: TrainerFn) -> None:
             )
     if fn is not TrainerFn.PREDICTING and not is_written(module, step, LightningModule):
         raise MisconfigurationException(f"{name} has no {step}(): Trainer.{fn}() needs it.")
-    if fn is TrainerFn.PREDICTING and not is_written(module, step, LightningModule):
-        if type(module).forward is LightningModule.forward:
-            raise MisconfigurationException(f"{name} has neither predict_step() nor forward(): write one of them.")
+    written = is_written(module, step, LightningModule)
+    if fn is TrainerFn.PREDICTING and not written and type(module).forward is LightningModule.forward:
+        raise MisconfigurationException(f"{name} has neither predict_step() nor forward(): write one of them.")
     if not has_source(session, prefix):
         argument = "train_dataloaders" if prefix == "train" else "dataloaders"
         raise MisconfigurationException(
@@ -145,7 +147,8 @@ def _check_fit(session: Session, name: str) -> None:
     has_data = has_source(session, "val")
     if has_data and not has_step:
         rank_zero_warn(
-            f"There is validation data but {name} has no validation_step(): no validation runs.", category=PossibleUserWarning
+            f"There is validation data but {name} has no validation_step(): no validation runs.",
+            category=PossibleUserWarning,
         )
     if has_step and not has_data:
         rank_zero_warn(
@@ -241,4 +244,3 @@ def _same(first: Any, second: Any) -> bool:
         return first is second or bool(first == second)
     except (ValueError, RuntimeError):  # arrays and tensors have no single truth value
         return False
-

@@ -87,9 +87,7 @@ def validation_due(
     return count % int(every) == 0
 
 
-def next_check(
-    progress: Progress, config: TrainerConfig, interval: ValInterval, every: float, across: bool
-) -> float:
+def next_check(progress: Progress, config: TrainerConfig, interval: ValInterval, every: float, across: bool) -> float:
     """The number of batches at which something may be due next: never too late, sometimes too early."""
     ahead: float = math.inf
     if config.fast_dev_run:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import random
-import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ _MASK = 2**64 - 1
 def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
     """Seed python's, numpy's and torch's global generators, on every device, and return the seed.
 
-    ``seed`` None takes ``PL_GLOBAL_SEED`` from the environment, or else draws one. ``workers=True`` asks the Trainer
+    ``seed`` None takes ``PL_GLOBAL_SEED`` from the environment, or else is 0. ``workers=True`` asks the Trainer
     to seed the workers of its data loaders by :func:`pl_worker_init_function`. Both are left in the environment
     (``PL_GLOBAL_SEED``, ``PL_SEED_WORKERS``), so that processes which this one starts follow.
 
@@ -37,11 +36,11 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     """
     if seed is None:
         given = os.environ.get(_SEED)
-        seed, source = (secrets.randbits(32), "drawn") if given is None else (_as_seed(given, _SEED), "environment")
+        seed, source = (0, "default") if given is None else (_as_seed(given, _SEED), "environment")
     else:
         seed, source = _as_seed(seed, "seed"), "argument"
     if verbose:
-        rank_zero_info("Seed set to %d%s", seed, " (drawn: pass it to repeat this run)" if source == "drawn" else "")
+        rank_zero_info("Seed set to %d%s", seed, " (none was given)" if source == "default" else "")
     os.environ[_SEED] = str(seed)
     os.environ[_WORKERS] = str(int(workers))
     random.seed(seed)
