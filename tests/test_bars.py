@@ -81,7 +81,7 @@ def test_init_files_count_and_relative_imports_are_followed(tmp_path: Path) -> N
         {
             "__init__.py": "",
             "p/__init__.py": "from .one import x",
-            "p/one.py": "from . import two",
+            "p/one.py": "from . import two, y",
             "p/two.py": "from leyden.p import x",
         },
     )

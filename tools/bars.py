@@ -92,36 +92,31 @@ def import_graph(source: Path = SOURCE) -> dict[str, set[str]]:
     """Return, for each module of the package, the modules of the package that it names in an import statement.
 
     Imports inside functions and under ``TYPE_CHECKING`` count like any other. A package stands for its
-    ``__init__`` file: ``from leyden.callbacks import x`` is an edge to ``leyden.callbacks``, and to
-    ``leyden.callbacks.x`` too if that is a module. Names that a PEP 562 ``__getattr__`` looks up in a table of
+    ``__init__`` file: ``from leyden.callbacks import x`` is an edge to ``leyden.callbacks.x`` if that is a module,
+    else to ``leyden.callbacks``. Names that a PEP 562 ``__getattr__`` looks up in a table of
     strings are no imports.
     """
     modules = {_module_name(path, source): path for path in source.rglob("*.py")}
     graph: dict[str, set[str]] = {}
     for name, path in modules.items():
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        named = {
-            target
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            for target in _imports(node, package)
-        }
-        graph[name] = {target for target in named if target in modules and target != name}
+        statements = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        graph[name] = {target for node in statements for target in _imports(node, package, set(modules))} - {name}
     return graph
 
 
-def _imports(node: ast.AST, package: str) -> Iterator[str]:
-    """Yield every dotted name that an import statement may load; names that are no modules are sorted out later."""
+def _imports(node: ast.AST, package: str, modules: set[str]) -> Iterator[str]:
+    """Yield the ``modules`` that an import statement in ``package`` names."""
     if isinstance(node, ast.Import):
-        for alias in node.names:
-            yield alias.name
+        yield from modules.intersection(alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
         base = node.module or ""
         if node.level:
             parents = package.split(".")
             base = ".".join([*parents[: len(parents) - node.level + 1], *([base] if base else [])])
-        yield base
         for alias in node.names:
-            yield f"{base}.{alias.name}"
+            both = (f"{base}.{alias.name}", base)  # a module of that name, else a name that base defines
+            yield from [target for target in both if target in modules][:1]
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:

@@ -131,7 +131,9 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "loss": _kind,
     "exception": _kind,
     "optimizer_closure": lambda closure: "None" if closure is None else "given",
-    "optimizer": lambda optimizer: str([group.get("label") for group in optimizer.param_groups]),
+    "optimizer": lambda optimizer: next(
+        (group["label"] for group in optimizer.param_groups if "label" in group), "none"
+    ),
     "scheduler": lambda scheduler: type(scheduler).__name__,
 }
 
