@@ -82,7 +82,7 @@ class FitLoop:
             # a run that was resumed inside the tail of a batch finishes that tail first
             open_epoch = not progress.tail or self.finish_batch(session)
             while open_epoch and (batch := next(iterator, _END)) is not _END:
-                batch_idx, accumulate = progress.batch_idx, trainer.accumulate_grad_batches
+                batch_idx, accumulate = progress.batch_idx, trainer.config.accumulate_grad_batches
                 self.last = last = batch_idx + 1 == self.num_batches or (self._ahead is not None and self._ahead.done)
                 self.steps = steps = last or (batch_idx + 1) % accumulate == 0
                 if transfer is not None:
