@@ -173,6 +173,7 @@ def contenders() -> tuple[dict[str, Prepare], dict[str, tuple[str, Prepare]]]:
         "leyden, self.log, a row each step": (recorded, trainer("leyden", every=1)),
         "leyden, nothing logged": (bare, trainer("leyden", log=False)),
         "leyden, self.log, 3 callbacks, csv": (recorded, trainer("leyden", attach=True)),
+        "leyden, the same, a row each step": (recorded, trainer("leyden", attach=True, every=1)),
     }
     if importlib.util.find_spec("accelerate"):
         frameworks["accelerate, loss.item()"] = (recorded, with_accelerate)
