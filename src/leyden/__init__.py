@@ -10,8 +10,15 @@ from leyden.version import __version__
 
 if TYPE_CHECKING:
     from leyden.callback import Callback as Callback
+    from leyden.data.combined import CombinedLoader as CombinedLoader
     from leyden.datamodule import LightningDataModule as LightningDataModule
     from leyden.module import LightningModule as LightningModule
+    from leyden.runtime.ranks import rank_zero_debug as rank_zero_debug
+    from leyden.runtime.ranks import rank_zero_deprecation as rank_zero_deprecation
+    from leyden.runtime.ranks import rank_zero_info as rank_zero_info
+    from leyden.runtime.ranks import rank_zero_only as rank_zero_only
+    from leyden.runtime.ranks import rank_zero_warn as rank_zero_warn
+    from leyden.runtime.seed import isolate_rng as isolate_rng
     from leyden.runtime.seed import seed_everything as seed_everything
     from leyden.trainer import Trainer as Trainer
 
@@ -22,7 +29,12 @@ _NAMES = {
     "Trainer": "leyden.trainer",
     "seed_everything": "leyden.runtime.seed",
     "isolate_rng": "leyden.runtime.seed",
+    "CombinedLoader": "leyden.data.combined",
+    "rank_zero_debug": "leyden.runtime.ranks",
+    "rank_zero_deprecation": "leyden.runtime.ranks",
+    "rank_zero_info": "leyden.runtime.ranks",
     "rank_zero_only": "leyden.runtime.ranks",
+    "rank_zero_warn": "leyden.runtime.ranks",
 }
 _MODULES = ("callbacks", "loggers", "profilers", "strategies", "precision")
 

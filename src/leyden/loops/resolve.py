@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import importlib.metadata
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -203,14 +205,15 @@ def _contradiction(found: Iterable[Any], kind: type, switch: str, explicit: Mapp
         )
 
 
+@functools.cache  # reading the metadata of all installed packages takes milliseconds
+def _entry_points(group: str) -> tuple[importlib.metadata.EntryPoint, ...]:
+    return tuple(importlib.metadata.entry_points(group=group))
+
+
 def _from_entry_points() -> list[Any]:
-    """Callbacks that installed packages add: entry points of the group ``leyden.callbacks``."""
-    # reading the installed packages' metadata is slow, so it is only done for programs that ask for it
-    if not os.environ.get("LEYDEN_PLUGINS"):
-        return []
-    metadata = importlib.import_module("importlib.metadata")
+    """Callbacks that installed packages add: each entry point of the group ``leyden.callbacks`` makes one or a list."""
     added: list[Any] = []
-    for entry in metadata.entry_points(group="leyden.callbacks"):
+    for entry in _entry_points("leyden.callbacks"):
         made = entry.load()()
         added += made if isinstance(made, (list, tuple)) else [made]
     return added

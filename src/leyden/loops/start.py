@@ -20,7 +20,7 @@ from leyden.loops.rows import Rows
 from leyden.loops.session import Session
 from leyden.module import LightningModule
 from leyden.optim import NoOptimizer, normalize
-from leyden.runtime.ranks import rank_zero_warn
+from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
 from leyden.types import TrainerFn
 
 _REMOVED = {
@@ -45,6 +45,11 @@ def unwrap(model: Any, datamodule: Any, loaders: Any) -> tuple[LightningModule, 
     """
     # what torch.compile returns wraps the module; the loops and the checkpoint want the module itself
     module = getattr(model, "_orig_mod", model)
+    if module is not model:
+        rank_zero_info(
+            "The module was passed through torch.compile: it runs uncompiled here. Compile its layers instead"
+            " (self.net = torch.compile(self.net))."
+        )
     if not isinstance(module, LightningModule):
         raise TypeError(
             f"The model must be a LightningModule; it is a {type(model).__module__}.{type(model).__qualname__}. Derive"

@@ -22,14 +22,14 @@ class Strategy:
     """Runs the steps of a module on ``root_device``, in the number format of its ``precision``.
 
     Args:
-        root_device: The device of this process.
+        device: The device of this process.
         precision: The number format; None is 32-true.
     """
 
     strategy_name = "single"
 
-    def __init__(self, root_device: torch.device | str = "cpu", precision: Precision | None = None) -> None:
-        self._root_device = torch.device(root_device)
+    def __init__(self, device: torch.device | str = "cpu", precision: Precision | None = None) -> None:
+        self._root_device = torch.device(device)
         self.precision = precision or Precision()
         self.module: Any = None
         self.optimizers: list[Optimizer] = []
