@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import logging
 import subprocess
 import sys
 import tempfile
@@ -217,6 +218,7 @@ def _fit(batches: int, *, attached: bool, probe: Any = None, count: list[int] | 
     data = DataLoader(torch.ones(2 * batches, 4), batch_size=2)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        logging.getLogger("leyden").setLevel(logging.WARNING)
         parts: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
         if attached:
             callbacks = [ModelCheckpoint(monitor="val_loss"), EarlyStopping("val_loss"), LearningRateMonitor("step")]
