@@ -174,14 +174,14 @@ class FitLoop:
         if self.num_batches == 0:
             rank_zero_info("Trainer.fit stopped: no training batches.")
             return False
-        if self.finished(session):
-            return False
         progress = session.progress
-        if self.max_epochs >= 0 and progress.epoch > self.max_epochs:
+        if session.position is not None and 0 <= self.max_epochs < progress.epoch:
             raise MisconfigurationException(
                 f"The checkpoint stands at epoch {progress.epoch}, but Trainer(max_epochs={self.max_epochs}): raise"
                 " max_epochs to go on."
             )
+        if self.finished(session):
+            return False
         if trainer.enable_validation and not self.validation.ready and when.epoch_validates(config, progress.epoch):
             session.enter(RunningStage.VALIDATING)
             self.validation.load_data(session)
@@ -315,11 +315,13 @@ class FitLoop:
 
     def next_due(self, session: Session) -> float:
         """The number of batches after which something may be due next."""
-        progress = session.progress
+        progress, config = session.progress, session.config
+        if config.max_steps >= 0 and config.rule("global_step") == "optimizer steps":
+            return progress.batches + 1  # one batch may count for several
         for schedule in session.strategy.lr_scheduler_configs:
             if schedule.reduce_on_plateau and schedule.interval == "step":
                 return progress.batches + 1
-        return when.next_check(progress, session.config, self.interval, self.val_every, self.val_across)
+        return when.next_check(progress, config, self.interval, self.val_every, self.val_across)
 
     def validation_is_due(self, session: Session) -> bool:
         """Whether validation follows the batch that has just been counted."""
@@ -335,7 +337,7 @@ class FitLoop:
             self.val_every,
             self.val_across,
             last=self.last,
-            stepped=self.steps,
+            stepped=session.optimization.stepped,
             elapsed=elapsed,
         )
 
