@@ -37,7 +37,21 @@ class Progress:
     val_batches: list[int] = field(default_factory=list)
     """Validation batches of each loader that have been run in this fit: the x-axis of their per-step values."""
     last_train_reload: int = 0
+    """The epoch in which the training loaders were last reloaded; a resumed fit keeps to the same schedule."""
     last_val_reload: int = 0
+
+    def end_epoch(self, last: bool) -> None:
+        """Count an epoch whose end has been dealt with; ``last`` tells whether it ran up to its last batch."""
+        self.epoch += 1
+        self.epoch_done, self.tail = False, ""
+        # an epoch that a bound on steps has cut short goes on where it stopped, if the run is resumed
+        self.cut = not last and self.batch_idx > 0
+        if not self.cut:
+            self.batch_idx = 0
+
+    def reload_due(self, last: int, every: int) -> bool:
+        """Whether loaders that were asked for in epoch ``last`` are asked for anew, ``every`` so many epochs (0: never)."""
+        return every > 0 and self.epoch - last >= every
 
     def state_dict(self) -> dict[str, Any]:
         """Return all counters as plain data."""

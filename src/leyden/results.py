@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Number
 from typing import Any
 
@@ -28,6 +29,8 @@ REDUCTIONS: dict[Any, str] = {
     "max": "max", torch.max: "max", max: "max",
 }  # fmt: skip
 LOADER_SUFFIX = "/dataloader_idx_"
+_RESUMED = "resumed"
+"""Marks a slot that came with a checkpoint, until the first call of ``self.log`` that it belongs to."""
 
 
 def _accumulator_dtype() -> torch.dtype:
@@ -106,8 +109,19 @@ class Slot:
         return self.total / torch.tensor(self.weight, device=self.total.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the partial sums of the epoch."""
-        return {"fresh": self.fresh, "last": self.last, "total": self.total, "weight": self.weight}
+        """Return what was logged in this epoch, and the arguments that it was logged with, as plain data."""
+        # the graph of a value that was logged with one belongs to the run
+        return {
+            name: value.detach() if isinstance(value := getattr(self, name), Tensor) else value
+            for name in self.__slots__
+            if name != "metric"
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned."""
+        for name in self.__slots__:
+            if name in state:
+                setattr(self, name, state[name])
 
 
 def _as_tensor(value: Any) -> Tensor | None:
@@ -247,6 +261,9 @@ class Store:
         slot = Slot(name, prog_bar, logger is not False, step, epoch, known or "metric", loader, add_idx, None)
         if isinstance(value, MetricLike) and not isinstance(value, Tensor):
             slot.metric = value
+        resumed = self.slots.pop((_RESUMED, *place_key), None)
+        if resumed is not None and resumed.reduction == slot.reduction and slot.metric is None:
+            slot.load_state_dict({name: getattr(resumed, name) for name in ("fresh", "last", "total", "weight")})
         self.slots[key] = slot
         return slot
 
@@ -258,11 +275,33 @@ class Store:
                 if value is not None:
                     yield slot, slot.step_name if on_step else slot.epoch_name, value
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was logged since the last reset, as plain data; metric objects keep their own state."""
+        logged = []
+        for key, slot in self.slots.items():
+            if slot.fresh and slot.metric is None:
+                hook, loader, name = key[1:] if key[0] == _RESUMED else key[:3]
+                logged.append({"hook": hook, "loader": loader, "name": name, "slot": slot.state_dict()})
+        return {"on_step": self.on_step, "logged": logged}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned: the next calls of ``self.log`` add to it."""
+        self.on_step = bool(state["on_step"])
+        for logged in state["logged"]:
+            slot = Slot(logged["name"], False, True, True, True, "mean", None, False, None)
+            slot.load_state_dict(logged["slot"])
+            self.slots[_RESUMED, logged["hook"], logged["loader"], logged["name"]] = slot
+
     def reset(self) -> None:
         """Forget all values; the slots and their checks stay."""
         for slot in self.slots.values():
             slot.reset()
         self.on_step, self.hook, self.batch, self.loader = False, None, None, None
+
+    def clear(self) -> None:
+        """Forget all values, and what ``self.log`` was called with: the next run may be another module's."""
+        self.reset()
+        self.slots, self._names = {}, {}
 
 
 def _single(name: str, value: Tensor) -> Tensor:
@@ -324,8 +363,28 @@ class Results:
     def clear(self) -> None:
         """Forget all metrics of earlier runs."""
         self.callback, self.logged, self.bar = {}, {}, {}
-        self.train.reset()
-        self.eval.reset()
+        self.train.clear()
+        self.eval.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the three views and what was logged in this epoch of training, as plain data."""
+        self.collect()
+        views = {name: dict(getattr(self, name)) for name in ("callback", "logged", "bar")}
+        return {**views, "train": self.train.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned."""
+        for name in ("callback", "logged", "bar"):
+            getattr(self, name).update(state[name])
+        self.train.load_state_dict(state["train"])
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """For the length of the block, keep what is logged apart: the three views are afterwards what they were."""
+        views = dict(self.callback), dict(self.logged), dict(self.bar)
+        yield
+        self.eval.clear()
+        self.callback, self.logged, self.bar = views
 
     def to_cpu(self) -> None:
         """Bring the three views to host memory, so that they outlive the device."""

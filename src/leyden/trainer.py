@@ -351,11 +351,13 @@ class Trainer(TrainerFace):
             log_hyperparams(self._loggers, model, datamodule)
         if checkpoint is not None and fitting:
             session.position = snapshot.restore_training(
-                checkpoint, str(path), strategy=strategy, progress=self.progress
+                checkpoint, str(path), strategy=strategy, progress=self.progress, results=self.results
             )
         if path is not None:
             rank_zero_info(f"{'Restored the run' if fitting else 'Loaded the weights'} from {path}.")
         model.zero_grad()
+        if session.position is not None and session.position.window:
+            session.optimization.load_state_dict(session.position.window)
         return session
 
     def _restore_model(self, path: Any, weights_only: bool | None, datamodule: Any) -> dict[str, Any]:
@@ -389,13 +391,11 @@ class Trainer(TrainerFace):
             return
         if session.position is not None and (self.progress.batch_idx or self.progress.tail):
             return
-        with isolate_rng():
+        with isolate_rng(), self.results.aside():
             self.state.stage = RunningStage.SANITY_CHECKING
-            self.results.clear()
             session.hooks.on_sanity_check_start()
             self.fit_loop.validation.run(session, RunningStage.SANITY_CHECKING)
             session.hooks.on_sanity_check_end()
-            self.results.clear()
             session.enter(RunningStage.TRAINING)
 
     def _end(self, session: Session) -> None:
@@ -440,8 +440,8 @@ class Trainer(TrainerFace):
         """Let go of the session: nothing that a run made outlives it."""
         session, self._session, self._recorder = self._session, None, None
         self.results.active = None
-        self.results.train.reset()
-        self.results.eval.reset()
+        self.results.train.clear()
+        self.results.eval.clear()
         self.state.stage = None
         self.fit_loop.release()
         if session is not None:
@@ -472,6 +472,7 @@ class Trainer(TrainerFace):
             fit_loop=self.fit_loop,
             datamodule=self._datamodule,
             callbacks=self._callbacks,
+            optimization=self._session.optimization if self._session is not None else None,
             weights_only=bool(weights_only),
             version=__version__,
         )

@@ -48,16 +48,17 @@ class EvaluationLoop:
         """Ask for the loaders: once in a fit, or when they are to be reloaded; at each run otherwise."""
         config, progress = session.config, session.progress
         fitting = session.trainer.state.fn is TrainerFn.FITTING
-        if fitting and self.loader is not None:
-            every = config.reload_dataloaders_every_n_epochs
-            if not (every and progress.epoch - progress.last_val_reload >= every):
-                return
+        due = progress.reload_due(progress.last_val_reload, config.reload_dataloaders_every_n_epochs)
+        if fitting and self.loader is not None and not due:
+            return
         self.loader = batches.request(session, self.prefix, "sequential")
         limit = config.limit_test_batches if self.prefix == "test" else config.limit_val_batches
         self.max_batches = batches.limits(self.loader, str(self.stage), limit, f"limit_{self.prefix}_batches")
         if fitting:
-            progress.last_val_reload = progress.epoch
-            progress.val_batches = [0] * len(self.max_batches)
+            if due:
+                progress.last_val_reload = progress.epoch
+            if len(progress.val_batches) != len(self.max_batches):
+                progress.val_batches = [0] * len(self.max_batches)
 
     def limits(self, session: Session) -> list[int | float]:
         """How many batches of each loader run now: fewer in a sanity check."""
@@ -151,6 +152,8 @@ class EvaluationLoop:
         if not sanity:
             together = {name: value for output in reversed(outputs) for name, value in output.items()}
             session.rows.write({**together, **closing}, session.progress.batches_that_stepped, session.progress.epoch)
+        if session.progress.tail == "validate" and session.trainer.state.fn is TrainerFn.FITTING:
+            session.progress.tail = "count"  # a run that is saved from here on does not validate again
         names.end()
         store.reset()
         if names.model_train:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -30,7 +30,7 @@ from leyden.data.combined import CombinedLoader
 from leyden.errors import MisconfigurationException
 from leyden.loops import batches, when
 from leyden.loops.evaluate import EvaluationLoop
-from leyden.loops.optimize import Optimization, check_loss, read_loss, step_losses, weighted
+from leyden.loops.optimize import Optimization, check_loss, detached, read_loss, step_losses, weighted
 from leyden.loops.paths import choose
 from leyden.loops.schedule import step_schedules
 from leyden.loops.session import Session
@@ -116,7 +116,7 @@ class FitLoop:
                 progress.tail = "log"
                 if hooks.on_train_batch_end:
                     store.hook = "on_train_batch_end"
-                    outputs = _outputs(output)
+                    outputs = detached(output)
                     for call in hooks.on_train_batch_end:
                         call(outputs, batch, batch_idx)
                     del outputs
@@ -168,6 +168,11 @@ class FitLoop:
         session.enter(RunningStage.TRAINING)
         if config.limit_train_batches == 0:
             return False
+        if session.position is None:
+            session.progress.tail, session.progress.epoch_done = "", False  # of a fit that an exception ended
+        elif session.progress.epoch_done:
+            self.last = session.position.last
+            self.close_epoch(session)
         self.load_data(session)
         if session.position is None and self._iterator is None:
             self._iterate()
@@ -212,8 +217,8 @@ class FitLoop:
     def load_data(self, session: Session) -> None:
         """Ask for the training loaders, once or when they are to be reloaded, and work out what depends on them."""
         config, progress = session.config, session.progress
-        every = config.reload_dataloaders_every_n_epochs
-        if self.loader is not None and not (every and progress.epoch - progress.last_train_reload >= every):
+        due = progress.reload_due(progress.last_train_reload, config.reload_dataloaders_every_n_epochs)
+        if self.loader is not None and not due:
             return
         loader = batches.request(session, "train", "max_size_cycle")
         if loader.mode == "sequential":
@@ -226,7 +231,8 @@ class FitLoop:
             self.num_batches = len(loader)
         except (TypeError, NotImplementedError):
             self.num_batches = math.inf
-        progress.last_train_reload = progress.epoch
+        if due:
+            progress.last_train_reload = progress.epoch
         self.interval = parse_val_check_interval(config.val_check_interval)
         self.val_every, self.val_across = when.validation_batches(
             self.interval, self.num_batches, config.check_val_every_n_epoch is None
@@ -273,22 +279,24 @@ class FitLoop:
         results.train.end_batch()
         progress.epoch_done = True
         session.hooks.on_train_epoch_end()
+        self.close_epoch(session)
+
+    def close_epoch(self, session: Session) -> None:
+        """What follows ``on_train_epoch_end``; a run that was saved in that hook begins with it."""
+        progress, results = session.progress, session.results
         row = results.collect()
         if self.last and session.module.automatic_optimization:
             step_schedules(session, "epoch", True, progress.epoch + 1)
         session.rows.write(row, progress.batches_that_stepped - 1, progress.epoch)
         results.train.reset()
-        progress.epoch += 1
-        progress.epoch_done, progress.tail = False, ""
-        # an epoch that a bound on steps has cut short goes on where it stopped, if the run is resumed
-        progress.cut = not self.last and progress.batch_idx > 0
-        if not progress.cut:
-            progress.batch_idx = 0
+        progress.end_epoch(self.last)
 
     def finished(self, session: Session) -> bool:
         """Whether no further epoch runs; says why."""
         progress, trainer = session.progress, session.trainer
         reason = when.end_reached(progress, session.config, self.max_epochs)
+        if progress.tail:
+            return False  # a run that was saved after its last batch still has to end its epoch
         if reason is not None:
             rank_zero_info(f"Trainer.fit stopped: {reason}.")
             return True
@@ -385,15 +393,3 @@ class FitLoop:
         self.validation.run(session)
         session.enter(RunningStage.TRAINING)
         self.last_val_time = time.monotonic()
-
-
-def _outputs(output: Any) -> Any:
-    """What ``on_train_batch_end`` gets: a dict with the detached loss; empty for a batch that was skipped."""
-    if isinstance(output, Tensor):
-        return {"loss": output.detach()}
-    if isinstance(output, Mapping):
-        return {
-            key: value.detach() if key == "loss" and isinstance(value, Tensor) else value
-            for key, value in output.items()
-        }
-    return {}

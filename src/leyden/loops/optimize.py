@@ -128,6 +128,19 @@ class Optimization:
             progress.global_step += 1
         self.stepped = True
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the gradients of a window of accumulation that is open, and the weight that was declared for them."""
+        gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+        return {"gradients": gradients, "weight": self.window_weight}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned."""
+        for name, parameter in self.module.named_parameters():
+            gradient = state["gradients"].get(name)
+            if gradient is not None and gradient.shape == parameter.shape:
+                parameter.grad = gradient.to(parameter.device, parameter.dtype)
+        self.window_weight = state["weight"]
+
 
 def read_loss(output: Any) -> Any:
     """Return the loss (or the list of losses) in what ``training_step`` returned; None to skip the batch.
@@ -151,6 +164,18 @@ def read_loss(output: Any) -> Any:
         f"training_step() returned {type(output).__name__} {str(output)[:80]!r}; it must return the loss as a tensor, a"
         " dict with the key 'loss', or None to skip the batch."
     )
+
+
+def detached(output: Any) -> Any:
+    """What ``on_train_batch_end`` gets: a dict with the detached loss; empty for a batch that was skipped."""
+    if isinstance(output, Tensor):
+        return {"loss": output.detach()}
+    if isinstance(output, Mapping):
+        return {
+            key: value.detach() if key == "loss" and isinstance(value, Tensor) else value
+            for key, value in output.items()
+        }
+    return {}
 
 
 def check_loss(loss: Any, custom_backward: bool) -> None:

@@ -19,8 +19,10 @@ from leyden.hparams import pack, plain_hparams
 from leyden.loading import PICKLED
 from leyden.loops.fit import FitLoop
 from leyden.loops.lightning_loops import from_lightning, to_lightning
+from leyden.loops.optimize import Optimization
 from leyden.module import LightningModule
 from leyden.progress import Progress
+from leyden.results import Results
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.runtime.seed import rng_state, set_rng_state
 from leyden.strategies.base import Strategy
@@ -39,6 +41,7 @@ def gather(
     fit_loop: FitLoop,
     datamodule: LightningDataModule | None,
     callbacks: Iterable[Callback],
+    optimization: Optimization | None,
     weights_only: bool,
     version: str,
 ) -> dict[str, Any]:
@@ -51,6 +54,7 @@ def gather(
         fit_loop: Knows where the data stands.
         datamodule: The data module, or None.
         callbacks: All callbacks.
+        optimization: The verbs of the fit that runs, or None.
         weights_only: Leave out optimizers, schedules, callbacks and generators.
         version: Leyden's.
     """
@@ -75,6 +79,11 @@ def gather(
         ours["rng"] = rng_state()
         ours["epoch_rng"] = fit_loop.epoch_rng
         ours["last"], ours["steps"] = fit_loop.last, fit_loop.steps
+        ours["results"] = trainer.results.state_dict()
+        inside = progress.batch_idx > 0 and not progress.epoch_done
+        # by hand, only the module knows whether its gradients are still wanted
+        if optimization is not None and inside and not (fit_loop.steps and optimization.automatic):
+            ours["window"] = optimization.state_dict()
     checkpoint["leyden"] = ours
     for owner in (module, datamodule):
         if owner is not None and owner.hparams:
@@ -159,8 +168,15 @@ def restore_model(
             )
 
 
-def restore_training(checkpoint: dict[str, Any], source: str, *, strategy: Strategy, progress: Progress) -> Position:
-    """Put back optimizers, schedules, precision and counters; return where the data stands."""
+def restore_training(
+    checkpoint: dict[str, Any],
+    source: str,
+    *,
+    strategy: Strategy,
+    progress: Progress,
+    results: Results,
+) -> Position:
+    """Put back optimizers, schedules, precision, counters and metrics; return where the data stands."""
     missing = [key for key in ("optimizer_states", "lr_schedulers") if key not in checkpoint]
     if missing:
         raise CheckpointError(
@@ -185,17 +201,16 @@ def restore_training(checkpoint: dict[str, Any], source: str, *, strategy: Strat
     if ours is not None:
         progress.load_state_dict(ours["progress"])
         last, steps = ours.get("last", False), ours.get("steps", True)
+        if "results" in ours:
+            results.load_state_dict(ours["results"])
     else:
         last, steps = from_lightning(checkpoint, progress)
         ours = {}
-    if progress.epoch_done:
-        # saved while the epoch was being closed: what is left of it is only its count
-        progress.epoch, progress.epoch_done, progress.tail = progress.epoch + 1, False, ""
-        progress.cut = not last and progress.batch_idx > 0
-        if not progress.cut:
-            progress.batch_idx = 0
+        if progress.epoch_done:
+            # saved while the epoch was being closed: its metrics are not in the file, so that it can only be counted
+            progress.end_epoch(last)
     loaders = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader", [])
-    return Position(ours.get("rng"), ours.get("epoch_rng"), loaders, last, steps)
+    return Position(ours.get("rng"), ours.get("epoch_rng"), loaders, last, steps, ours.get("window"))
 
 
 def _restore_each(key: str, what: str, checkpoint: Mapping[str, Any], parts: list[Any], source: str, load: Any) -> None:
@@ -224,11 +239,20 @@ class Position:
         loaders: States of loaders that keep their own.
         last: Whether the last batch before the checkpoint ended the epoch.
         steps: Whether it ended with an update.
+        window: State of a window of accumulation that was open; None if none was.
     """
 
-    def __init__(self, rng: Any, epoch_rng: Any, loaders: list[Any], last: bool, steps: bool) -> None:
+    def __init__(
+        self,
+        rng: Any,
+        epoch_rng: Any,
+        loaders: list[Any],
+        last: bool,
+        steps: bool,
+        window: dict[str, Any] | None = None,
+    ) -> None:
         self.rng, self.epoch_rng, self.loaders = rng, epoch_rng, loaders
-        self.last, self.steps = last, steps
+        self.last, self.steps, self.window = last, steps, window
 
     def before(self, loader: CombinedLoader, mid_epoch: bool) -> None:
         """Call before the iterator is made."""
