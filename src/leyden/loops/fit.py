@@ -267,6 +267,7 @@ class FitLoop:
         iterator, self._iterator = self._iterator, None
         if position is not None and begun:
             self.last, self.steps = position.after(iterator, progress.batch_idx)
+            session.optimization.stepped = self.steps
         session.position, progress.cut = None, False
         self.due = self.next_due(session)
         return iterator
