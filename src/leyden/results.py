@@ -146,6 +146,9 @@ class Store:
         self.loader: int | None = None
         self.on_step = False
         """True from the first batch of an epoch (or loader) to its last: metrics are then those of the step."""
+        self.collected: tuple[bool, int | None] | None = None
+        """For which moment ``row`` holds what was logged; None when something was logged since."""
+        self.row: dict[str, Tensor] = {}
         self._names: dict[tuple[str, int | None, str], tuple[Any, ...]] = {}
         self._batch_size: int | None = None
 
@@ -176,7 +179,7 @@ class Store:
             if value.requires_grad and not where[0]:
                 value = value.detach()
         elif slot.metric is not None:
-            slot.metric, slot.fresh = value, True
+            slot.metric, slot.fresh, self.collected = value, True, None
             return
         elif type(value) is float:
             if torch.get_default_dtype() is not torch.float64:
@@ -184,6 +187,7 @@ class Store:
         else:
             value = _plain(name, value)
         slot.fresh = True
+        self.collected = None
         if slot.on_epoch:
             tensor = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=_accumulator_dtype())
             slot.add(tensor, self._size(slot, batch_size) if slot.reduction == "mean" else 1)
@@ -267,14 +271,6 @@ class Store:
         self.slots[key] = slot
         return slot
 
-    def items(self, on_step: bool) -> Iterator[tuple[Slot, str, Tensor]]:
-        """Yield ``(slot, name, value)`` of all that was logged since the last reset, for the step or for the epoch."""
-        for slot in self.slots.values():
-            if slot.fresh and slot.loader == self.loader and (slot.on_step if on_step else slot.on_epoch):
-                value = slot.step_value() if on_step else slot.epoch_value()
-                if value is not None:
-                    yield slot, slot.step_name if on_step else slot.epoch_name, value
-
     def state_dict(self) -> dict[str, Any]:
         """Return what was logged since the last reset, as plain data; metric objects keep their own state."""
         logged = []
@@ -291,12 +287,14 @@ class Store:
             slot = Slot(logged["name"], False, True, True, True, "mean", None, False, None)
             slot.load_state_dict(logged["slot"])
             self.slots[_RESUMED, logged["hook"], logged["loader"], logged["name"]] = slot
+        self.collected = None
 
     def reset(self) -> None:
         """Forget all values; the slots and their checks stay."""
         for slot in self.slots.values():
             slot.reset()
         self.on_step, self.hook, self.batch, self.loader = False, None, None, None
+        self.collected = None
 
     def clear(self) -> None:
         """Forget all values, and what ``self.log`` was called with: the next run may be another module's."""
@@ -349,15 +347,25 @@ class Results:
         row: dict[str, Tensor] = {}
         if store is None:
             return row
-        on_step = store.on_step
-        for slot, name, value in store.items(on_step):
-            if store.training or not on_step:
-                self.callback[slot.name] = self.callback[name] = value
+        on_step, loader = store.on_step, store.loader
+        if store.collected == (on_step, loader):
+            return store.row  # nothing was logged since
+        monitored = self.callback if store.training or not on_step else None
+        for slot in store.slots.values():
+            if not slot.fresh or slot.loader != loader or not (slot.on_step if on_step else slot.on_epoch):
+                continue
+            value = slot.step_value() if on_step else slot.epoch_value()
+            if value is None:
+                continue
+            name = slot.step_name if on_step else slot.epoch_name
+            if monitored is not None:
+                monitored[slot.name] = monitored[name] = value
             if slot.logger:
                 row[name] = value
             if slot.prog_bar:
                 self.bar[name] = value
         self.logged.update(row)
+        store.collected, store.row = (on_step, loader), row
         return row
 
     def clear(self) -> None:
@@ -385,6 +393,7 @@ class Results:
         yield
         self.eval.clear()
         self.callback, self.logged, self.bar = views
+        self.train.collected = None
 
     def to_cpu(self) -> None:
         """Bring the three views to host memory, so that they outlive the device."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -478,6 +478,16 @@ class Trainer(TrainerFace):
         )
         self._strategy.save_checkpoint(checkpoint, os.fspath(filepath), storage_options)
         self._strategy.barrier("Trainer.save_checkpoint")
+
+    def record(self, metrics: Mapping[str, float], step: int) -> None:
+        """Send a row of a callback's own to all loggers, without waiting for them.
+
+        Args:
+            metrics: Numbers by name; not to be changed afterwards.
+            step: The row's place on the x-axis.
+        """
+        if self._recorder is not None and self._loggers:
+            self._recorder.put(metrics, step)
 
     @contextlib.contextmanager
     def init_module(self, empty_init: bool | None = None) -> Iterator[None]:

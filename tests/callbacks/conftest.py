@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,6 +105,10 @@ class FakeTrainer:
     @property
     def enable_validation(self) -> bool:
         return bool(self.num_val_batches)
+
+    def record(self, metrics: Mapping[str, float], step: int) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=step)
 
     def validation_due(self) -> bool:
         if not self.enable_validation:

@@ -117,8 +117,7 @@ class LearningRateMonitor(Callback):
             if known is None or known[0] != value:  # most rates stand still for many rows
                 known = self._as_tensor[name] = (value, torch.tensor(value, device=device))
             metrics[name] = known[1]
-        for logger in trainer.loggers:
-            logger.log_metrics(stats, step=trainer.batches_that_stepped)
+        trainer.record(stats, trainer.batches_that_stepped)
 
     def _read(self, trainer: TrainerView, interval: str) -> dict[str, float]:
         entries = list(_with_interval(trainer))
