@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -31,10 +32,20 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trainer: Any = None
+
+    @property
+    def trainer(self) -> Any:
+        """The Trainer that runs, or last ran, with this data module; None if there is none, or it is gone."""
+        found = self.__dict__.get("_trainer_ref")  # a subclass need not call our constructor
+        return None if found is None else found()
+
+    @trainer.setter
+    def trainer(self, trainer: Any) -> None:
+        # weak: a data module never keeps its trainer alive, so both are freed as soon as the user lets go of them
+        self._trainer_ref = None if trainer is None else weakref.ref(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "trainer": None}
+        return {**self.__dict__, "_trainer_ref": None}
 
     @classmethod
     def from_datasets(
