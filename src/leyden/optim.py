@@ -108,11 +108,12 @@ def _split(returned: Any) -> tuple[list[Optimizer], list[Any], str | None]:
         if len(returned) == 2 and isinstance(returned[0], (list, tuple)):
             first, second = returned
             if all(is_optimizer(item) for item in first):
-                return list(first), list(second) if isinstance(second, (list, tuple)) else [second], None
+                more = list(second) if isinstance(second, (list, tuple)) else [] if second is None else [second]
+                return list(first), more, None
         elif returned and all(isinstance(item, Mapping) for item in returned):
             pairs = [_from_dict(item) for item in returned]
             return [pair[0] for pair in pairs], [item for pair in pairs for item in pair[1]], None
-        elif all(is_optimizer(item) for item in returned):
+        elif returned and all(is_optimizer(item) for item in returned):
             return list(returned), [], None
     raise MisconfigurationException(
         f"configure_optimizers() returned {_describe(returned)}, which is not one of the known forms: {_FORMS}."
@@ -133,9 +134,12 @@ def _from_dict(returned: Mapping[str, Any]) -> tuple[Optimizer, list[Any]]:
             f"configure_optimizers() returned a dict whose 'optimizer' is {_describe(returned.get('optimizer'))};"
             f" it must be an optimizer. Known forms: {_FORMS}."
         )
-    scheduler = returned.get("lr_scheduler")
-    if scheduler is not None and not isinstance(scheduler, Mapping) and isinstance(scheduler, ReduceLROnPlateau):
-        return returned["optimizer"], [{"scheduler": scheduler, "monitor": returned.get("monitor")}]
+    scheduler, monitor = returned.get("lr_scheduler"), returned.get("monitor")
+    if isinstance(scheduler, Mapping):
+        if scheduler.get("reduce_on_plateau", isinstance(scheduler.get("scheduler"), ReduceLROnPlateau)):
+            scheduler = {"monitor": monitor, **scheduler}
+    elif isinstance(scheduler, ReduceLROnPlateau):
+        scheduler = {"scheduler": scheduler, "monitor": monitor}
     return returned["optimizer"], [] if scheduler is None else [scheduler]
 
 
@@ -242,6 +246,10 @@ def needs_closure(optimizer: Optimizer) -> bool:
     )
 
 
+def _plain_step(optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
+    return optimizer.step(**kwargs) if closure is None else optimizer.step(closure, **kwargs)
+
+
 class LightningOptimizer:
     """The optimizer that user code gets: looks and types like the one it wraps, and steps the way the Trainer does.
 
@@ -258,6 +266,10 @@ class LightningOptimizer:
         """The wrapped optimizer."""
         return self._optimizer
 
+    def release(self) -> None:
+        """Let go of the run: from now on ``step`` is the wrapped optimizer's own."""
+        self._step = _plain_step
+
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         # schedulers and user code ask isinstance(optimizer, Optimizer); type() still says LightningOptimizer
@@ -269,7 +281,9 @@ class LightningOptimizer:
         return getattr(self._optimizer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("_optimizer", "_step", "_peers"):
+        # a scheduler built on the wrapper puts a counting function in the place of "step": around ours, not around the
+        # step of the wrapped optimizer, which ours calls
+        if name in ("_optimizer", "_step", "_peers", "step"):
             object.__setattr__(self, name, value)
         else:
             setattr(self._optimizer, name, value)

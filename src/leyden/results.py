@@ -89,7 +89,9 @@ class Slot:
     def step_value(self) -> Tensor | None:
         """The value of the last step, as a tensor; None if there is none."""
         if self.metric is not None:
-            return _as_tensor(getattr(self.metric, "_forward_cache", None))
+            # torchmetrics keeps the value of the last call there; another metric only knows its value so far
+            cached = getattr(self.metric, "_forward_cache", self)
+            return _as_tensor(self.metric.compute() if cached is self else cached)
         last = self.last
         if isinstance(last, Tensor):
             if last.dtype not in (torch.float32, torch.float64):
@@ -182,10 +184,10 @@ class Store:
             slot.metric, slot.fresh, self.collected = value, True, None
             return
         elif type(value) is float:
-            if torch.get_default_dtype() is not torch.float64:
-                value = ctypes.c_float(value).value
+            # as a tensor of the dtype that is the default now, not when somebody reads it
+            value = torch.tensor(value) if torch.get_default_dtype() is torch.float64 else ctypes.c_float(value).value
         else:
-            value = _plain(name, value)
+            value = torch.tensor(_plain(name, value), dtype=_accumulator_dtype())
         slot.fresh = True
         self.collected = None
         if slot.on_epoch:
@@ -242,6 +244,11 @@ class Store:
         rules = row.logging
         step = rules.on_step if on_step is None else bool(on_step)
         epoch = rules.on_epoch if on_epoch is None else bool(on_epoch)
+        if not step and not epoch:
+            raise MisconfigurationException(
+                f"self.log({name!r}, on_step=False, on_epoch=False) would log nothing: set one of them to True, or leave"
+                " them out."
+            )
         if step and not rules.step_allowed:
             raise MisconfigurationException(
                 f"self.log({name!r}, on_step=True) is not possible in {hook!r}, which belongs to no step: use"
@@ -255,8 +262,14 @@ class Store:
                 " their torch functions. Use a metric object for anything else."
                 f"{did_you_mean(str(reduce_fx), ('mean', 'sum', 'min', 'max'))}"
             )
-        place_key = (str(hook), loader, name)
-        if place_key in self._names and self._names[place_key] != key:
+        place_key = (str(hook), loader if add_idx else None, name)
+        known_key = self._names.get(place_key, key)
+        if known_key[1] != loader:
+            raise MisconfigurationException(
+                f"self.log({name!r}, add_dataloader_idx=False) was called for the loaders {known_key[1]} and {loader}: the"
+                " one would take the place of the other. Log under a name for each loader, or leave the argument out."
+            )
+        if known_key != key:
             raise MisconfigurationException(
                 f"self.log({name!r}, ...) was called twice in {hook!r} with different arguments. Log under two names, or"
                 " with the same arguments."
@@ -265,7 +278,7 @@ class Store:
         slot = Slot(name, prog_bar, logger is not False, step, epoch, known or "metric", loader, add_idx, None)
         if isinstance(value, MetricLike) and not isinstance(value, Tensor):
             slot.metric = value
-        resumed = self.slots.pop((_RESUMED, *place_key), None)
+        resumed = self.slots.pop((_RESUMED, str(hook), loader, name), None)
         if resumed is not None and resumed.reduction == slot.reduction and slot.metric is None:
             slot.load_state_dict({name: getattr(resumed, name) for name in ("fresh", "last", "total", "weight")})
         self.slots[key] = slot
@@ -311,12 +324,12 @@ def _single(name: str, value: Tensor) -> Tensor:
     return value.reshape(())
 
 
-def _plain(name: str, value: Any) -> float | int:
-    """Turn any other number into a plain one; what is no number is an error."""
+def _plain(name: str, value: Any) -> float:
+    """Turn any other number into a float; what is no number is an error."""
     if isinstance(value, Mapping):
         raise ValueError(f"self.log({name!r}, ...) got a dict; log its entries with self.log_dict.")
     if isinstance(value, Number) or hasattr(value, "__float__"):
-        return int(value) if isinstance(value, int) else float(value)
+        return float(value)
     raise ValueError(
         f"self.log({name!r}, {value!r}): the value is a {type(value).__name__}; it must be a number, a tensor with one"
         " element or a metric object."

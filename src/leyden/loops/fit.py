@@ -112,6 +112,7 @@ class FitLoop:
                     if last:
                         step_schedules(session, "epoch", False, progress.epoch + 1)
                 if skip:
+                    session.results.collect()
                     break
                 progress.tail = "log"
                 if hooks.on_train_batch_end:
@@ -147,7 +148,7 @@ class FitLoop:
             if first:
                 opt.zero_grad(batch_idx)
         elif isinstance(loss, (list, tuple)):
-            step_losses(opt, loss, batch_idx, divisor, first)
+            step_losses(opt, output, loss, divisor, (lambda: opt.zero_grad(batch_idx)) if first else None)
         else:
             if not isinstance(loss, Tensor) or not loss.requires_grad or loss.numel() != 1:
                 check_loss(loss, bool(session.hooks.backward))
@@ -275,7 +276,6 @@ class FitLoop:
     def end_epoch(self, session: Session) -> None:
         """Run ``on_train_epoch_end``, the schedules that wait for a metric, and write the row of the epoch."""
         progress, results = session.progress, session.results
-        results.collect()  # what was logged per step stays readable while hooks read the values of the epoch
         results.train.on_step, results.train.loader = False, None
         results.train.end_batch()
         progress.epoch_done = True
@@ -356,10 +356,11 @@ class FitLoop:
         automatic = session.module.automatic_optimization
         counts = self.steps
         if progress.tail == "log":
+            row = results.collect()  # also what no row wants: it stays readable while hooks read other values
             if counts or not automatic:
                 due = when.row_due(progress.batches_that_stepped, config.log_every_n_steps) or trainer.should_stop
                 if due or config.fast_dev_run:
-                    session.rows.write(results.collect(), progress.batches_that_stepped, progress.epoch)
+                    session.rows.write(row, progress.batches_that_stepped, progress.epoch)
             progress.tail = "validate"
         results.train.end_batch()
         if progress.tail == "validate":
@@ -383,8 +384,6 @@ class FitLoop:
 
     def validate(self, session: Session) -> None:
         """Run validation inside training and come back."""
-        results = session.results
-        results.collect()  # the values of the step stay readable while validation logs its own
         session.enter(RunningStage.VALIDATING)
         if self.steps:
             if session.hooks.on_validation_model_zero_grad:

@@ -14,6 +14,7 @@ from leyden.errors import MisconfigurationException
 from leyden.hooks import is_written
 from leyden.loops.session import Session
 from leyden.module import LightningModule
+from leyden.tree import detach
 
 
 class Optimization:
@@ -22,7 +23,7 @@ class Optimization:
     def __init__(self, session: Session) -> None:
         self.hooks, self.strategy, self.progress = session.hooks, session.strategy, session.progress
         self.precision = session.strategy.precision
-        self.trainer, self.module = session.trainer, session.module
+        self.trainer, self.module, self.store = session.trainer, session.module, session.results.train
         self.automatic = session.module.automatic_optimization
         self.optimizers: list[Optimizer] = session.strategy.optimizers
         if len(self.progress.optimizer_steps) != len(self.optimizers):
@@ -34,8 +35,17 @@ class Optimization:
         )
         self.stepped = False
         """Whether the model was updated since the current batch began."""
+        self.own_backward = session.hooks.backward[0] if session.hooks.backward else None
+        self.counts = True
+        """Whether a step of an optimizer counts by itself; not inside the module's own ``optimizer_step``."""
+        self.weighs = session.config.rule("short_window") == "actual"
+        """Whether a batch may declare its weight in the window."""
         self.window_weight: Any = None
         """Sum of the weights that the batches of this window declared; None if they declared none."""
+        self.window_mixes = False
+        """Whether a batch of this window declared no weight."""
+        self.window_weights: dict[int, tuple[Any, bool]] = {}
+        """The two above for each optimizer, where each has a training step of its own."""
         self.rescale: float = 1.0
         """Factor for the gradients of a window that turned out shorter than its divisor."""
 
@@ -62,11 +72,13 @@ class Optimization:
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients, with hooks; the loss is scaled where the precision says so."""
         hooks = self.hooks
-        if hooks.on_before_backward or hooks.backward:
+        if hooks.on_before_backward or self.own_backward is not None:
             loss = self.precision.scale(loss)
             hooks.on_before_backward(loss)
-            if hooks.backward:
-                hooks.backward(loss, *args, **kwargs)
+            if self.own_backward is not None:
+                outer, self.store.hook = self.store.hook, "backward"
+                self.own_backward(loss, *args, **kwargs)
+                self.store.hook = outer
             else:
                 loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
         else:
@@ -80,7 +92,11 @@ class Optimization:
             self.before_step(optimizer)
             self.strategy.optimizer_step(optimizer)
             self.count(index)
-        self.window_weight, self.rescale = None, 1.0
+        self.end_window()
+
+    def end_window(self) -> None:
+        """Forget what was known of the window of accumulation that has just ended."""
+        self.window_weight, self.window_mixes, self.rescale = None, False, 1.0
 
     def step_with_closure(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
         """What ``LightningOptimizer.step`` does: run the closure, the hooks, and the real step."""
@@ -95,7 +111,8 @@ class Optimization:
             result = self.strategy.optimizer_step(optimizer, None, **kwargs)
         else:
             result = self.strategy.optimizer_step(optimizer, whole, **kwargs)
-        self.count(next(i for i, known in enumerate(self.optimizers) if known is optimizer))
+        if self.counts:
+            self.count(next(i for i, known in enumerate(self.optimizers) if known is optimizer))
         return result
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -131,7 +148,7 @@ class Optimization:
     def state_dict(self) -> dict[str, Any]:
         """Return the gradients of a window of accumulation that is open, and the weight that was declared for them."""
         gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
-        return {"gradients": gradients, "weight": self.window_weight}
+        return {"gradients": gradients, "weight": self.window_weight, "weights": dict(self.window_weights)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` returned."""
@@ -139,16 +156,16 @@ class Optimization:
             gradient = state["gradients"].get(name)
             if gradient is not None and gradient.shape == parameter.shape:
                 parameter.grad = gradient.to(parameter.device, parameter.dtype)
-        self.window_weight = state["weight"]
+        self.window_weight, self.window_weights = state["weight"], dict(state.get("weights", {}))
 
 
 def read_loss(output: Any) -> Any:
     """Return the loss (or the list of losses) in what ``training_step`` returned; None to skip the batch.
 
     Raises:
-        MisconfigurationException: for anything but a tensor, a mapping with ``"loss"``, or None.
+        MisconfigurationException: for anything but a tensor, a list of tensors, a mapping with ``"loss"``, or None.
     """
-    if isinstance(output, Tensor) or output is None:
+    if isinstance(output, (Tensor, list, tuple)) or output is None:
         return output
     if isinstance(output, Mapping):
         if "loss" in output:
@@ -172,17 +189,17 @@ def detached(output: Any) -> Any:
         return {"loss": output.detach()}
     if isinstance(output, Mapping):
         return {
-            key: value.detach() if key == "loss" and isinstance(value, Tensor) else value
+            key: detach(value) if key == "loss" or str(key).startswith("loss_") else value
             for key, value in output.items()
         }
-    return {}
+    return {"loss": detach(output)} if isinstance(output, (list, tuple)) else {}
 
 
 def check_loss(loss: Any, custom_backward: bool) -> None:
-    """Explain why backward cannot run on ``loss``; called once it is known to be wrong.
+    """Explain what is wrong with a loss on which backward cannot run; one that is right passes.
 
     Raises:
-        MisconfigurationException: always, unless the module has its own backward and the loss is a tensor.
+        MisconfigurationException: unless it is a scalar with a graph, or a tensor for the module's own backward.
     """
     if not isinstance(loss, Tensor):
         raise MisconfigurationException(
@@ -196,25 +213,80 @@ def check_loss(loss: Any, custom_backward: bool) -> None:
             f"training_step() returned a loss of shape {tuple(loss.shape)}; it must be a scalar. Did you mean"
             " loss.mean()?"
         )
-    raise MisconfigurationException(
-        "training_step() returned a loss that does not require grad: no parameter that requires gradients took part in"
-        " it, or it was detached, or computed under torch.no_grad()."
-    )
+    if not loss.requires_grad:
+        raise MisconfigurationException(
+            "training_step() returned a loss that does not require grad: no parameter that requires gradients took part"
+            " in it, or it was detached, or computed under torch.no_grad()."
+        )
 
 
-def step_losses(opt: Optimization, losses: Sequence[Tensor], batch_idx: int, divisor: int, first: bool) -> None:
-    """One loss for each optimizer: each backward reaches only the parameters of its own optimizer."""
+def learn(opt: Optimization, output: Any, divisor: int, clear: Callable[[], None] | None) -> Any:
+    """Compute the gradients of what ``training_step`` returned; return the detached loss, losses, or None.
+
+    Args:
+        opt: The verbs.
+        output: What ``training_step`` returned.
+        divisor: Number of batches in the window of accumulation.
+        clear: Clears the gradients where the batch begins a window, else None.
+    """
+    loss = read_loss(output)
+    if isinstance(loss, (list, tuple)):
+        return step_losses(opt, output, loss, divisor, clear)
+    if loss is not None:
+        check_loss(loss, opt.own_backward is not None)
+    if clear is not None:
+        clear()
+    if loss is None:
+        return None
+    opt.backward(weighted(opt, output, loss, divisor))
+    return loss.detach()
+
+
+def step_losses(
+    opt: Optimization, output: Any, losses: Sequence[Any], divisor: int, clear: Callable[[], None] | None
+) -> list[Tensor | None]:
+    """One loss for each optimizer: each backward reaches only the parameters of its own optimizer. None skips one."""
     if len(losses) != len(opt.optimizers):
         raise MisconfigurationException(
             f"training_step() returned {len(losses)} losses for {len(opt.optimizers)} optimizers; return one loss for"
             " all, or one for each."
         )
-    if first:
-        opt.zero_grad(batch_idx)
-    for index, (optimizer, loss) in enumerate(zip(opt.optimizers, losses, strict=True)):
+    for loss in losses:
+        if loss is not None:
+            check_loss(loss, opt.own_backward is not None)
+    if clear is not None:
+        clear()
+    weight = declared(opt, output, divisor)
+    graphs = []
+    for optimizer, loss in zip(opt.optimizers, losses, strict=True):
         own = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if loss is not None and own:
+            graphs.append((loss * weight if weight is not None else loss / divisor if divisor > 1 else loss, own))
+    while graphs:
+        loss, own = graphs.pop(0)
         # the losses may share a part of the graph, which must outlive all but the last backward
-        opt.backward(loss / divisor if divisor > 1 else loss, inputs=own, retain_graph=index < len(losses) - 1)
+        opt.backward(loss, inputs=own, retain_graph=bool(graphs))
+    return [None if loss is None else loss.detach() for loss in losses]
+
+
+def declared(opt: Optimization, output: Any, divisor: int) -> Any:
+    """Return the weight that a step declared for its batch, and add it to that of the window; None if there is none.
+
+    Raises:
+        MisconfigurationException: when some batches of a window declare a weight and others do not.
+    """
+    if divisor == 1 and opt.window_weight is None:
+        return None  # a window of one batch: its weight would cancel
+    weight = output.get("num_items") if opt.weighs and isinstance(output, Mapping) else None
+    opt.window_mixes = opt.window_mixes or weight is None
+    if opt.window_mixes and (weight is not None or opt.window_weight is not None):
+        raise MisconfigurationException(
+            "training_step() returned 'num_items' for some batches of a window of gradient accumulation and not for"
+            " others, so their weights cannot be compared. Return it for every batch, or for none."
+        )
+    if weight is not None:
+        opt.window_weight = weight if opt.window_weight is None else opt.window_weight + weight
+    return weight
 
 
 def weighted(opt: Optimization, output: Any, loss: Tensor, divisor: int) -> Any:
@@ -223,10 +295,7 @@ def weighted(opt: Optimization, output: Any, loss: Tensor, divisor: int) -> Any:
     A step declares a weight by returning ``{"loss": mean, "num_items": n}``: the gradients of the window are then those
     of the mean over all its items, however they are split.
     """
-    if divisor == 1 and opt.window_weight is None:
-        return loss
-    weight = output.get("num_items") if isinstance(output, Mapping) else None
+    weight = declared(opt, output, divisor)
     if weight is not None:
-        opt.window_weight = weight if opt.window_weight is None else opt.window_weight + weight
         return loss * weight
-    return loss / divisor
+    return loss / divisor if divisor > 1 else loss

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from leyden.errors import MisconfigurationException
 from leyden.loops import batches
-from leyden.loops.optimize import Optimization, check_loss, read_loss, weighted
+from leyden.loops.optimize import Optimization, learn
 from leyden.loops.session import Session
-from leyden.optim import LightningOptimizer, needs_closure
+from leyden.optim import needs_closure
 
 
 def choose(session: Session, straight: Callable[..., Any]) -> tuple[Callable[..., Any], int]:
@@ -42,45 +43,68 @@ def manual_batch(
     return output
 
 
+class Evaluation:
+    """The training step of one batch and its gradients, as closures that an optimizer may call again and again."""
+
+    def __init__(
+        self,
+        session: Session,
+        opt: Optimization,
+        args: tuple[Any, ...],
+        divisor: int,
+        clear: Callable[[], None] | None,
+    ) -> None:
+        self.session, self.opt, self.args, self.divisor, self.clear = session, opt, args, divisor, clear
+        self.output: Any = None
+        self.loss: Any = None
+        self.runs = 0
+
+    def run(self) -> None:
+        """Forward, clear the gradients at the beginning of a window, backward."""
+        opt, store = self.opt, self.session.results.train
+        if self.runs and self.clear is None:
+            raise MisconfigurationException(
+                "The optimizer called its closure more than once for a step, but the gradients hold those of earlier"
+                " batches too, which it cannot compute again. Use Trainer(accumulate_grad_batches=1) with this optimizer."
+            )
+        self.runs += 1
+        if self.clear is not None:
+            opt.window_weight, opt.window_mixes = None, False
+        with torch.enable_grad():
+            outer, store.hook = store.hook, "training_step"
+            self.output = self.session.strategy.training_step(*self.args)
+            store.hook = outer
+            self.loss = learn(opt, self.output, self.divisor, self.clear)
+
+    def closure(self, index: int) -> Callable[[], Any]:
+        """The closure for optimizer ``index``. Gradients that are there already are not computed once more."""
+        there = self.runs > 0 or index > 0
+
+        def evaluate() -> Any:
+            nonlocal there
+            if not (there and self.runs):
+                self.run()
+            there = False
+            return self.loss[index] if isinstance(self.loss, list) else self.loss
+
+        return evaluate
+
+
 def closure_batch(
     session: Session, opt: Optimization, args: tuple[Any, ...], batch_idx: int, first: bool, steps: bool, divisor: int
 ) -> Any:
-    """The training step runs inside ``optimizer.step``: for LBFGS, others' optimizers, an overridden ``optimizer_step``."""
-    store, hooks = session.results.train, session.hooks
-    outputs: list[Any] = [None]
+    """The training step runs inside ``optimizer.step``: for LBFGS, others' optimizers, an overridden ``optimizer_step``.
 
-    def closure() -> Any:
-        with torch.enable_grad():
-            outer, store.hook = store.hook, "training_step"
-            output = outputs[0] = session.strategy.training_step(*args)
-            store.hook = outer
-            loss = read_loss(output)
-            if loss is not None and (not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad):
-                check_loss(loss, bool(hooks.backward))
-            if first:
-                opt.zero_grad(batch_idx)
-            if loss is None:
-                return None
-            normalized = weighted(opt, output, loss, divisor)
-            opt.backward(normalized)
-            return loss.detach()
-
+    With several optimizers the first one's closure makes the gradients that all of them step on.
+    """
+    evaluation = Evaluation(session, opt, args, divisor, partial(opt.zero_grad, batch_idx) if first else None)
     if not steps:
-        closure()
-        return outputs[0]
-    for index, optimizer in enumerate(session.strategy.lightning_optimizers):
-        # with several optimizers the first one's closure makes the gradients that all of them step on
-        run = closure if index == 0 else _no_closure
-        if hooks.optimizer_step:
-            hooks.optimizer_step(session.trainer.current_epoch, batch_idx, optimizer, run)
-        else:
-            optimizer.step(run)
-    opt.window_weight, opt.rescale = None, 1.0
-    return outputs[0]
-
-
-def _no_closure() -> None:
-    """Stands for the closure where the gradients are there already."""
+        evaluation.run()
+        return evaluation.output
+    for index in range(len(opt.optimizers)):
+        _step(session, opt, index, batch_idx, evaluation)
+    opt.end_window()
+    return evaluation.output
 
 
 def indexed_batch(
@@ -88,22 +112,37 @@ def indexed_batch(
 ) -> Any:
     """``training_step(batch, batch_idx, optimizer_idx)``: one call for each optimizer, which alone requires gradients."""
     outputs: Any = None
-    for index, optimizer in enumerate(opt.optimizers):
-        with LightningOptimizer(optimizer, opt.step_with_closure, opt.optimizers).toggle_model():
-            output = session.strategy.training_step(*args[:2], index)
-            loss = read_loss(output)
-            if loss is None:
-                continue
-            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-                check_loss(loss, bool(session.hooks.backward))
-            if first:
-                opt.zero_grad_of(optimizer, batch_idx)
-            opt.backward(loss / divisor if divisor > 1 else loss)
-            outputs = output
-            if steps:
-                opt.before_step(optimizer)
-                session.strategy.optimizer_step(optimizer)
-                opt.count(index)
+    weights = opt.window_weights
+    for index, optimizer in enumerate(session.strategy.lightning_optimizers):
+        clear = partial(opt.zero_grad_of, opt.optimizers[index], batch_idx) if first else None
+        evaluation = Evaluation(session, opt, (*args[:2], index), divisor, clear)
+        opt.window_weight, opt.window_mixes = weights.pop(index, (None, False))
+        with optimizer.toggle_model():
+            evaluation.run()
+            if evaluation.loss is not None:
+                outputs = evaluation.output
+            if steps and any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+                _step(session, opt, index, batch_idx, evaluation)
+        if not steps:
+            weights[index] = opt.window_weight, opt.window_mixes
     if steps:
-        opt.window_weight, opt.rescale = None, 1.0
+        opt.end_window()
     return outputs
+
+
+def _step(session: Session, opt: Optimization, index: int, batch_idx: int, evaluation: Evaluation) -> None:
+    """Let optimizer ``index`` step, in the module's own way where it has one."""
+    optimizer, closure = session.strategy.lightning_optimizers[index], evaluation.closure(index)
+    if not session.hooks.optimizer_step:
+        optimizer.step(closure)
+        return
+    # counted afterwards, whatever the override does: it sees the count from before, as a warm-up expects
+    opt.counts = False
+    session.hooks.optimizer_step(session.trainer.current_epoch, batch_idx, optimizer, closure)
+    opt.counts = True
+    if not evaluation.runs:
+        raise MisconfigurationException(
+            f"{type(session.module).__name__}.optimizer_step() did not run its optimizer_closure, so there was no training"
+            " step. Call optimizer.step(closure=optimizer_closure), or optimizer_closure() where there is no step."
+        )
+    opt.count(index)

@@ -102,6 +102,8 @@ class Strategy:
 
     def teardown(self) -> None:
         """Let go of what only the run needed; bring the module and the optimizer state back to the host."""
+        for wrapped in self.lightning_optimizers:
+            wrapped.release()  # user code may have kept it
         self.lightning_optimizers, self._manual_backward = [], None
         if self.root_device.type != "cpu" and self.module is not None:
             host = torch.device("cpu")
