@@ -349,10 +349,18 @@ class Results:
         self.ignore = False
         """True while the sanity check runs: nothing that it logs is kept."""
 
-    def enter(self, hook: str) -> None:
-        """Say which hook runs next; ``self.log`` follows its rules."""
-        if self.active is not None:
-            self.active.hook = hook
+    @contextmanager
+    def inside(self, hook: str) -> Iterator[None]:
+        """For the length of the block ``hook`` runs, and ``self.log`` follows its rules."""
+        store = self.active
+        if store is None:
+            yield
+            return
+        outer, store.hook = store.hook, hook
+        try:
+            yield
+        finally:
+            store.hook = outer
 
     def collect(self) -> dict[str, Tensor]:
         """Bring the three views up to date from the active loop; return what belongs in a logger's row now."""

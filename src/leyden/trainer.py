@@ -465,17 +465,18 @@ class Trainer(TrainerFace):
         """
         if self.lightning_module is None:
             raise AttributeError("Trainer.save_checkpoint(): this Trainer has no module yet. Run fit first.")
-        checkpoint = snapshot.gather(
-            trainer=self,
-            strategy=self._strategy,
-            progress=self.progress,
-            fit_loop=self.fit_loop,
-            datamodule=self._datamodule,
-            callbacks=self._callbacks,
-            optimization=self._session.optimization if self._session is not None else None,
-            weights_only=bool(weights_only),
-            version=__version__,
-        )
+        with self.results.inside("on_save_checkpoint"):
+            checkpoint = snapshot.gather(
+                trainer=self,
+                strategy=self._strategy,
+                progress=self.progress,
+                fit_loop=self.fit_loop,
+                datamodule=self._datamodule,
+                callbacks=self._callbacks,
+                optimization=self._session.optimization if self._session is not None else None,
+                weights_only=bool(weights_only),
+                version=__version__,
+            )
         self._strategy.save_checkpoint(checkpoint, os.fspath(filepath), storage_options)
         self._strategy.barrier("Trainer.save_checkpoint")
 
