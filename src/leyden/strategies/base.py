@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from leyden import files
-from leyden.loading import apply_state_dict
+from leyden.loading import apply_state_dict, clean_names
 from leyden.optim import LightningOptimizer
 from leyden.precision import Precision
 from leyden.tree import move_to
@@ -181,9 +181,8 @@ class Strategy:
     # -- checkpoints
 
     def module_state_dict(self) -> dict[str, Any]:
-        """The weights, under the names that the user's module has for them."""
-        state: dict[str, Any] = self.module.state_dict()
-        return state
+        """The weights, under the names that they have when no layer is compiled."""
+        return clean_names(self.module.state_dict())
 
     def load_module_state_dict(self, state: dict[str, Any], strict: bool, source: str) -> None:
         """Load weights; what does not fit is an error that lists it."""
