@@ -79,13 +79,20 @@ class Evaluation:
     def closure(self, index: int) -> Callable[[], Any]:
         """The closure for optimizer ``index``. Gradients that are there already are not computed once more."""
         there = self.runs > 0 or index > 0
+        searches = isinstance(self.opt.optimizers[index], torch.optim.LBFGS)
 
         def evaluate() -> Any:
             nonlocal there
             if not (there and self.runs):
                 self.run()
             there = False
-            return self.loss[index] if isinstance(self.loss, list) else self.loss
+            loss = self.loss[index] if isinstance(self.loss, list) else self.loss
+            if loss is None and searches:
+                raise MisconfigurationException(
+                    "LBFGS needs a loss each time that it evaluates the batch, but training_step() returned None, which"
+                    " skips it. Return a loss, or use another optimizer."
+                )
+            return loss
 
         return evaluate
 
