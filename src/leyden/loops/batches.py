@@ -72,7 +72,10 @@ class DataLoaderIter:
     """
 
     def __init__(
-        self, triples: Iterator[tuple[Any, int, int]], limit: int | float, drawn: Callable[[Any], None]
+        self,
+        triples: Iterator[tuple[Any, int, int]],
+        limit: int | float = math.inf,
+        drawn: Callable[[Any], None] | None = None,
     ) -> None:
         self._triples, self._limit, self._drawn = triples, limit, drawn
         self._ahead: deque[tuple[Any, int, int]] = deque()
@@ -112,7 +115,8 @@ class DataLoaderIter:
         item = self._ahead.popleft()
         self.batch = item[0]
         self.fetched += 1
-        self._drawn(self.batch)
+        if self._drawn is not None:
+            self._drawn(self.batch)
         return item
 
     def turns(self) -> Iterator[tuple[DataLoaderIter, int, int]]:
