@@ -183,6 +183,7 @@ class TrainerFace:
         return self.fit_loop.min_epochs if self._bounds_known else self.config.min_epochs
 
     _bounds_known = False
+    _ckpt_path_set = False
 
     @property
     def max_steps(self) -> int:
@@ -434,12 +435,12 @@ class TrainerFace:
 
     @property
     def ckpt_path(self) -> Any:
-        """The checkpoint that the last run began from; set it to begin the next one from there."""
+        """The checkpoint that the last run began from; set it to begin the next ones from there, None to stop that."""
         return self._ckpt_path
 
     @ckpt_path.setter
     def ckpt_path(self, path: Any) -> None:
-        self._ckpt_path = path
+        self._ckpt_path, self._ckpt_path_set = path, bool(path)
 
     # ------------------------------------------------------------------ devices
 

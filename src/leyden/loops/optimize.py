@@ -14,6 +14,7 @@ from leyden.errors import MisconfigurationException
 from leyden.hooks import is_written
 from leyden.loops.session import Session
 from leyden.module import LightningModule
+from leyden.runtime.ranks import rank_zero_warn
 from leyden.tree import detach
 
 
@@ -157,6 +158,18 @@ class Optimization:
             if gradient is not None and gradient.shape == parameter.shape:
                 parameter.grad = gradient.to(parameter.device, parameter.dtype)
         self.window_weight, self.window_weights = state["weight"], dict(state.get("weights", {}))
+
+    def no_batch(self, first: bool, steps: bool) -> Any:
+        """Pass over a batch that is None: the other batches of its window still count. Returns None, its output."""
+        rank_zero_warn("The training loader gave None in place of a batch: training_step is not called for it.")
+        if not self.automatic:
+            return None
+        if not first and steps:
+            self.update()
+        elif first:
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+        return None
 
 
 def read_loss(output: Any) -> Any:
