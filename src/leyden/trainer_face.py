@@ -369,7 +369,8 @@ class TrainerFace:
 
     @optimizers.setter
     def optimizers(self, optimizers: list[Optimizer]) -> None:
-        self._strategy.optimizers = optimizers
+        self._strategy.exchange_optimizers(list(optimizers))
+        self.progress.optimizer_steps = [0] * len(optimizers)
 
     @property
     def lr_scheduler_configs(self) -> list[Any]:

@@ -182,6 +182,14 @@ def test_G1_the_sum_of_the_weights_starts_anew_with_each_window() -> None:
     torch.testing.assert_close(net.gradients[3], net.gradients[1])
 
 
+@pytest.mark.parametrize("zero", [0, torch.tensor(0), torch.tensor(0.0)], ids=str)
+def test_G1_a_window_without_items_moves_nothing(zero: Any) -> None:
+    net = seeded(training_step=lambda self, batch, i: {"loss": self.loss(batch), "num_items": zero})
+    before = net.layer.weight.detach().clone()
+    trainer(accumulate_grad_batches=2).fit(net)
+    assert torch.equal(net.layer.weight, before)
+
+
 # ------------------------------------------------------------------ clipping
 
 

@@ -369,3 +369,26 @@ def test_16_mixed_falls_back_on_a_cpu() -> None:
         made = trainer(precision="16-mixed")
     assert made.precision == "bf16-mixed"
     made.fit(Net())
+
+
+# ------------------------------------------------------------------ the Trainer's list
+
+
+def test_optimizers_may_be_exchanged_before_the_first_batch() -> None:
+    class Own(Net):
+        def on_train_start(self) -> None:
+            self.trainer.optimizers = [Adam(self.parameters(), lr=0.05)]
+
+    net = Own()
+    made = trainer()
+    made.fit(net)
+    assert torch.equal(weights(net), by_hand(optimizer=lambda net: Adam(net.parameters(), lr=0.05)))
+    assert made.global_step == 6
+
+
+def test_optimizers_are_there_after_the_fit() -> None:
+    net = Net()
+    made = trainer()
+    made.fit(net)
+    assert isinstance(net.optimizers(), SGD)
+    assert net.optimizers(use_pl_optimizer=False) is made.optimizers[0]

@@ -120,7 +120,7 @@ class Optimization:
         """Everything between the gradients and the step: unscale, normalise, hooks, clip."""
         self.precision.unscale(optimizer)
         if self.window_weight is not None or self.rescale != 1.0:
-            factor = self.rescale if self.window_weight is None else 1.0 / self.window_weight
+            factor = self.rescale if self.window_weight is None else _inverse(self.window_weight)
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             if grads:
                 torch._foreach_mul_(grads, factor)
@@ -170,6 +170,13 @@ class Optimization:
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
         return None
+
+
+def _inverse(weight: Any) -> Any:
+    """One over the weight of a window; 0 for a window without any items, whose gradients are 0 as well."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, 0.0, 1.0 / weight)
+    return 1.0 / weight if weight else 0.0
 
 
 def read_loss(output: Any) -> Any:
