@@ -93,7 +93,7 @@ class Optimization:
             self.before_step(optimizer)
             self.strategy.optimizer_step(optimizer)
             self.count(index)
-        self.end_window()
+        self.window_weight, self.window_mixes, self.rescale = None, False, 1.0
 
     def end_window(self) -> None:
         """Forget what was known of the window of accumulation that has just ended."""
