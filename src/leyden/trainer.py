@@ -201,7 +201,7 @@ class Trainer(TrainerFace):
         A second ``fit`` of the same module goes on from where the first stopped; of another module, it starts anew.
         After Ctrl-C it finishes the step, runs ``on_exception`` and returns; ``trainer.interrupted`` is then True.
         """
-        model, datamodule, train_dataloaders = unwrap(model, datamodule, train_dataloaders)
+        model, datamodule, train_dataloaders = unwrap(model, datamodule, train_dataloaders, val_dataloaders)
         sources = {"train": train_dataloaders, "val": val_dataloaders}
         with self._running(TrainerFn.FITTING, RunningStage.TRAINING):
             session = self._start(model, sources, datamodule, ckpt_path, weights_only)
@@ -417,6 +417,8 @@ class Trainer(TrainerFace):
 
     def _end(self, session: Session) -> None:
         """Everything after the last batch, when nothing went wrong."""
+        if self._interrupt.received:
+            raise KeyboardInterrupt  # it came too late for the loop, but whoever pressed it wants to stop here
         fn = self.state.fn
         self._strategy.teardown()
         self.results.to_cpu()

@@ -37,7 +37,7 @@ _STEPS = {
 }
 
 
-def unwrap(model: Any, datamodule: Any, loaders: Any) -> tuple[LightningModule, Any, Any]:
+def unwrap(model: Any, datamodule: Any, loaders: Any, more: Any = None) -> tuple[LightningModule, Any, Any]:
     """Recognise the arguments of an entry point: a compiled module, a data module in the place of loaders.
 
     Raises:
@@ -59,8 +59,8 @@ def unwrap(model: Any, datamodule: Any, loaders: Any) -> tuple[LightningModule, 
     if isinstance(loaders, LightningDataModule):
         if datamodule is not None:
             raise MisconfigurationException("Two data modules were given: one in the place of the loaders. Give one.")
-        return module, loaders, None
-    if loaders is not None and datamodule is not None:
+        loaders, datamodule = None, loaders
+    if (loaders is not None or more is not None) and datamodule is not None:
         raise MisconfigurationException("Both loaders and a datamodule were given. Give one of the two.")
     return module, datamodule, loaders
 
@@ -126,6 +126,7 @@ def check(session: Session, fn: TrainerFn) -> None:
                 f"{name}.{old}() is not called any more. Keep what the steps return in a list of your own and read it in"
                 f" {new}()."
             )
+    _warn_misspelt(session)  # here: what is missing below may only be misspelt
     if fn is not TrainerFn.PREDICTING and not is_written(module, step, LightningModule):
         raise MisconfigurationException(f"{name} has no {step}(): Trainer.{fn}() needs it.")
     written = is_written(module, step, LightningModule)
@@ -146,7 +147,6 @@ def check(session: Session, fn: TrainerFn) -> None:
         )
     if fn is TrainerFn.FITTING:
         _check_fit(session, name)
-    _warn_misspelt(session)
 
 
 def _check_fit(session: Session, name: str) -> None:
