@@ -31,7 +31,7 @@ from leyden.loops.start import (
 from leyden.module import LightningModule
 from leyden.progress import Progress
 from leyden.results import Results
-from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
+from leyden.runtime.ranks import rank_zero_info, rank_zero_warn, say
 from leyden.runtime.seed import isolate_rng
 from leyden.signals import Interrupt
 from leyden.trainer_face import TrainerFace
@@ -258,8 +258,8 @@ class Trainer(TrainerFace):
             session = self._start(model, {loop.prefix: dataloaders}, datamodule, ckpt_path, weights_only, provided)
             results = loop.run(session)
             self._end(session)
-            if verbose and (text := table(results, str(fn))):
-                self.print(text)
+            if verbose and self.is_global_zero and (text := table(results, str(fn))):
+                say(text)
         return results
 
     def predict(

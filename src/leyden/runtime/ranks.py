@@ -91,6 +91,20 @@ def rank_zero_debug(message: object, *args: Any, stacklevel: int = 4) -> None:
         _speak(logging.DEBUG, message, args, stacklevel - 1)
 
 
+def say(text: str) -> None:
+    """Print what a run can do without: a reader that is gone (``| head``, a closed terminal) does not end it."""
+    try:
+        print(text)
+    except (OSError, ValueError) as error:
+        if not output_is_gone(error):
+            raise
+
+
+def output_is_gone(error: BaseException) -> bool:
+    """Whether ``error`` says that nothing can be printed any more: the pipe, the terminal or the file is no more."""
+    return isinstance(error, OSError) or (isinstance(error, ValueError) and "closed file" in str(error))
+
+
 def rank_zero_warn(message: str | Warning, category: type[Warning] = LeydenWarning, stacklevel: int = 4) -> None:
     """Warn on rank 0. ``stacklevel`` 4 blames the caller of this function, 5 its caller, and so on.
 
