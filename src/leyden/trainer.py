@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from leyden.data.loaders import says_workers_are_gone
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.loggers.history import History
 from leyden.loops import resolve, snapshot
@@ -312,15 +313,22 @@ class Trainer(TrainerFace):
                 yield
             self.state.status = TrainerStatus.FINISHED
         except KeyboardInterrupt as exception:
-            self._fail(exception)
-            if self.config.rule("interrupt") == "exit":
-                sys.exit(1)
-            rank_zero_info("Interrupted: Trainer.interrupted is True.")
+            self._stop(exception)
         except BaseException as exception:
-            self._fail(exception)
-            raise
+            # Ctrl-C goes to worker processes too: spawned ones end at once, which is no error of its own then
+            if not (self._interrupt.received and says_workers_are_gone(exception)):
+                self._fail(exception)
+                raise
+            self._stop(KeyboardInterrupt())
         finally:
             self._release()
+
+    def _stop(self, exception: KeyboardInterrupt) -> None:
+        """End a run that was interrupted."""
+        self._fail(exception)
+        if self.config.rule("interrupt") == "exit":
+            sys.exit(1)
+        rank_zero_info(f"Trainer.{self.state.fn} was interrupted; trainer.interrupted is True.")
 
     def _start(
         self, model: LightningModule, sources: dict[str, Any], datamodule: Any, ckpt_path: Any, weights_only: bool | None,
@@ -368,6 +376,8 @@ class Trainer(TrainerFace):
         model.zero_grad()
         if session.position is not None and session.position.window:
             session.optimization.load_state_dict(session.position.window)
+        if self._interrupt.received:
+            raise KeyboardInterrupt  # pressed while data were prepared, say
         return session
 
     def _restore_model(self, path: Any, weights_only: bool | None, datamodule: Any) -> dict[str, Any]:

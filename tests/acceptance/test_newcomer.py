@@ -4,10 +4,41 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import leyden as L
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "max_epochs": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class Module(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
 
 SCRIPT = """
 import sys
@@ -49,3 +80,40 @@ def test_a_reader_that_has_gone_ends_no_run(tmp_path: Path) -> None:
     )  # fmt: skip
     os.close(write)
     assert "[{'test': 1.0}] after 24 steps" in done.stderr, done.stderr
+
+
+class Lost:
+    """A loader whose workers have ended, as spawned ones do when Ctrl-C is pressed."""
+
+    def __init__(self, press: bool) -> None:
+        self.press = press
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield torch.ones(1, 2)
+        if self.press:
+            os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("DataLoader worker (pid(s) 4711) exited unexpectedly")
+
+
+def test_ctrl_c_that_ends_the_workers_first_is_still_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[BaseException] = []
+    callback = L.Callback()
+    callback.on_exception = lambda trainer, module, error: seen.append(error)  # type: ignore[method-assign]
+    trainer = L.Trainer(**QUIET, callbacks=callback)
+    trainer.fit(Module(), Lost(press=True))
+    assert trainer.interrupted
+    assert [type(error) for error in seen] == [KeyboardInterrupt]
+    assert "Press Ctrl-C again to stop at once" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="4711"):
+        L.Trainer(**QUIET).fit(Module(), Lost(press=False))
+
+
+def test_ctrl_c_during_preparation_trains_nothing() -> None:
+    class Slow(Module):
+        def prepare_data(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = L.Trainer(**QUIET)
+    trainer.fit(Slow(), [torch.ones(1, 2)])
+    assert trainer.interrupted
+    assert trainer.global_step == 0
