@@ -95,6 +95,7 @@ class Trainer(TrainerFace):
         TypeError: for an unknown argument, with the closest known one.
     """
 
+    @resolve.from_environment
     def __init__(
         self,
         *,
@@ -145,8 +146,6 @@ class Trainer(TrainerFace):
         given = {name: value for name, value in locals().items() if name not in ("self", "unknown", "__class__")}
         for name in unknown:
             raise TypeError(f"Trainer() has no argument {name!r}.{did_you_mean(name, given)}")
-        if sync_batchnorm and not isinstance(sync_batchnorm, bool):
-            raise MisconfigurationException(f"Trainer(sync_batchnorm={sync_batchnorm!r}): it must be True or False.")
         self.config = config = resolve.config(given)
         self.default_root_dir = resolve.root_dir(default_root_dir)
         self.state = TrainerState()
