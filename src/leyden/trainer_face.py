@@ -183,6 +183,7 @@ class TrainerFace:
         return self.fit_loop.min_epochs if self._bounds_known else self.config.min_epochs
 
     _bounds_known = False
+    _ckpt_path_set = False
 
     @property
     def max_steps(self) -> int:
@@ -368,7 +369,8 @@ class TrainerFace:
 
     @optimizers.setter
     def optimizers(self, optimizers: list[Optimizer]) -> None:
-        self._strategy.optimizers = optimizers
+        self._strategy.exchange_optimizers(list(optimizers))
+        self.progress.optimizer_steps = [0] * len(optimizers)
 
     @property
     def lr_scheduler_configs(self) -> list[Any]:
@@ -434,12 +436,12 @@ class TrainerFace:
 
     @property
     def ckpt_path(self) -> Any:
-        """The checkpoint that the last run began from; set it to begin the next one from there."""
+        """The checkpoint that the last run began from; set it to begin the next ones from there, None to stop that."""
         return self._ckpt_path
 
     @ckpt_path.setter
     def ckpt_path(self, path: Any) -> None:
-        self._ckpt_path = path
+        self._ckpt_path, self._ckpt_path_set = path, bool(path)
 
     # ------------------------------------------------------------------ devices
 
