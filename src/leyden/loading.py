@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -13,6 +13,28 @@ from leyden import files
 from leyden.errors import CheckpointError, MisconfigurationException
 from leyden.hparams import constructor_kwargs, load_hparams_from_tags_csv, load_hparams_from_yaml, unpack
 from leyden.runtime.ranks import rank_zero_warn
+
+if TYPE_CHECKING:
+    class_only = classmethod
+else:
+
+    class class_only(classmethod):
+        """A ``classmethod`` that makes a new object: called on an object it is an error, for that object would not change."""
+
+        def __get__(self, instance: Any, owner: Any = None) -> Any:
+            bound = super().__get__(instance, owner)
+            if instance is None:
+                return bound
+
+            def refused(*_: Any, **__: Any) -> Any:
+                cls, name = type(instance).__name__, bound.__name__
+                raise TypeError(
+                    f"{name}() makes a new object and leaves this one as it is: call it on the class and keep what it"
+                    f" returns, as in model = {cls}.{name}(path)."
+                )
+
+            return refused
+
 
 PICKLED = "leyden_pickled_hyper_parameters"
 """The key of hyperparameters that are not plain data: one bytes value, opened only with ``weights_only=False``."""

@@ -504,6 +504,7 @@ class Trainer(TrainerFace):
                 optimization=self._session.optimization if self._session is not None else None,
                 weights_only=bool(weights_only),
                 version=__version__,
+                name=os.path.basename(os.fspath(filepath)),
             )
         self._strategy.save_checkpoint(checkpoint, os.fspath(filepath), storage_options)
         self._strategy.barrier("Trainer.save_checkpoint")

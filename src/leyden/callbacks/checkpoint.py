@@ -172,6 +172,11 @@ class ModelCheckpoint(Checkpoint):
         """The paths of the checkpoints that this run wrote and has not deleted."""
         return tuple(self._ledger.files)
 
+    @property
+    def mark(self) -> str:
+        """A word that is in each file of this run, weights-only ones too."""
+        return self._ledger.mark
+
     def unused_hooks(self, trainer: TrainerView) -> frozenset[str]:
         """Return the hooks that this instance does not need in this run."""
         unused = ["on_train_start", "on_train_batch_end", "on_train_epoch_end", "on_validation_end", "on_train_end"]

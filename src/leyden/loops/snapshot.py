@@ -45,6 +45,7 @@ def gather(
     optimization: Optimization | None,
     weights_only: bool,
     version: str,
+    name: str,
 ) -> dict[str, Any]:
     """Return a complete checkpoint of plain data and tensors.
 
@@ -58,8 +59,10 @@ def gather(
         optimization: The verbs of the fit that runs, or None.
         weights_only: Leave out optimizers, schedules, callbacks and generators.
         version: Leyden's.
+        name: That of the file, by which whoever marks its files knows it again.
     """
     module: LightningModule = strategy.module
+    callbacks = list(callbacks)
     loaders = fit_loop.loader_states()
     checkpoint: dict[str, Any] = {
         "epoch": progress.epoch,
@@ -69,6 +72,8 @@ def gather(
         "loops": to_lightning(progress, loaders, fit_loop.last),
     }
     ours: dict[str, Any] = {"format": FORMAT, "version": version, "progress": progress.state_dict()}
+    ours["file"] = name
+    ours["marks"] = [mark for callback in callbacks if isinstance(mark := getattr(callback, "mark", None), str)]
     if not weights_only:
         checkpoint["callbacks"] = {
             callback.state_key: state for callback in callbacks if (state := callback.state_dict())
