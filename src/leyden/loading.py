@@ -18,6 +18,23 @@ PICKLED = "leyden_pickled_hyper_parameters"
 """The key of hyperparameters that are not plain data: one bytes value, opened only with ``weights_only=False``."""
 
 
+class class_only(classmethod):  # type: ignore[type-arg]  # a decorator, named like the one it refines
+    """A class method that cannot be called on an object: the call would look as if it changed that object."""
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return super().__get__(instance, owner)
+        name, cls = self.__name__, type(instance).__name__
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise TypeError(
+                f"{cls}.{name}() makes a new object; it does not load into the one it is called on. Write"
+                f" model = {cls}.{name}(...)."
+            )
+
+        return refuse
+
+
 def load_from_checkpoint(
     cls: Any,
     checkpoint_path: Any,
@@ -29,8 +46,9 @@ def load_from_checkpoint(
 ) -> Any:
     """Build ``cls`` from the file; see ``LightningModule.load_from_checkpoint`` for the arguments and errors."""
     safe = weights_only is not False
-    checkpoint = files.load(checkpoint_path, map_location=map_location or "cpu", weights_only=safe)
+    checkpoint = files.load(checkpoint_path, map_location=map_location, weights_only=safe)
     source = str(checkpoint_path) if isinstance(checkpoint_path, (str, Path)) else "the checkpoint"
+    require_checkpoint(checkpoint, source)
     saved, unopened = saved_hparams(
         checkpoint, cls.CHECKPOINT_HYPER_PARAMS_KEY, open_pickles=not safe, map_location=map_location
     )
@@ -60,6 +78,16 @@ def load_from_checkpoint(
         if device is not None:
             instance.to(device)
     return instance
+
+
+def require_checkpoint(loaded: Any, source: str) -> None:
+    """Raise CheckpointError unless what was ``loaded`` is a trainer's checkpoint, rather than bare weights, say."""
+    if not isinstance(loaded, Mapping) or "state_dict" not in loaded:
+        keys = sorted(map(str, loaded))[:8] if isinstance(loaded, Mapping) else type(loaded).__name__
+        raise CheckpointError(
+            f"{source} is no checkpoint of a trainer: it has no 'state_dict' (found: {keys}). Load plain weights with"
+            " model.load_state_dict(torch.load(path))."
+        )
 
 
 def saved_hparams(

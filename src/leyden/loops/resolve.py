@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from leyden.callback import Callback
-from leyden.config import TrainerConfig, parse_duration
+from leyden.config import TrainerConfig, check_switch, parse_duration
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.precision import Precision, make_precision
 from leyden.runtime.devices import Accelerator, choose, make_accelerator
@@ -117,11 +117,20 @@ def loggers(given: Any, root: str, config: TrainerConfig, quiet: bool) -> list[A
         return []
     found = list(given) if isinstance(given, (list, tuple)) else [given]
     for item in found:
-        if not callable(getattr(item, "log_metrics", None)):
+        if isinstance(item, type) or not callable(getattr(item, "log_metrics", None)):
             raise MisconfigurationException(
-                f"Trainer(logger={item!r}): a logger must be True, False, a Logger object or a list of them."
+                f"Trainer(logger={_shown(item)}): a logger must be True, False, a Logger object or a list of them."
+                f"{_made(item)}"
             )
     return found
+
+
+def _shown(item: Any) -> str:
+    return item.__name__ if isinstance(item, type) else repr(item)
+
+
+def _made(item: Any) -> str:
+    return f" Did you mean {item.__name__}(...)?" if isinstance(item, type) else ""
 
 
 def profiler(given: Any) -> Any:
@@ -162,9 +171,10 @@ def callbacks(
     """
     found: list[Any] = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
     for item in found:
-        if not callable(getattr(item, "setup", None)):
+        if isinstance(item, type) or not callable(getattr(item, "setup", None)):
             raise MisconfigurationException(
-                f"Trainer(callbacks={item!r}): a callback must be a Callback object, not {type(item).__name__}."
+                f"Trainer(callbacks={_shown(item)}): a callback must be a Callback object, not"
+                f" {'a class' if isinstance(item, type) else type(item).__name__}.{_made(item)}"
             )
     from_ours = {name: load(target) for name, target in _CALLBACKS.items()}
     _contradiction(found, from_ours["Checkpoint"], "enable_checkpointing", explicit)
@@ -264,6 +274,8 @@ def root_dir(given: str | os.PathLike[str] | None) -> str:
     """The folder under which a run writes: the one given, ``~`` expanded, else the working directory."""
     if given is None:
         return os.getcwd()
+    if not isinstance(given, (str, os.PathLike)):
+        raise MisconfigurationException(f"Trainer(default_root_dir={given!r}) is not valid: it must be a path or None.")
     text = os.fspath(given)
     return text if "://" in text else str(Path(text).expanduser())
 
@@ -325,6 +337,49 @@ _DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 2,
     "log_every_n_steps": 50,
 }
+_SWITCHES = (
+    "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler", "sync_batchnorm",
+)  # fmt: skip
+_FORMER = {
+    # arguments that Lightning's Trainer had before 2.0, and how the same is said today
+    "gpus": "accelerator='gpu', devices=n",
+    "tpu_cores": "accelerator and devices",
+    "num_processes": "accelerator='cpu', devices=n",
+    "distributed_backend": "strategy",
+    "resume_from_checkpoint": "Trainer.fit(ckpt_path=...)",
+    "checkpoint_callback": "enable_checkpointing, or callbacks=[ModelCheckpoint(...)]",
+    "early_stop_callback": "callbacks=[EarlyStopping(...)]",
+    "weights_save_path": "callbacks=[ModelCheckpoint(dirpath=...)]",
+    "default_save_path": "default_root_dir",
+    "progress_bar_refresh_rate": "enable_progress_bar, or callbacks=[TQDMProgressBar(refresh_rate=n)]",
+    "weights_summary": "enable_model_summary, or callbacks=[ModelSummary(max_depth=n)]",
+    "flush_logs_every_n_steps": "logger=CSVLogger(flush_logs_every_n_steps=n)",
+    "row_log_interval": "log_every_n_steps",
+    "track_grad_norm": "self.log in on_before_optimizer_step",
+    "terminate_on_nan": "detect_anomaly, or callbacks=[EarlyStopping(check_finite=True)]",
+    "multiple_trainloader_mode": "CombinedLoader(loaders, mode)",
+    "reload_dataloaders_every_epoch": "reload_dataloaders_every_n_epochs=1",
+    "replace_sampler_ddp": "use_distributed_sampler",
+    "amp_backend": "precision",
+    "amp_level": "precision",
+    "use_amp": "precision='16-mixed'",
+    "gradient_clip": "gradient_clip_val",
+    "overfit_pct": "overfit_batches",
+    "train_percent_check": "limit_train_batches",
+    "val_percent_check": "limit_val_batches",
+    "test_percent_check": "limit_test_batches",
+    "max_nb_epochs": "max_epochs",
+    "min_nb_epochs": "min_epochs",
+    "nb_sanity_val_steps": "num_sanity_val_steps",
+    "nb_gpu_nodes": "num_nodes",
+}
+
+
+def instead_of(name: str, known: Iterable[str]) -> str:
+    """What to write in place of the unknown argument ``name``: a sentence that starts with a space, or nothing."""
+    return f" Use {_FORMER[name]}." if name in _FORMER else did_you_mean(name, known)
+
+
 _BAREBONES_OFF = (
     "enable_checkpointing", "logger", "enable_progress_bar", "enable_model_summary", "log_every_n_steps",
     "num_sanity_val_steps", "profiler",
@@ -337,6 +392,8 @@ def config(given: Mapping[str, Any]) -> TrainerConfig:
     Raises:
         MisconfigurationException: for a value that cannot be, or a contradiction.
     """
+    for name in _SWITCHES:
+        check_switch(name, given[name])
     names = {field.name for field in dataclasses.fields(TrainerConfig)}
     values = {name: value for name, value in given.items() if name in names}
     if given["barebones"]:
