@@ -51,8 +51,9 @@ def load_from_checkpoint(
 ) -> Any:
     """Build ``cls`` from the file; see ``LightningModule.load_from_checkpoint`` for the arguments and errors."""
     safe = weights_only is not False
-    checkpoint = files.load(checkpoint_path, map_location=map_location or "cpu", weights_only=safe)
+    checkpoint = files.load(checkpoint_path, map_location=map_location, weights_only=safe)
     source = str(checkpoint_path) if isinstance(checkpoint_path, (str, Path)) else "the checkpoint"
+    require_checkpoint(checkpoint, source)
     saved, unopened = saved_hparams(
         checkpoint, cls.CHECKPOINT_HYPER_PARAMS_KEY, open_pickles=not safe, map_location=map_location
     )
@@ -82,6 +83,16 @@ def load_from_checkpoint(
         if device is not None:
             instance.to(device)
     return instance
+
+
+def require_checkpoint(loaded: Any, source: str) -> None:
+    """Raise CheckpointError unless what was ``loaded`` is a trainer's checkpoint, rather than bare weights, say."""
+    if not isinstance(loaded, Mapping) or "state_dict" not in loaded:
+        keys = sorted(map(str, loaded))[:8] if isinstance(loaded, Mapping) else type(loaded).__name__
+        raise CheckpointError(
+            f"{source} is no checkpoint of a trainer: it has no 'state_dict' (found: {keys}). Load plain weights with"
+            " model.load_state_dict(torch.load(path))."
+        )
 
 
 def saved_hparams(

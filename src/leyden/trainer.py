@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from leyden.data.loaders import says_workers_are_gone
-from leyden.errors import MisconfigurationException, did_you_mean
+from leyden.errors import MisconfigurationException
 from leyden.loggers.history import History
 from leyden.loops import resolve, snapshot
 from leyden.loops.evaluate import EvaluationLoop
@@ -145,7 +145,7 @@ class Trainer(TrainerFace):
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "unknown", "__class__")}
         for name in unknown:
-            raise TypeError(f"Trainer() has no argument {name!r}.{did_you_mean(name, given)}")
+            raise TypeError(f"Trainer() has no argument {name!r}.{resolve.instead_of(name, given)}")
         self.config = config = resolve.config(given)
         self.default_root_dir = resolve.root_dir(default_root_dir)
         self.state = TrainerState()
@@ -405,7 +405,7 @@ class Trainer(TrainerFace):
             )
             if given is not None:
                 rank_zero_info(
-                    f"Trainer.{fn}() without a model takes the best weights; ckpt_path='last' takes the last."
+                    f"Trainer.{fn}() without a model takes the best weights. Pass the model for its weights as they are."
                 )
         self._ckpt_path = find_checkpoint(given, str(fn), self.checkpoint_callbacks, self.log_dir)
         return self._ckpt_path

@@ -16,7 +16,7 @@ from leyden.datamodule import LightningDataModule
 from leyden.errors import CheckpointError, MisconfigurationException
 from leyden.hooks import is_written
 from leyden.hparams import pack, plain_hparams
-from leyden.loading import PICKLED
+from leyden.loading import PICKLED, require_checkpoint
 from leyden.loops.batches import DataLoaderIter
 from leyden.loops.fit import FitLoop
 from leyden.loops.lightning_loops import from_lightning, to_lightning
@@ -122,12 +122,7 @@ def read(strategy: Strategy, path: Any, weights_only: bool | None) -> dict[str, 
         CheckpointError: for a file of a newer format, or one that is no checkpoint.
     """
     checkpoint: Any = strategy.load_checkpoint(path, weights_only)
-    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
-        keys = sorted(map(str, checkpoint))[:8] if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
-        raise CheckpointError(
-            f"{path} is no checkpoint of a trainer: it has no 'state_dict' (found: {keys}). Load plain weights with"
-            " model.load_state_dict(torch.load(path))."
-        )
+    require_checkpoint(checkpoint, str(path))
     found = checkpoint.get("leyden", {}).get("format", 0)
     if found > FORMAT:
         raise CheckpointError(
