@@ -19,6 +19,7 @@ from leyden.progress import Progress
 from leyden.results import Results, to_floats
 from leyden.strategies import Strategy
 from leyden.types import RunningStage, TrainerFn, TrainerState, TrainerStatus
+from leyden.vintage import VintageTrainer
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ class Knob(Generic[T]):
         trainer.config = trainer.config.replace(**{self.name: value})
 
 
-class TrainerFace:
+class TrainerFace(VintageTrainer):
     """Everything that can be read of a Trainer."""
 
     config: TrainerConfig
@@ -63,6 +64,7 @@ class TrainerFace:
     _datamodule: Any
     _session: Session | None
     _ckpt_path: Any
+    _ckpt_asked: Any
 
     accumulate_grad_batches = Knob[int]()
     gradient_clip_val = Knob["int | float | None"]()
@@ -439,7 +441,7 @@ class TrainerFace:
 
     @ckpt_path.setter
     def ckpt_path(self, path: Any) -> None:
-        self._ckpt_path = path
+        self._ckpt_path = self._ckpt_asked = path
 
     # ------------------------------------------------------------------ devices
 
