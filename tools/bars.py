@@ -218,7 +218,6 @@ def _fit(batches: int, *, attached: bool, probe: Any = None, count: list[int] | 
     data = DataLoader(torch.ones(2 * batches, 4), batch_size=2)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.getLogger("leyden").setLevel(logging.WARNING)
         parts: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
         if attached:
             callbacks = [ModelCheckpoint(monitor="val_loss"), EarlyStopping("val_loss"), LearningRateMonitor("step")]
@@ -234,8 +233,14 @@ def _fit(batches: int, *, attached: bool, probe: Any = None, count: list[int] | 
             **parts,
         )
         module = _module(attached, probe)
-        with _counting(count):
-            trainer.fit(module, data, DataLoader(torch.ones(2, 4)) if attached else None)
+        said = logging.getLogger("leyden")
+        level = said.level
+        said.setLevel(logging.WARNING)
+        try:
+            with _counting(count):
+                trainer.fit(module, data, DataLoader(torch.ones(2, 4)) if attached else None)
+        finally:
+            said.setLevel(level)
 
 
 class _counting:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from leyden.callback import Callback as Callback
     from leyden.data.combined import CombinedLoader as CombinedLoader
     from leyden.datamodule import LightningDataModule as LightningDataModule
+    from leyden.loggers.experiment import Experiment as Experiment
     from leyden.module import LightningModule as LightningModule
     from leyden.runtime.ranks import rank_zero_debug as rank_zero_debug
     from leyden.runtime.ranks import rank_zero_deprecation as rank_zero_deprecation
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "Callback": "leyden.callback",
+    "Experiment": "leyden.loggers.experiment",
     "LightningDataModule": "leyden.datamodule",
     "LightningModule": "leyden.module",
     "LightningModel": "leyden.module",

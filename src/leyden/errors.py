@@ -53,10 +53,11 @@ class LeydenDeprecationWarning(DeprecationWarning):
     """An old name or argument was used; the message says the new one."""
 
 
-def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+def did_you_mean(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest of ``allowed``, or an empty string if none is close.
 
-    The result starts with a space, so that it can be appended to a sentence.
+    ``cutoff`` says how close, from 0 (anything) to 1 (the same). The result starts with a space, so that it can be
+    appended to a sentence.
     """
-    close = difflib.get_close_matches(name, sorted(set(allowed)), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, sorted(set(allowed)), n=1, cutoff=cutoff)
     return f" Did you mean {close[0]!r}?" if close else ""

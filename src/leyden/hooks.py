@@ -141,11 +141,12 @@ def misspelt(owner: Any, kind: str, base: type) -> Iterable[tuple[str, str]]:
     for name in sorted(
         {attribute for cls in type(owner).__mro__ if cls not in base.__mro__ for attribute in vars(cls)}
     ):
-        looks_like_hook = name.startswith("on_") or name.endswith(("_step", "_dataloader", "_epoch_end"))
-        if not looks_like_hook or name in names or hasattr(base, name) or name.startswith("_"):
+        if name in names or hasattr(base, name) or name.startswith("_"):
             continue
         if not inspect.isroutine(getattr(type(owner), name, None)):
             continue
-        suggestion = did_you_mean(name, names)
+        looks_like_hook = name.startswith("on_") or name.endswith(("_step", "_dataloader", "_epoch_end"))
+        # other names must be a letter or two away: people have methods of their own
+        suggestion = did_you_mean(name, names, cutoff=0.6 if looks_like_hook else 0.9)
         if suggestion:
             yield name, suggestion

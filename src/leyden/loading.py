@@ -101,6 +101,7 @@ def apply_state_dict(module: nn.Module, state: Mapping[str, Tensor], strict: boo
     Raises:
         CheckpointError: for keys that are missing, unexpected (both only when ``strict``) or of another shape.
     """
+    state = _names_of(module, state)
     try:
         module.load_state_dict(state, strict=strict)
         return
@@ -131,6 +132,26 @@ def apply_state_dict(module: nn.Module, state: Mapping[str, Tensor], strict: boo
     else:
         lines.append("  Pass strict=False (or set self.strict_loading = False) to load what fits.")
     raise CheckpointError("\n".join(lines)) from reason
+
+
+_COMPILED = "_orig_mod."
+"""What torch.compile puts into the names of a layer's weights."""
+
+
+def clean_names(state: dict[str, Any]) -> dict[str, Any]:
+    """Rename the weights in ``state``, in place, to what they are called when no layer is compiled; return it."""
+    for name in [name for name in state if _COMPILED in name]:
+        state[name.replace(_COMPILED, "")] = state.pop(name)
+    return state
+
+
+def _names_of(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``state`` under the names in ``module``: either may have compiled layers where the other has none."""
+    compiled = any(isinstance(getattr(layer, "_orig_mod", None), nn.Module) for layer in module.modules())
+    if not compiled and not any(_COMPILED in name for name in state):
+        return state
+    own = {name.replace(_COMPILED, ""): name for name in module.state_dict()}
+    return {own.get(clean, name): value for name, value in state.items() for clean in [name.replace(_COMPILED, "")]}
 
 
 def _by_prefix(keys: list[str]) -> str:

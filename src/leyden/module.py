@@ -208,8 +208,10 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
         """``training_step(batch, batch_idx)``: return the loss, a dict with the key ``"loss"``, or None to skip the batch.
 
         ``batch_idx`` may be left out. Under manual optimization any dict or None may be returned. With several
-        optimizers under automatic optimization all step on the one loss; return ``{"loss": [loss_0, loss_1]}`` for one
-        loss each.
+        optimizers under automatic optimization all step on the one loss; return a list of losses for one loss each
+        (None in it leaves an optimizer out), or take the argument ``optimizer_idx`` for one call each. Where batches
+        of one window of accumulation differ in size, return ``{"loss": mean, "num_items": n}``: the update is then
+        that of the mean over all items.
         """
         raise self._no_step("training_step", "fit")
 

@@ -20,7 +20,15 @@ from leyden.loops.fit import FitLoop
 from leyden.loops.predict import PredictLoop
 from leyden.loops.session import Session
 from leyden.loops.show import table
-from leyden.loops.start import check, configure_optimizers, find_checkpoint, log_hyperparams, make_session, unwrap
+from leyden.loops.start import (
+    check,
+    configure_optimizers,
+    epoch_bounds,
+    find_checkpoint,
+    log_hyperparams,
+    make_session,
+    unwrap,
+)
 from leyden.module import LightningModule
 from leyden.progress import Progress
 from leyden.results import Results
@@ -168,7 +176,6 @@ class Trainer(TrainerFace):
         self._datamodule: Any = None
         self._session: Session | None = None
         self._ckpt_path: Any = None
-        self._ckpt_asked: Any = None
         self._dated = False
         self._recorder: Any = None
 
@@ -196,7 +203,7 @@ class Trainer(TrainerFace):
         A second ``fit`` of the same module goes on from where the first stopped; of another module, it starts anew.
         After Ctrl-C it finishes the step, runs ``on_exception`` and returns; ``trainer.interrupted`` is then True.
         """
-        model, datamodule, train_dataloaders = unwrap(model, datamodule, train_dataloaders)
+        model, datamodule, train_dataloaders = unwrap(model, datamodule, train_dataloaders, val_dataloaders)
         sources = {"train": train_dataloaders, "val": val_dataloaders}
         with self._running(TrainerFn.FITTING, RunningStage.TRAINING):
             session = self._start(model, sources, datamodule, ckpt_path, weights_only)
@@ -331,8 +338,9 @@ class Trainer(TrainerFace):
             if model is not strategy.module:
                 self.progress.reset()
                 self.history = History()
-            self.fit_loop.bounds(self.config, fresh=not self._bounds_known)
-            self._bounds_known = True
+            if not self._bounds_known:  # taken from the arguments once: afterwards they can be set on the loop
+                self.fit_loop.min_epochs, self.fit_loop.max_epochs = epoch_bounds(self.config)
+                self._bounds_known = True
             self.fit_loop.renew()
         self._datamodule = datamodule
         session = self._session = make_session(self, model, datamodule, sources, self._interrupt)
@@ -357,8 +365,9 @@ class Trainer(TrainerFace):
             log_hyperparams(self._loggers, model, datamodule)
         if checkpoint is not None and fitting:
             session.position = snapshot.restore_training(
-                checkpoint, str(path), strategy=strategy, progress=self.progress, results=self.results
-            )
+                checkpoint, str(path), strategy=strategy, progress=self.progress, results=self.results,
+                max_epochs=self.fit_loop.max_epochs,
+            )  # fmt: skip
         if path is not None:
             rank_zero_info(f"{'Restored the run' if fitting else 'Loaded the weights'} from {path}.")
         model.zero_grad()
@@ -379,8 +388,13 @@ class Trainer(TrainerFace):
         """Resolve ``"best"``, ``"last"``, a path, or what ``trainer.ckpt_path`` was set to."""
         fn = self.state.fn
         assert fn is not None
-        if given is None:
-            given, self._ckpt_asked = self._ckpt_asked, None
+        if self._ckpt_path_set and given is not None:
+            rank_zero_warn(
+                f"trainer.ckpt_path is {self._ckpt_path!r}, but {fn}(ckpt_path={given!r}) was called: that one is taken."
+            )
+            self._ckpt_path_set = False
+        elif self._ckpt_path_set:
+            given = self._ckpt_path
         if given is None and fn is TrainerFn.FITTING:
             given = vintage.earlier_session(self, self._vintage)
         if given is None and fn is not TrainerFn.FITTING and not provided:
@@ -410,6 +424,8 @@ class Trainer(TrainerFace):
 
     def _end(self, session: Session) -> None:
         """Everything after the last batch, when nothing went wrong."""
+        if self._interrupt.received:
+            raise KeyboardInterrupt  # it came too late for the loop, but whoever pressed it wants to stop here
         fn = self.state.fn
         self._strategy.teardown()
         self.results.to_cpu()

@@ -64,7 +64,6 @@ class TrainerFace(VintageTrainer):
     _datamodule: Any
     _session: Session | None
     _ckpt_path: Any
-    _ckpt_asked: Any
 
     accumulate_grad_batches = Knob[int]()
     gradient_clip_val = Knob["int | float | None"]()
@@ -185,6 +184,7 @@ class TrainerFace(VintageTrainer):
         return self.fit_loop.min_epochs if self._bounds_known else self.config.min_epochs
 
     _bounds_known = False
+    _ckpt_path_set = False
 
     @property
     def max_steps(self) -> int:
@@ -370,7 +370,8 @@ class TrainerFace(VintageTrainer):
 
     @optimizers.setter
     def optimizers(self, optimizers: list[Optimizer]) -> None:
-        self._strategy.optimizers = optimizers
+        self._strategy.exchange_optimizers(list(optimizers))
+        self.progress.optimizer_steps = [0] * len(optimizers)
 
     @property
     def lr_scheduler_configs(self) -> list[Any]:
@@ -436,12 +437,12 @@ class TrainerFace(VintageTrainer):
 
     @property
     def ckpt_path(self) -> Any:
-        """The checkpoint that the last run began from; set it to begin the next one from there."""
+        """The checkpoint that the last run began from; set it to begin the next ones from there, None to stop that."""
         return self._ckpt_path
 
     @ckpt_path.setter
     def ckpt_path(self, path: Any) -> None:
-        self._ckpt_path = self._ckpt_asked = path
+        self._ckpt_path, self._ckpt_path_set = path, bool(path)
 
     # ------------------------------------------------------------------ devices
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from leyden.loggers.base import DummyLogger, Logger, rank_zero_experiment
     from leyden.loggers.csv import CSVLogger
+    from leyden.loggers.experiment import Experiment
     from leyden.loggers.history import History
     from leyden.loggers.recorder import Recorder
     from leyden.loggers.tensorboard import TensorBoardLogger
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CSVLogger": "csv",
     "DummyLogger": "base",
+    "Experiment": "experiment",
     "History": "history",
     "Logger": "base",
     "Recorder": "recorder",
@@ -26,6 +28,7 @@ _HOMES = {
 __all__ = [
     "CSVLogger",
     "DummyLogger",
+    "Experiment",
     "History",
     "Logger",
     "Recorder",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,24 +16,39 @@ from leyden.errors import MisconfigurationException
 from leyden.hooks import is_written
 from leyden.loops.session import Session
 from leyden.module import LightningModule
+from leyden.runtime.ranks import rank_zero_warn
 
 _END = object()
 
 
 class Lookahead:
-    """Iterates one item ahead, so that ``done`` is True as soon as the last item has been handed out."""
+    """Iterates one item ahead, so that ``last`` is True as soon as the last item has been handed out.
 
-    def __init__(self, iterator: Iterator[Any]) -> None:
-        self._iterator = iterator
+    Args:
+        iterator: Where the items come from.
+        limit: How many of them to take at most.
+        state: Called ahead of each item; ``before`` is what it returned ahead of the item that comes next.
+    """
+
+    def __init__(
+        self, iterator: Iterator[Any], limit: int | float = math.inf, state: Callable[[], Any] | None = None
+    ) -> None:
+        self._iterator, self._left, self._state = iterator, limit, state
         self._items: list[Any] = []
-        self.done = False
+        self.last = False
+        self.before: Any = None
         self._fetch()
 
     def _fetch(self) -> None:
+        if self._state is not None:
+            self.before = self._state()
+        self._left -= 1
         try:
+            if self._left < 0:
+                raise StopIteration
             self._items.append(next(self._iterator))
         except StopIteration:
-            self.done = True
+            self.last = True
 
     def __iter__(self) -> Lookahead:
         return self
@@ -43,6 +59,70 @@ class Lookahead:
         item = self._items.pop()
         self._fetch()
         return item
+
+
+class DataLoaderIter:
+    """What a step gets for its parameter ``dataloader_iter``: it draws its batches itself, and moves them to the device.
+
+    Iterating yields ``(batch, batch_idx, dataloader_idx)``.
+
+    Attributes:
+        batch: The batch that was drawn last; None before the first.
+        fetched: How many have been drawn.
+    """
+
+    def __init__(
+        self,
+        triples: Iterator[tuple[Any, int, int]],
+        limit: int | float = math.inf,
+        drawn: Callable[[Any], None] | None = None,
+    ) -> None:
+        self._triples, self._limit, self._drawn = triples, limit, drawn
+        self._ahead: deque[tuple[Any, int, int]] = deque()
+        self._asked = 0
+        self.batch: Any = None
+        self.fetched = 0
+
+    def _fill(self, count: int) -> bool:
+        """Draw until ``count`` batches wait; return whether there are so many."""
+        while len(self._ahead) < count:
+            if self._asked == self._limit:
+                return False
+            try:
+                self._ahead.append(next(self._triples))
+            except StopIteration:
+                self._limit = self._asked
+                return False
+            self._asked += 1
+        return True
+
+    @property
+    def done(self) -> bool:
+        """Whether no batch is left."""
+        return not self._fill(1)
+
+    @property
+    def last(self) -> bool:
+        """Whether at most one batch is left."""
+        return not self._fill(2)
+
+    def __iter__(self) -> DataLoaderIter:
+        return self
+
+    def __next__(self) -> tuple[Any, int, int]:
+        if self.done:
+            raise StopIteration
+        item = self._ahead.popleft()
+        self.batch = item[0]
+        self.fetched += 1
+        if self._drawn is not None:
+            self._drawn(self.batch)
+        return item
+
+    def turns(self) -> Iterator[tuple[DataLoaderIter, int, int]]:
+        """Yield this iterator, with the indices of the batch that comes next, as long as there is one."""
+        while not self.done:
+            yield self, *self._ahead[0][1:]
 
 
 def has_source(session: Session, prefix: str) -> bool:
@@ -73,6 +153,8 @@ def request(session: Session, prefix: str, mode: str) -> CombinedLoader:
     combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, mode)
     for loader in combined.flattened:
         check_iterable(loader, source, fn)
+        if length(loader) == 0:
+            raise MisconfigurationException(f"Trainer.{fn}(): {source} gave {type(loader).__name__} without any batch.")
     overfit = session.config.overfit_batches
     if overfit > 0 and fn == "fit":
         combined.flattened = [without_shuffle(loader) for loader in combined.flattened]
@@ -90,15 +172,59 @@ def start_epoch(combined: CombinedLoader, epoch: int) -> None:
         set_epoch(loader, epoch)
 
 
-def train_iterator(combined: CombinedLoader, total: int | float) -> tuple[Iterator[Any], Lookahead | None]:
-    """Iterate over training batches. Where ``total`` is not known, the second value tells when the end is reached."""
+def total(combined: CombinedLoader) -> int | float:
+    """How many batches an epoch has; infinity if that is not known."""
+    try:
+        return len(combined)
+    except (TypeError, NotImplementedError):
+        return math.inf
+
+
+def train_iterator(
+    combined: CombinedLoader, limit: int | float, sized: bool, drawn: Callable[[Any], None] | None
+) -> tuple[Iterator[Any], Lookahead | DataLoaderIter | None]:
+    """Iterate over at most ``limit`` training batches.
+
+    The second value tells when the end is reached, where the loaders do not (``sized``). With ``drawn``, the step draws
+    its batches itself, and ``drawn`` is told each of them.
+    """
     single = len(combined.flattened) == 1 and combined.flattened[0] is combined.iterables
+    if drawn is not None:
+        triples = ((batch, i, 0) for i, batch in enumerate(iter(combined.flattened[0]))) if single else iter(combined)
+        source = DataLoaderIter(triples, limit, drawn)
+        return (turn for turn, _, _ in source.turns()), source
     # one plain loader: its own iterator, with nothing of ours in between
     iterator: Iterator[Any] = iter(combined.flattened[0]) if single else _only_batches(iter(combined))
-    if total == math.inf:
-        ahead = Lookahead(iterator)
-        return ahead, ahead
-    return iterator, None
+    if sized:
+        return iterator, None
+    ahead = Lookahead(iterator, limit, combined.state_dicts if combined.state_dicts() else None)
+    return ahead, ahead
+
+
+def states(combined: CombinedLoader, ahead: Lookahead | DataLoaderIter | None) -> list[dict[str, Any]]:
+    """The states of those loaders that keep one, as of the batch that comes next, even where one more has been taken."""
+    if isinstance(ahead, Lookahead) and ahead.before:
+        return list(ahead.before)
+    return combined.state_dicts()
+
+
+def check_end(combined: CombinedLoader | None, count: int, epoch: int, expected: int | float | None) -> None:
+    """Judge an epoch that ended after ``count`` batches, although ``expected`` were announced (None: none were).
+
+    Raises:
+        MisconfigurationException: when it had no batch at all.
+    """
+    kinds = ", ".join(sorted({type(loader).__name__ for loader in combined.flattened})) if combined is not None else ""
+    if count == 0:
+        raise MisconfigurationException(
+            f"The training data ({kinds}) gave no batch in epoch {epoch}. A generator can be gone through only once: pass"
+            " an iterable that begins anew each time, such as a DataLoader or a list."
+        )
+    if expected is not None:
+        rank_zero_warn(
+            f"The training data ({kinds}) announced {expected} batches but gave {count}. Correct its __len__, so that"
+            " windows of accumulation and the progress bar fit."
+        )
 
 
 def remaining(iterator: Any) -> Iterator[Any]:

@@ -37,6 +37,12 @@ class Calls(tuple[Callable[..., Any], ...]):
         finally:
             store.hook = outer
 
+    def wrapped(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Calls:
+        """Return the same calls, each as ``wrap`` returns it."""
+        calls = Calls(wrap(call) for call in self)
+        calls.name, calls.results = self.name, self.results
+        return calls
+
 
 class Hooks:
     """One attribute for each hook of the loops: a ``Calls``, empty if nobody wrote it."""

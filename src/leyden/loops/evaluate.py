@@ -10,7 +10,7 @@ on_*_epoch_end, a row with the values of the epoch, on_*_end, on_*_model_train
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -91,7 +91,13 @@ class EvaluationLoop:
         if session.trainer.state.fn is TrainerFn.FITTING:
             batches.start_epoch(loader, session.progress.epoch)
         loader.limits = limits
-        iterator = iter(loader)
+        several = len(limits) > 1 and loader.mode == "sequential"
+        iterator: Iterator[tuple[Any, int, int]] = iter(loader)
+        draws = batches.takes(step, "dataloader_iter")
+        if draws:
+            iterator = batches.DataLoaderIter(
+                iterator, math.inf, lambda batch: store.start_batch(batch, store.loader)
+            ).turns()
         store.on_step, store.loader = False, None
         modes = {module: module.training for module in session.module.modules()}
         if names.model_eval:
@@ -100,10 +106,9 @@ class EvaluationLoop:
             session.module.eval()
         names.start()
         names.epoch_start()
-        transfer = session.transfer()
+        transfer = session.transfer(draws)
         run_step = session.strategy.test_step if self.prefix == "test" else session.strategy.validation_step
-        several = len(limits) > 1 and loader.mode == "sequential"
-        num_args = 3 if several else max(batches.positional(step), 1)
+        num_args = 1 if draws else 3 if several else max(batches.positional(step), 1)
         sanity = session.trainer.sanity_checking
         seen = session.progress.val_batches if session.trainer.state.fn is TrainerFn.FITTING else [0] * len(limits)
         outputs: list[dict[str, Any]] = [{} for _ in (limits if loader.mode == "sequential" else (0,))]
@@ -117,11 +122,12 @@ class EvaluationLoop:
             store.start_batch(batch, loader_idx if several else None)
             index = (batch_idx, loader_idx) if several else (batch_idx,)
             if names.batch_start:
-                names.batch_start(batch, *index)
+                names.batch_start(batch.batch if draws else batch, *index)
             store.hook = names.step
             output = run_step(*(batch, *index)[:num_args])
             if names.batch_end:
-                names.batch_end(output, batch, *index)
+                names.batch_end(output, batch.batch if draws else batch, *index)
+            del output
             store.end_batch()
             if not sanity:
                 row = results.collect()

@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
-from leyden.config import TrainerConfig, ValInterval, parse_val_check_interval, resolve_limits
+from leyden.config import ValInterval, parse_val_check_interval
 from leyden.data.combined import CombinedLoader
 from leyden.errors import MisconfigurationException
 from leyden.loops import batches, when
@@ -34,7 +34,7 @@ from leyden.loops.optimize import Optimization, check_loss, detached, read_loss,
 from leyden.loops.paths import choose
 from leyden.loops.schedule import step_schedules
 from leyden.loops.session import Session
-from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
+from leyden.runtime.ranks import rank_zero_info
 from leyden.runtime.seed import rng_state
 from leyden.types import RunningStage
 
@@ -63,7 +63,8 @@ class FitLoop:
         self.epoch_rng: dict[str, Any] | None = None
         """State of the random generators when the iterator of this epoch was made."""
         self._iterator: Iterator[Any] | None = None
-        self._ahead: batches.Lookahead | None = None
+        self._ahead: batches.Lookahead | batches.DataLoaderIter | None = None
+        self._sized = True
 
     # ------------------------------------------------------------------ the loop
 
@@ -75,7 +76,7 @@ class FitLoop:
             return
         optimization: Optimization = session.optimization
         train, num_args = choose(session, self.train_batch)
-        transfer = session.transfer()
+        transfer = session.transfer(draws=batches.takes(session.module.training_step, "dataloader_iter"))
         hooks.on_train_start()
         while not self.finished(session):
             iterator = self.start_epoch(session)
@@ -83,7 +84,7 @@ class FitLoop:
             open_epoch = not progress.tail or self.finish_batch(session)
             while open_epoch and (batch := next(iterator, _END)) is not _END:
                 batch_idx, accumulate = progress.batch_idx, trainer.config.accumulate_grad_batches
-                self.last = last = batch_idx + 1 == self.num_batches or (self._ahead is not None and self._ahead.done)
+                self.last = last = batch_idx + 1 == self.num_batches or (self._ahead is not None and self._ahead.last)
                 self.steps = steps = last or (batch_idx + 1) % accumulate == 0
                 if transfer is not None:
                     batch = transfer(batch, 0)
@@ -97,6 +98,8 @@ class FitLoop:
                 if skip:
                     self.last = last = True
                     output = None
+                elif batch is None:
+                    output = optimization.no_batch(batch_idx % accumulate == 0, steps)
                 else:
                     store.hook = "training_step"
                     args = (batch, batch_idx) if num_args > 1 else (batch,)
@@ -127,19 +130,15 @@ class FitLoop:
                 else:
                     progress.tail = ""
                     progress.batches_that_stepped += steps
+            if open_epoch and not self.last:
+                self.ran_out(session)
             self.end_epoch(session)
         hooks.on_train_end()
 
     def train_batch(
-        self,
-        session: Session,
-        opt: Optimization,
-        args: tuple[Any, ...],
-        batch_idx: int,
-        first: bool,
-        steps: bool,
+        self, session: Session, opt: Optimization, args: tuple[Any, ...], batch_idx: int, first: bool, steps: bool,
         divisor: int,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Forward, backward and, at the end of a window, the update. Returns what ``training_step`` returned."""
         output = session.strategy.training_step(*args)
         loss = output if isinstance(output, Tensor) else read_loss(output)
@@ -176,16 +175,8 @@ class FitLoop:
             self.close_epoch(session)
         self.load_data(session)
         if session.position is None and self._iterator is None:
-            self._iterate()
-        if self.num_batches == 0:
-            rank_zero_info("Trainer.fit stopped: no training batches.")
-            return False
+            self._iterate(session)
         progress = session.progress
-        if session.position is not None and 0 <= self.max_epochs < progress.epoch:
-            raise MisconfigurationException(
-                f"The checkpoint stands at epoch {progress.epoch}, but Trainer(max_epochs={self.max_epochs}): raise"
-                " max_epochs to go on."
-            )
         if self.finished(session):
             return False
         if trainer.enable_validation and not self.validation.ready and when.epoch_validates(config, progress.epoch):
@@ -194,17 +185,6 @@ class FitLoop:
             session.enter(RunningStage.TRAINING)
         self.last_val_time = time.monotonic()
         return True
-
-    def bounds(self, config: TrainerConfig, fresh: bool) -> None:
-        """Take the bounds on epochs from the Trainer's arguments, once: afterwards they can be set on the loop."""
-        if not fresh:
-            return
-        self.min_epochs, self.max_epochs, defaulted = resolve_limits(config)
-        if defaulted:
-            rank_zero_warn(
-                "Trainer(max_epochs=None): nothing bounds this fit, so it stops after 1000 epochs. Say max_epochs=n, or"
-                " max_epochs=-1 to train until you stop it."
-            )
 
     def renew(self) -> None:
         """Forget the loaders of an earlier fit."""
@@ -226,12 +206,9 @@ class FitLoop:
             raise MisconfigurationException(
                 "CombinedLoader(mode='sequential') cannot train: use 'min_size', 'max_size' or 'max_size_cycle'."
             )
+        self._sized = batches.total(loader) < math.inf
         loader.limits = batches.limits(loader, "train", config.limit_train_batches, "limit_train_batches")
-        self.loader = loader
-        try:
-            self.num_batches = len(loader)
-        except (TypeError, NotImplementedError):
-            self.num_batches = math.inf
+        self.loader, self.num_batches = loader, batches.total(loader)
         if due:
             progress.last_train_reload = progress.epoch
         self.interval = parse_val_check_interval(config.val_check_interval)
@@ -240,11 +217,17 @@ class FitLoop:
         )
         self.release()
 
-    def _iterate(self) -> None:
+    def loader_states(self) -> list[Any]:
+        """States of those training loaders that keep one, as of the batch that comes next."""
+        return [] if self.loader is None else batches.states(self.loader, self._ahead)
+
+    def _iterate(self, session: Session) -> None:
         """Begin to iterate over the training loaders; remember the generators' state, from which the order follows."""
         assert self.loader is not None
         self.epoch_rng = rng_state()
-        self._iterator, self._ahead = batches.train_iterator(self.loader, self.num_batches)
+        draws = batches.takes(session.module.training_step, "dataloader_iter")
+        drawn = session.results.train.start_batch if draws else None
+        self._iterator, self._ahead = batches.train_iterator(self.loader, self.num_batches, self._sized, drawn)
 
     # ------------------------------------------------------------------ around an epoch
 
@@ -263,7 +246,7 @@ class FitLoop:
         if not begun or progress.cut:
             session.hooks.on_train_epoch_start()
         if self._iterator is None:
-            self._iterate()
+            self._iterate(session)
         assert self._iterator is not None
         iterator, self._iterator = self._iterator, None
         if position is not None and begun:
@@ -317,10 +300,27 @@ class FitLoop:
         if session.config.rule("short_window") == "constant":
             return accumulate
         length = when.window_length(batch_idx, accumulate, self.num_batches)
-        if last and self.num_batches == math.inf and (batch_idx + 1) % accumulate:
+        actual = batch_idx % accumulate + 1
+        if last and actual < length:
             # only now it is known that the window is short; the gradients are put right before the step
-            opt.rescale = accumulate / ((batch_idx + 1) % accumulate)
+            opt.rescale = length / actual
         return length
+
+    def ran_out(self, session: Session) -> None:
+        """Deal with an epoch that ended before its loader said it would: all that belongs to its end still happens."""
+        progress, optimization = session.progress, session.optimization
+        batches.check_end(self.loader, progress.batch_idx, progress.epoch, None if self._ahead else self.num_batches)
+        validated = self.validation_is_due(session)
+        self.last, optimization.stepped = True, False
+        self.steps = bool(progress.batch_idx % session.trainer.accumulate_grad_batches) and optimization.automatic
+        if self.steps:
+            self.divisor(session, progress.batch_idx - 1, True, optimization)
+            optimization.update()
+            step_schedules(session, "step", False, progress.batch_idx)
+        if optimization.automatic:
+            step_schedules(session, "epoch", False, progress.epoch + 1)
+        progress.tail = "log" if self.steps else "count" if validated else "validate"
+        self.finish_batch(session)
 
     def next_due(self, session: Session) -> float:
         """The number of batches after which something may be due next."""
@@ -340,15 +340,11 @@ class FitLoop:
         if trainer.should_stop and self.may_stop(session):
             return True
         elapsed = time.monotonic() - self.last_val_time if self.interval.unit == "time" else 0.0
+        early = self.last and progress.batch_idx < self.num_batches < math.inf
         return when.validation_due(
-            progress,
-            self.interval,
-            self.val_every,
-            self.val_across,
-            last=self.last,
-            stepped=session.optimization.stepped,
-            elapsed=elapsed,
-        )
+            progress, self.interval, self.val_every, self.val_across, last=self.last, early=early,
+            stepped=session.optimization.stepped, elapsed=elapsed,
+        )  # fmt: skip
 
     def finish_batch(self, session: Session) -> bool:
         """Do what is due after a batch, from where ``progress.tail`` stands; return whether the epoch goes on."""

@@ -14,6 +14,7 @@ from leyden.errors import MisconfigurationException
 from leyden.hooks import is_written
 from leyden.loops.session import Session
 from leyden.module import LightningModule
+from leyden.runtime.ranks import rank_zero_warn
 from leyden.tree import detach
 
 
@@ -92,7 +93,7 @@ class Optimization:
             self.before_step(optimizer)
             self.strategy.optimizer_step(optimizer)
             self.count(index)
-        self.end_window()
+        self.window_weight, self.window_mixes, self.rescale = None, False, 1.0
 
     def end_window(self) -> None:
         """Forget what was known of the window of accumulation that has just ended."""
@@ -119,7 +120,7 @@ class Optimization:
         """Everything between the gradients and the step: unscale, normalise, hooks, clip."""
         self.precision.unscale(optimizer)
         if self.window_weight is not None or self.rescale != 1.0:
-            factor = self.rescale if self.window_weight is None else 1.0 / self.window_weight
+            factor = self.rescale if self.window_weight is None else _inverse(self.window_weight)
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             if grads:
                 torch._foreach_mul_(grads, factor)
@@ -157,6 +158,25 @@ class Optimization:
             if gradient is not None and gradient.shape == parameter.shape:
                 parameter.grad = gradient.to(parameter.device, parameter.dtype)
         self.window_weight, self.window_weights = state["weight"], dict(state.get("weights", {}))
+
+    def no_batch(self, first: bool, steps: bool) -> Any:
+        """Pass over a batch that is None: the other batches of its window still count. Returns None, its output."""
+        rank_zero_warn("The training loader gave None in place of a batch: training_step is not called for it.")
+        if not self.automatic:
+            return None
+        if not first and steps:
+            self.update()
+        elif first:
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+        return None
+
+
+def _inverse(weight: Any) -> Any:
+    """One over the weight of a window; 0 for a window without any items, whose gradients are 0 as well."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, 0.0, 1.0 / weight)
+    return 1.0 / weight if weight else 0.0
 
 
 def read_loss(output: Any) -> Any:

@@ -19,15 +19,40 @@ from leyden.optim import needs_closure
 
 def choose(session: Session, straight: Callable[..., Any]) -> tuple[Callable[..., Any], int]:
     """Choose, once for a fit, how its batches are trained; return that and how many arguments ``training_step`` takes."""
-    step = session.module.training_step
+    step, hooks = session.module.training_step, session.hooks
     train = straight
     if not session.module.automatic_optimization:
         train = manual_batch
     elif batches.takes(step, "optimizer_idx"):
         train = indexed_batch
-    elif session.hooks.optimizer_step or any(needs_closure(optimizer) for optimizer in session.strategy.optimizers):
+    elif hooks.optimizer_step or any(needs_closure(optimizer) for optimizer in session.strategy.optimizers):
         train = closure_batch
-    return train, batches.positional(step)
+    if not batches.takes(step, "dataloader_iter"):
+        return train, batches.positional(step)
+    for name in ("on_train_batch_start", "on_train_batch_end"):
+        setattr(hooks, name, getattr(hooks, name).wrapped(_with_drawn_batch))
+    return partial(drawn_batch, train), 1
+
+
+def _with_drawn_batch(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a hook see the batch that the step drew last, in place of the iterator that the loop goes by."""
+
+    def with_batch(*args: Any) -> Any:
+        return call(*args[:-2], args[-2].batch, args[-1])
+
+    return with_batch
+
+
+def drawn_batch(
+    train: Callable[..., Any], session: Session, opt: Optimization, args: tuple[Any, ...], *rest: Any
+) -> Any:
+    """A step that takes ``dataloader_iter`` and draws its batches itself; it may draw once too often at the end."""
+    try:
+        return train(session, opt, args, *rest)
+    except StopIteration:
+        if not args[0].done:
+            raise
+        return None
 
 
 def manual_batch(
@@ -79,13 +104,20 @@ class Evaluation:
     def closure(self, index: int) -> Callable[[], Any]:
         """The closure for optimizer ``index``. Gradients that are there already are not computed once more."""
         there = self.runs > 0 or index > 0
+        searches = isinstance(self.opt.optimizers[index], torch.optim.LBFGS)
 
         def evaluate() -> Any:
             nonlocal there
             if not (there and self.runs):
                 self.run()
             there = False
-            return self.loss[index] if isinstance(self.loss, list) else self.loss
+            loss = self.loss[index] if isinstance(self.loss, list) else self.loss
+            if loss is None and searches:
+                raise MisconfigurationException(
+                    "LBFGS needs a loss each time that it evaluates the batch, but training_step() returned None, which"
+                    " skips it. Return a loss, or use another optimizer."
+                )
+            return loss
 
         return evaluate
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -69,16 +70,17 @@ class PredictLoop:
         keep = self.return_predictions or any(getattr(interval, "on_epoch", False) for interval in writers)
         track = any(hasattr(interval, "on_epoch") for interval in writers)
         self.loader.limits = list(self.max_batches)
-        with ExitStack() as stack:
-            indices = [stack.enter_context(_indices(item if track else None)) for item in self.loader.flattened]
-            self._run(session, indices, keep)
-        kept = self.predictions
-        self._kept, self.epoch_batch_indices, self.current_batch_indices = [], [], []
-        return kept if self.return_predictions else None
+        try:
+            with ExitStack() as stack:
+                indices = [stack.enter_context(_indices(item if track else None)) for item in self.loader.flattened]
+                self._run(session, indices, keep)
+            return self.predictions if self.return_predictions else None
+        finally:
+            self._kept, self.epoch_batch_indices, self.current_batch_indices = [], [], []
 
     def _run(self, session: Session, indices: list[Callable[[int], list[int]]], keep: bool) -> None:
         hooks, module = session.hooks, session.module
-        iterator = iter(self.loader or ())
+        iterator: Iterator[tuple[Any, int, int]] = iter(self.loader or ())
         modes = {child: child.training for child in module.modules()}
         if hooks.on_predict_model_eval:
             hooks.on_predict_model_eval()
@@ -86,21 +88,25 @@ class PredictLoop:
             module.eval()
         hooks.on_predict_start()
         hooks.on_predict_epoch_start()
-        several = len(self.max_batches) > 1
-        transfer, num_args = session.transfer(), 3 if several else max(batches.positional(module.predict_step), 1)
+        several, draws = len(self.max_batches) > 1, batches.takes(module.predict_step, "dataloader_iter")
+        if draws:
+            iterator = batches.DataLoaderIter(iterator, math.inf).turns()
+        num_args = 1 if draws else 3 if several else max(batches.positional(module.predict_step), 1)
+        transfer = session.transfer(draws)
         for batch, batch_idx, loader_idx in batches.remaining(iterator):
             if transfer is not None:
                 batch = transfer(batch, loader_idx)
             self.current_batch_indices = indices[loader_idx](batch_idx)
             args = (batch, batch_idx, loader_idx) if several else (batch, batch_idx)
             if hooks.on_predict_batch_start:
-                hooks.on_predict_batch_start(*args)
+                hooks.on_predict_batch_start(batch.batch if draws else batch, *args[1:])
             output = session.strategy.precision.convert_output(session.strategy.predict_step(*args[:num_args]))
             if hooks.on_predict_batch_end:
-                hooks.on_predict_batch_end(output, *args)
+                hooks.on_predict_batch_end(output, batch.batch if draws else batch, *args[1:])
             self.epoch_batch_indices[loader_idx].append(self.current_batch_indices)
             if keep:
                 self._kept[loader_idx].append(move_to(output, torch.device("cpu")))
+            del output
             if session.interrupt.received:
                 raise KeyboardInterrupt
         hooks.on_predict_epoch_end()

@@ -177,7 +177,9 @@ def callbacks(
     if sum(isinstance(item, from_ours["ProgressBar"]) for item in found) > 1:
         names = [type(item).__name__ for item in found if isinstance(item, from_ours["ProgressBar"])]
         raise MisconfigurationException(f"Trainer(callbacks=...) holds {len(names)} progress bars ({names}); give one.")
-    if config.max_time is not None:
+    if config.max_time is not None and any(type(item).__name__ == "Timer" for item in found):
+        rank_zero_info(f"Trainer(max_time={config.max_time!r}) is passed over: there is a Timer in callbacks.")
+    elif config.max_time is not None:
         found.append(load("leyden.callbacks.timer:Timer")(parse_duration(config.max_time, "max_time"), interval="step"))
     if bar and not has("ProgressBar"):
         found.append(load("leyden.callbacks.progress:default_bar")())

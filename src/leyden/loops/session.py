@@ -125,8 +125,13 @@ class Session:
             for name in ("log", "log_dict"):
                 vars(callback).pop(name, None)
 
-    def transfer(self) -> Callable[[Any, int], Any] | None:
-        """Return the function that brings a batch to the device, or None if there is nothing to do."""
+    def transfer(self, draws: bool = False) -> Callable[[Any, int], Any] | None:
+        """Return the function that brings a batch to the device, or None if there is nothing to do.
+
+        ``draws`` says that the step draws its batches itself; what it does with them is then its own affair.
+        """
+        if draws:
+            return None
         hooks, strategy, module = self.hooks, self.strategy, self.module
         before, move, after = (
             hooks.on_before_batch_transfer,

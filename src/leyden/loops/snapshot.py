@@ -13,10 +13,11 @@ from typing import Any
 from leyden.callback import Callback
 from leyden.data.combined import CombinedLoader
 from leyden.datamodule import LightningDataModule
-from leyden.errors import CheckpointError
+from leyden.errors import CheckpointError, MisconfigurationException
 from leyden.hooks import is_written
 from leyden.hparams import pack, plain_hparams
 from leyden.loading import PICKLED
+from leyden.loops.batches import DataLoaderIter
 from leyden.loops.fit import FitLoop
 from leyden.loops.lightning_loops import from_lightning, to_lightning
 from leyden.loops.optimize import Optimization
@@ -59,7 +60,7 @@ def gather(
         version: Leyden's.
     """
     module: LightningModule = strategy.module
-    loaders = fit_loop.loader.state_dicts() if fit_loop.loader is not None else []
+    loaders = fit_loop.loader_states()
     checkpoint: dict[str, Any] = {
         "epoch": progress.epoch,
         "global_step": progress.global_step,
@@ -175,8 +176,14 @@ def restore_training(
     strategy: Strategy,
     progress: Progress,
     results: Results,
+    max_epochs: int,
 ) -> Position:
-    """Put back optimizers, schedules, precision, counters and metrics; return where the data stands."""
+    """Put back optimizers, schedules, precision, counters and metrics; return where the data stands.
+
+    Raises:
+        CheckpointError: for a file that does not hold what a resume needs, or that is of other optimizers.
+        MisconfigurationException: for one that stands beyond ``max_epochs`` (-1: no bound).
+    """
     missing = [key for key in ("optimizer_states", "lr_schedulers") if key not in checkpoint]
     if missing:
         raise CheckpointError(
@@ -209,6 +216,10 @@ def restore_training(
         if progress.epoch_done:
             # saved while the epoch was being closed: its metrics are not in the file, so that it can only be counted
             progress.end_epoch(last)
+    if 0 <= max_epochs < progress.epoch:
+        raise MisconfigurationException(
+            f"{source} stands at epoch {progress.epoch}, but Trainer(max_epochs={max_epochs}): raise max_epochs to go on."
+        )
     loaders = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader", [])
     return Position(ours.get("rng"), ours.get("epoch_rng"), loaders, last, steps, ours.get("window"))
 
@@ -266,7 +277,9 @@ class Position:
         """Call once the iterator of an epoch that had begun is made; skips the batches that are done."""
         if not self.loaders:
             for _ in range(batches):
-                next(iterator, None)
+                turn = next(iterator, None)
+                if isinstance(turn, DataLoaderIter):
+                    next(turn, None)  # one that is drawn from by the step
         if self.rng is not None:
             set_rng_state(self.rng)
         return self.last, self.steps

@@ -9,12 +9,13 @@ from typing import Any
 
 from leyden import files
 from leyden.callback import Callback
+from leyden.config import TrainerConfig, resolve_limits
 from leyden.datamodule import LightningDataModule
 from leyden.errors import LeydenWarning, MisconfigurationException, PossibleUserWarning
 from leyden.hooks import is_written, misspelt
 from leyden.hparams import logs_hparams
 from leyden.loggers.recorder import Recorder
-from leyden.loops.batches import has_source
+from leyden.loops.batches import has_source, positional
 from leyden.loops.optimize import Optimization
 from leyden.loops.rows import Rows
 from leyden.loops.session import Session
@@ -36,7 +37,7 @@ _STEPS = {
 }
 
 
-def unwrap(model: Any, datamodule: Any, loaders: Any) -> tuple[LightningModule, Any, Any]:
+def unwrap(model: Any, datamodule: Any, loaders: Any, more: Any = None) -> tuple[LightningModule, Any, Any]:
     """Recognise the arguments of an entry point: a compiled module, a data module in the place of loaders.
 
     Raises:
@@ -58,8 +59,8 @@ def unwrap(model: Any, datamodule: Any, loaders: Any) -> tuple[LightningModule, 
     if isinstance(loaders, LightningDataModule):
         if datamodule is not None:
             raise MisconfigurationException("Two data modules were given: one in the place of the loaders. Give one.")
-        return module, loaders, None
-    if loaders is not None and datamodule is not None:
+        loaders, datamodule = None, loaders
+    if (loaders is not None or more is not None) and datamodule is not None:
         raise MisconfigurationException("Both loaders and a datamodule were given. Give one of the two.")
     return module, datamodule, loaders
 
@@ -125,11 +126,19 @@ def check(session: Session, fn: TrainerFn) -> None:
                 f"{name}.{old}() is not called any more. Keep what the steps return in a list of your own and read it in"
                 f" {new}()."
             )
+    _warn_misspelt(session)  # here: what is missing below may only be misspelt
     if fn is not TrainerFn.PREDICTING and not is_written(module, step, LightningModule):
         raise MisconfigurationException(f"{name} has no {step}(): Trainer.{fn}() needs it.")
     written = is_written(module, step, LightningModule)
     if fn is TrainerFn.PREDICTING and not written and type(module).forward is LightningModule.forward:
         raise MisconfigurationException(f"{name} has neither predict_step() nor forward(): write one of them.")
+    steps = ("training_step", "validation_step") if fn is TrainerFn.FITTING else (step,)
+    for wanted in steps:
+        if is_written(module, wanted, LightningModule) and positional(getattr(module, wanted)) == 0:
+            raise MisconfigurationException(
+                f"{name}.{wanted}() takes no positional argument, so it cannot be given a batch. Write"
+                f" {wanted}(self, batch, batch_idx)."
+            )
     if not has_source(session, prefix):
         argument = "train_dataloaders" if prefix == "train" else "dataloaders"
         raise MisconfigurationException(
@@ -138,7 +147,6 @@ def check(session: Session, fn: TrainerFn) -> None:
         )
     if fn is TrainerFn.FITTING:
         _check_fit(session, name)
-    _warn_misspelt(session)
 
 
 def _check_fit(session: Session, name: str) -> None:
@@ -185,6 +193,17 @@ def _warn_misspelt(session: Session) -> None:
             rank_zero_warn(
                 f"{type(owner).__name__}.{wrong}() is no hook, so nothing calls it.{suggestion}", category=LeydenWarning
             )
+
+
+def epoch_bounds(config: TrainerConfig) -> tuple[int | None, int]:
+    """The bounds on epochs that the Trainer's arguments come to: the smallest and the largest number (-1: no bound)."""
+    min_epochs, max_epochs, defaulted = resolve_limits(config)
+    if defaulted:
+        rank_zero_warn(
+            "Trainer(max_epochs=None): nothing bounds this fit, so it stops after 1000 epochs. Say max_epochs=n, or"
+            " max_epochs=-1 to train until you stop it."
+        )
+    return min_epochs, max_epochs
 
 
 def find_checkpoint(given: Any, fn: str, callbacks: Iterable[Any], log_dir: str | None) -> Any:

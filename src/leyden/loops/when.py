@@ -62,7 +62,15 @@ def epoch_validates(config: TrainerConfig, epoch: int) -> bool:
 
 
 def validation_due(
-    progress: Progress, interval: ValInterval, every: float, across: bool, *, last: bool, stepped: bool, elapsed: float
+    progress: Progress,
+    interval: ValInterval,
+    every: float,
+    across: bool,
+    *,
+    last: bool,
+    early: bool,
+    stepped: bool,
+    elapsed: float,
 ) -> bool:
     """Whether validation runs after the batch that has just been counted in ``progress``.
 
@@ -72,6 +80,7 @@ def validation_due(
         every: From ``validation_batches``.
         across: From ``validation_batches``.
         last: Whether it was the last batch of the epoch.
+        early: Whether the epoch ended with it before its last batch was expected.
         stepped: Whether it ended with an update.
         elapsed: Seconds since the last validation.
     """
@@ -83,6 +92,8 @@ def validation_due(
         return last
     if every == 0:
         return False
+    if early and interval.unit == "epoch":
+        return True  # a fraction of an epoch also ends where the epoch ends
     count = progress.batches if across else progress.batch_idx
     return count % int(every) == 0
 

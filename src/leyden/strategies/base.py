@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from leyden import files
-from leyden.loading import apply_state_dict
+from leyden.loading import apply_state_dict, clean_names
 from leyden.optim import LightningOptimizer
 from leyden.precision import Precision
 from leyden.tree import move_to
@@ -35,6 +35,7 @@ class Strategy:
         self.optimizers: list[Optimizer] = []
         self.lightning_optimizers: list[LightningOptimizer] = []
         self.lr_scheduler_configs: list[Any] = []
+        self._step: Callable[..., Any] | None = None
         self._manual_backward: Callable[..., None] | None = None
 
     # -- who and where
@@ -97,14 +98,22 @@ class Strategy:
             backward: Called by ``module.manual_backward``.
         """
         self.optimizers, self.lr_scheduler_configs = optimizers, schedules
-        self.lightning_optimizers = [LightningOptimizer(optimizer, step, optimizers) for optimizer in optimizers]
-        self._manual_backward = backward
+        self._step, self._manual_backward = step, backward
+        self.exchange_optimizers(optimizers)
+
+    def exchange_optimizers(self, optimizers: list[Optimizer]) -> None:
+        """Go on with these optimizers; in the middle of a fit as well."""
+        self.optimizers[:] = optimizers  # in place: the loops hold this list
+        if self._step is not None:
+            self.lightning_optimizers = [
+                LightningOptimizer(one, self._step, self.optimizers) for one in self.optimizers
+            ]
 
     def teardown(self) -> None:
         """Let go of what only the run needed; bring the module and the optimizer state back to the host."""
         for wrapped in self.lightning_optimizers:
             wrapped.release()  # user code may have kept it
-        self.lightning_optimizers, self._manual_backward = [], None
+        self._step = self._manual_backward = None
         if self.root_device.type != "cpu" and self.module is not None:
             host = torch.device("cpu")
             self.module.to(host)
@@ -181,9 +190,8 @@ class Strategy:
     # -- checkpoints
 
     def module_state_dict(self) -> dict[str, Any]:
-        """The weights, under the names that the user's module has for them."""
-        state: dict[str, Any] = self.module.state_dict()
-        return state
+        """The weights, under the names that they have when no layer is compiled."""
+        return clean_names(self.module.state_dict())
 
     def load_module_state_dict(self, state: dict[str, Any], strict: bool, source: str) -> None:
         """Load weights; what does not fit is an error that lists it."""
