@@ -86,7 +86,7 @@ class TrainerConfig:
             raise _bad("deterministic", self.deterministic, "True, False, 'warn' or None")
         parse_val_check_interval(self.val_check_interval)
         parse_duration(self.max_time, "max_time")
-        if self.check_val_every_n_epoch is None and _is_fraction(self.val_check_interval):
+        if self.check_val_every_n_epoch is None and parse_val_check_interval(self.val_check_interval).unit == "epoch":
             raise MisconfigurationException(
                 f"check_val_every_n_epoch=None counts batches across epochs, so val_check_interval must be a number of"
                 f" batches (int) or a duration; it is {self.val_check_interval!r}."
@@ -112,10 +112,6 @@ def _bad(name: str, value: Any, allowed: str, hint: str = "") -> Misconfiguratio
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_fraction(value: Any) -> bool:
-    return isinstance(value, float)
 
 
 def _check_counts(config: TrainerConfig) -> None:
@@ -259,7 +255,10 @@ def parse_val_check_interval(value: Interval) -> ValInterval:
             if number <= 0 or (whole and number != int(number)) or (unit == "epoch" and number > 1):
                 raise _bad(name, value, allowed)
             return ValInterval(unit, number)
-    duration = parse_duration(value, name)
+    try:
+        duration = parse_duration(value, name)
+    except MisconfigurationException:
+        raise _bad(name, value, allowed) from None
     assert duration is not None
     return ValInterval("time", duration.total_seconds())
 

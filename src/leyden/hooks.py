@@ -130,7 +130,7 @@ def is_written(owner: Any, name: str, base: type) -> bool:
 
 
 def misspelt(owner: Any, kind: str, base: type) -> Iterable[tuple[str, str]]:
-    """Yield ``(name, suggestion)`` for each method of ``owner`` that looks like a hook and is none.
+    """Yield ``(name, suggestion)`` for each method of ``owner`` that looks like a hook, is none, and is never called.
 
     Args:
         owner: A module, callback or data module.
@@ -138,15 +138,48 @@ def misspelt(owner: Any, kind: str, base: type) -> Iterable[tuple[str, str]]:
         base: The class of ours that it extends; names known there are not hooks somebody mistyped.
     """
     names = {hook.name for hook in HOOKS if kind in hook.owners}
-    for name in sorted(
-        {attribute for cls in type(owner).__mro__ if cls not in base.__mro__ for attribute in vars(cls)}
-    ):
-        if name in names or hasattr(base, name) or name.startswith("_"):
+    theirs = [cls for cls in type(owner).__mro__ if cls not in base.__mro__]
+    used = {name for cls in theirs for method in vars(cls).values() for name in _names_in(method)}
+    for name in sorted({attribute for cls in theirs for attribute in vars(cls)}):
+        # a method that the others call (shared_step, make_dataloader) is a helper, whatever its name
+        if name in names or name in used or hasattr(base, name) or name.startswith("_"):
             continue
         if not inspect.isroutine(getattr(type(owner), name, None)):
             continue
+        if name in _FORMER:
+            yield name, f" Did you mean {_FORMER[name]!r}?"
+            continue
         looks_like_hook = name.startswith("on_") or name.endswith(("_step", "_dataloader", "_epoch_end"))
-        # other names must be a letter or two away: people have methods of their own
-        suggestion = did_you_mean(name, names, cutoff=0.6 if looks_like_hook else 0.9)
+        # people have methods of their own: other names must be a letter or two away
+        cutoff = 0.6 if name.startswith("on_") else 0.7 if looks_like_hook else 0.9
+        suggestion = did_you_mean(name, names, cutoff=cutoff)
         if suggestion:
             yield name, suggestion
+
+
+_FORMER = {
+    # names that Lightning once had, or that others use, for which the closest name would be the wrong one
+    "on_epoch_start": "on_train_epoch_start",
+    "on_epoch_end": "on_train_epoch_end",
+    "val_step": "validation_step",
+    "on_train_begin": "on_train_start",
+    "on_epoch_begin": "on_train_epoch_start",
+    "on_batch_start": "on_train_batch_start",
+    "on_batch_end": "on_train_batch_end",
+    "on_pretrain_routine_start": "on_fit_start",
+    "on_pretrain_routine_end": "on_fit_start",
+    "on_keyboard_interrupt": "on_exception",
+    "training_step_end": "on_train_batch_end",
+    "validation_step_end": "on_validation_batch_end",
+    "test_step_end": "on_test_batch_end",
+}
+
+
+def _names_in(method: Any) -> Iterable[str]:
+    """All names of attributes and functions that the code of a method mentions, functions within it included."""
+    function = inspect.unwrap(getattr(method, "__func__", getattr(method, "fget", None) or method))
+    codes = [function.__code__] if inspect.isfunction(function) else []
+    while codes:
+        code = codes.pop()
+        yield from code.co_names
+        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]

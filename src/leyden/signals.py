@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
@@ -31,6 +33,8 @@ class Interrupt:
         if self.received:
             raise KeyboardInterrupt
         self.received = True
+        with contextlib.suppress(Exception):  # a signal may come in the middle of another print
+            print("\nStopping after this step. Press Ctrl-C again to stop at once.", file=sys.stderr, flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

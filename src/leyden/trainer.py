@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from leyden import vintage
+from leyden.data.loaders import says_workers_are_gone
 from leyden.errors import MisconfigurationException
 from leyden.loggers.history import History
 from leyden.loops import resolve, snapshot
@@ -32,7 +33,7 @@ from leyden.loops.start import (
 from leyden.module import LightningModule
 from leyden.progress import Progress
 from leyden.results import Results
-from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
+from leyden.runtime.ranks import rank_zero_info, rank_zero_warn, say
 from leyden.runtime.seed import isolate_rng
 from leyden.signals import Interrupt
 from leyden.trainer_face import TrainerFace
@@ -95,6 +96,7 @@ class Trainer(TrainerFace):
         TypeError: for an unknown argument, with the closest known one.
     """
 
+    @resolve.from_environment
     def __init__(
         self,
         *,
@@ -144,8 +146,6 @@ class Trainer(TrainerFace):
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "unknown", "__class__")}
         self._vintage: Any = vintage.arguments(unknown, given) if unknown else None
-        if sync_batchnorm and not isinstance(sync_batchnorm, bool):
-            raise MisconfigurationException(f"Trainer(sync_batchnorm={sync_batchnorm!r}): it must be True or False.")
         self.config = config = resolve.config(given)
         self.default_root_dir = resolve.root_dir(default_root_dir)
         self.state = TrainerState()
@@ -261,8 +261,8 @@ class Trainer(TrainerFace):
             session = self._start(model, {loop.prefix: dataloaders}, datamodule, ckpt_path, weights_only, provided)
             results = loop.run(session)
             self._end(session)
-            if verbose and (text := table(results, str(fn))):
-                self.print(text)
+            if verbose and self.is_global_zero and (text := table(results, str(fn))):
+                say(text)
         return results
 
     def predict(
@@ -315,15 +315,22 @@ class Trainer(TrainerFace):
                 yield
             self.state.status = TrainerStatus.FINISHED
         except KeyboardInterrupt as exception:
-            self._fail(exception)
-            if self.config.rule("interrupt") == "exit":
-                sys.exit(1)
-            rank_zero_info("Interrupted: Trainer.interrupted is True.")
+            self._stop(exception)
         except BaseException as exception:
-            self._fail(exception)
-            raise
+            # Ctrl-C goes to worker processes too: spawned ones end at once, which is no error of its own then
+            if not (self._interrupt.received and says_workers_are_gone(exception)):
+                self._fail(exception)
+                raise
+            self._stop(KeyboardInterrupt())
         finally:
             self._release()
+
+    def _stop(self, exception: KeyboardInterrupt) -> None:
+        """End a run that was interrupted."""
+        self._fail(exception)
+        if self.config.rule("interrupt") == "exit":
+            sys.exit(1)
+        rank_zero_info(f"Trainer.{self.state.fn} was interrupted; trainer.interrupted is True.")
 
     def _start(
         self, model: LightningModule, sources: dict[str, Any], datamodule: Any, ckpt_path: Any, weights_only: bool | None,
@@ -373,6 +380,8 @@ class Trainer(TrainerFace):
         model.zero_grad()
         if session.position is not None and session.position.window:
             session.optimization.load_state_dict(session.position.window)
+        if self._interrupt.received:
+            raise KeyboardInterrupt  # pressed while data were prepared, say
         return session
 
     def _restore_model(self, path: Any, weights_only: bool | None, datamodule: Any) -> dict[str, Any]:

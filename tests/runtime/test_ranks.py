@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import warnings
 
 import pytest
 
-from leyden.errors import LeydenDeprecationWarning, LeydenWarning
+import leyden as L
+from leyden.errors import LeydenDeprecationWarning, LeydenError, LeydenWarning
 from leyden.runtime import ranks
 from leyden.runtime.ranks import rank_zero_deprecation, rank_zero_info, rank_zero_only, rank_zero_warn
 
@@ -123,6 +125,14 @@ def test_stacklevel_five_blames_the_caller_of_the_caller():
 
     with pytest.warns(LeydenWarning) as record:
         helper()
+    assert record[0].filename == __file__
+    assert record[0].lineno == sys._getframe().f_lineno - 2
+
+
+def test_a_warning_of_ours_blames_the_line_outside_that_led_there():
+    module = type("Typo", (L.LightningModule,), {"train_step": lambda self: None})()
+    with pytest.warns(LeydenWarning, match="train_step") as record, contextlib.suppress(LeydenError):
+        L.Trainer(max_epochs=1, logger=False, enable_checkpointing=False).fit(module, [1])
     assert record[0].filename == __file__
     assert record[0].lineno == sys._getframe().f_lineno - 2
 

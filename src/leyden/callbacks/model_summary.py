@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from leyden.callback import Callback
+from leyden.runtime.ranks import say
 from leyden.summary import format_summary, human_count, summarize
 from leyden.types import TrainerView
 
@@ -61,7 +62,7 @@ class ModelSummary(Callback):
             total_flops: FLOPs of one forward pass on ``example_input_array``; 0 if there is none.
             **summarize_kwargs: What the constructor was given.
         """
-        print(
+        say(
             format_summary(
                 summary_data, total_parameters, trainable_parameters, model_size, total_training_modes, total_flops
             )

@@ -154,3 +154,9 @@ def stop_workers(loader: Any) -> None:
         if stop is not None:
             stop()
         object.__setattr__(loader, "_iterator", None)
+
+
+def says_workers_are_gone(error: BaseException) -> bool:
+    """Whether ``error`` is a DataLoader's way to say that its worker processes have ended."""
+    # torch has no class for it
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")

@@ -10,6 +10,7 @@ from typing import Any
 from leyden.callback import Callback
 from leyden.datamodule import LightningDataModule
 from leyden.hooks import HOOKS, is_written
+from leyden.loops.profiled import measured
 from leyden.module import LightningModule
 from leyden.results import Results
 
@@ -129,21 +130,19 @@ def bind(
         if name in _DATA:
             for owner, base in ((datamodule, LightningDataModule), (module, LightningModule)):
                 if owner is not None and is_written(owner, name, base):
-                    mine = [
-                        _measured(getattr(owner, name), profiler, f"[{base.__name__}]{type(owner).__name__}.{name}")
-                    ]
+                    mine = [measured(getattr(owner, name), profiler, f"[{base.__name__}]{type(owner).__name__}.{name}")]
                     break
             theirs: list[tuple[bool, Callable[..., Any]]] = []
         else:
             if "M" in hook.owners and is_written(module, name, LightningModule):
-                mine = [_measured(getattr(module, name), profiler, f"[LightningModule]{type(module).__name__}.{name}")]
+                mine = [measured(getattr(module, name), profiler, f"[LightningModule]{type(module).__name__}.{name}")]
             theirs = [
                 (
                     bool(getattr(callback, "monitors", False)),
-                    _measured(
+                    measured(
                         partial(getattr(callback, name), trainer, module),
                         profiler,
-                        f"[Callback]{type(callback).__name__}.{name}",
+                        f"[Callback]{getattr(callback, 'state_key', type(callback).__name__)}.{name}",
                     ),
                 )
                 for callback in callbacks
@@ -164,15 +163,3 @@ def _unused(callback: Callback, name: str, trainer: Any) -> bool:
     """Whether the callback says that it does not need this hook in this run."""
     unused = getattr(callback, "unused_hooks", None)
     return unused is not None and name in unused(trainer)
-
-
-def _measured(call: Callable[..., Any], profiler: Any, action: str) -> Callable[..., Any]:
-    """Wrap a call so that the profiler measures it; without a profiler, the call itself."""
-    if profiler is None:
-        return call
-
-    def measured(*args: Any, **kwargs: Any) -> Any:
-        with profiler.profile(action):
-            return call(*args, **kwargs)
-
-    return measured

@@ -32,6 +32,7 @@ from leyden.loops import batches, when
 from leyden.loops.evaluate import EvaluationLoop
 from leyden.loops.optimize import Optimization, check_loss, detached, read_loss, step_losses, weighted
 from leyden.loops.paths import choose
+from leyden.loops.profiled import measured_iterator
 from leyden.loops.schedule import step_schedules
 from leyden.loops.session import Session
 from leyden.runtime.ranks import rank_zero_info
@@ -228,6 +229,8 @@ class FitLoop:
         draws = batches.takes(session.module.training_step, "dataloader_iter")
         drawn = session.results.train.start_batch if draws else None
         self._iterator, self._ahead = batches.train_iterator(self.loader, self.num_batches, self._sized, drawn)
+        if session.profiler is not None:
+            self._iterator = measured_iterator(self._iterator, session.profiler, "train_dataloader_next")
 
     # ------------------------------------------------------------------ around an epoch
 

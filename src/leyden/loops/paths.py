@@ -13,6 +13,7 @@ from torch import Tensor
 from leyden.errors import MisconfigurationException
 from leyden.loops import batches
 from leyden.loops.optimize import Optimization, learn
+from leyden.loops.profiled import measured
 from leyden.loops.session import Session
 from leyden.optim import needs_closure
 
@@ -27,6 +28,7 @@ def choose(session: Session, straight: Callable[..., Any]) -> tuple[Callable[...
         train = indexed_batch
     elif hooks.optimizer_step or any(needs_closure(optimizer) for optimizer in session.strategy.optimizers):
         train = closure_batch
+    train = measured(train, session.profiler, "run_training_batch")
     if not batches.takes(step, "dataloader_iter"):
         return train, batches.positional(step)
     for name in ("on_train_batch_start", "on_train_batch_end"):

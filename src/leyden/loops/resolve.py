@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import importlib
 import importlib.metadata
+import inspect
+import math
+import numbers
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -21,6 +25,8 @@ from leyden.precision import Precision, make_precision
 from leyden.runtime.devices import Accelerator, choose, make_accelerator
 from leyden.runtime.ranks import rank_zero_info
 from leyden.strategies import SingleDeviceStrategy, Strategy
+
+F = TypeVar("F", bound=Callable[..., None])
 
 # name -> "module:class", imported when used; third parties add to them
 PROFILERS: dict[str, str] = {
@@ -43,7 +49,7 @@ def load(target: str) -> Any:
 
 
 def strategy(
-    given: Any, accelerator: Any, devices: Any, num_nodes: int, precision: Any, plugins: Any
+    given: Any, accelerator: Any, devices: Any, num_nodes: Any, precision: Any, plugins: Any
 ) -> tuple[Strategy, Accelerator]:
     """Choose device, precision and strategy.
 
@@ -55,6 +61,8 @@ def strategy(
     if devices == "auto" and len(chosen) > 1:
         rank_zero_info(f"Training on {chosen[0]}, one of {len(chosen)} devices.")
         chosen = chosen[:1]
+    if not isinstance(num_nodes, int) or isinstance(num_nodes, bool) or num_nodes < 1:
+        raise MisconfigurationException(f"Trainer(num_nodes={num_nodes!r}) is not valid: it must be an int >= 1.")
     if num_nodes != 1 or len(chosen) > 1:
         raise MisconfigurationException(
             f"Trainer(devices={devices!r}, num_nodes={num_nodes!r}) asks for {len(chosen)} devices on {num_nodes} nodes;"
@@ -115,7 +123,8 @@ def loggers(given: Any, root: str, config: TrainerConfig, quiet: bool) -> list[A
         return [load("leyden.loggers:TensorBoardLogger")(save_dir=root, name=config.rule("log_folder"))]
     if given is False:
         return []
-    found = list(given) if isinstance(given, (list, tuple)) else [given]
+    several = isinstance(given, Iterable) and not hasattr(given, "log_metrics") and not isinstance(given, str)
+    found = list(given) if several else [given]
     for item in found:
         if not callable(getattr(item, "log_metrics", None)):
             raise MisconfigurationException(
@@ -162,6 +171,10 @@ def callbacks(
     """
     found: list[Any] = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
     for item in found:
+        if isinstance(item, type):
+            raise MisconfigurationException(
+                f"Trainer(callbacks={item.__name__}): that is the class; a callback must be an object: {item.__name__}()."
+            )
         if not callable(getattr(item, "setup", None)):
             raise MisconfigurationException(
                 f"Trainer(callbacks={item!r}): a callback must be a Callback object, not {type(item).__name__}."
@@ -264,6 +277,8 @@ def root_dir(given: str | os.PathLike[str] | None) -> str:
     """The folder under which a run writes: the one given, ``~`` expanded, else the working directory."""
     if given is None:
         return os.getcwd()
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(f"Trainer(default_root_dir={given!r}) is not valid: it must be a path, a URL or None.")
     text = os.fspath(given)
     return text if "://" in text else str(Path(text).expanduser())
 
@@ -325,10 +340,41 @@ _DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 2,
     "log_every_n_steps": 50,
 }
+_SWITCHES = (
+    "benchmark", "inference_mode", "use_distributed_sampler", "detect_anomaly", "barebones", "sync_batchnorm",
+    "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "enable_autolog_hparams",
+)  # fmt: skip
 _BAREBONES_OFF = (
     "enable_checkpointing", "logger", "enable_progress_bar", "enable_model_summary", "log_every_n_steps",
     "num_sanity_val_steps", "profiler",
 )  # fmt: skip
+
+
+def from_environment(init: F) -> F:
+    """Let the environment variables ``PL_TRAINER_<ARGUMENT>`` stand for arguments that are not given."""
+    names = [name for name in inspect.signature(init).parameters if name not in ("self", "unknown")]
+
+    @functools.wraps(init)
+    def with_environment(self: Any, *args: Any, **kwargs: Any) -> None:
+        if args:
+            raise TypeError(f"Trainer() takes its arguments by name only; {args[0]!r} was given without one.")
+        for name in names:
+            text = os.environ.get(f"PL_TRAINER_{name.upper()}")
+            if text and name not in kwargs:
+                try:
+                    kwargs[name] = ast.literal_eval(text)
+                except (ValueError, SyntaxError):
+                    kwargs[name] = text
+        init(self, **kwargs)
+
+    return cast("F", with_environment)
+
+
+def _plain_number(value: Any) -> Any:
+    """Turn the numbers of other libraries (numpy's, of a search, say) into python's."""
+    if isinstance(value, (bool, int, float)) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def config(given: Mapping[str, Any]) -> TrainerConfig:
@@ -337,8 +383,11 @@ def config(given: Mapping[str, Any]) -> TrainerConfig:
     Raises:
         MisconfigurationException: for a value that cannot be, or a contradiction.
     """
+    for name in _SWITCHES:
+        if given[name] not in (None, True, False):
+            raise MisconfigurationException(f"Trainer({name}={given[name]!r}) is not valid: it must be True or False.")
     names = {field.name for field in dataclasses.fields(TrainerConfig)}
-    values = {name: value for name, value in given.items() if name in names}
+    values = {name: _plain_number(value) for name, value in given.items() if name in names}
     if given["barebones"]:
         for name in _BAREBONES_OFF:
             if given[name] not in (None, False, 0):
@@ -356,7 +405,10 @@ def config(given: Mapping[str, Any]) -> TrainerConfig:
         if values.get(name) is None:
             values[name] = default
     if values["overfit_batches"]:
+        TrainerConfig(**values)  # a wrong value is an error under its own name
         values.update(limit_train_batches=values["overfit_batches"], limit_val_batches=values["overfit_batches"])
+    if values["num_sanity_val_steps"] == -1:
+        values["num_sanity_val_steps"] = math.inf
     fast = values["fast_dev_run"]
     if fast and isinstance(fast, (bool, int)) and fast > 0:
         TrainerConfig(**values)  # a wrong value is an error in a fast dev run too

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from leyden.config import TrainerConfig
 from leyden.datamodule import LightningDataModule
 from leyden.hooks import is_written
 from leyden.loggers.recorder import Recorder
 from leyden.loops.dispatch import Hooks, bind
+from leyden.loops.profiled import ProfiledStrategy
 from leyden.loops.rows import Rows
 from leyden.module import LightningModule
 from leyden.precision import Precision
@@ -104,6 +105,8 @@ class Session:
     def bind(self, callbacks: list[Any], profiler: Any) -> None:
         """Bind all hooks to the calls that somebody wrote, and send ``self.log`` to this run."""
         self.profiler = profiler
+        if profiler is not None:
+            self.strategy = cast("Strategy", ProfiledStrategy(self.strategy, profiler))
         self.hooks = bind(self.trainer, self.module, self.datamodule, callbacks, self.results, profiler)
         if not self.config.barebones:
             self.module.log_into(self.results)

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 from leyden.errors import LeydenDeprecationWarning, LeydenWarning
@@ -89,10 +91,27 @@ def rank_zero_debug(message: object, *args: Any, stacklevel: int = 4) -> None:
         _speak(logging.DEBUG, message, args, stacklevel - 1)
 
 
+def say(text: str) -> None:
+    """Print what a run can do without: a reader that is gone (``| head``, a closed terminal) does not end it."""
+    try:
+        print(text)
+    except (OSError, ValueError) as error:
+        if not output_is_gone(error):
+            raise
+
+
+def output_is_gone(error: BaseException) -> bool:
+    """Whether ``error`` says that nothing can be printed any more: the pipe, the terminal or the file is no more."""
+    return isinstance(error, OSError) or (isinstance(error, ValueError) and "closed file" in str(error))
+
+
 def rank_zero_warn(message: str | Warning, category: type[Warning] = LeydenWarning, stacklevel: int = 4) -> None:
-    """Warn on rank 0. ``stacklevel`` 4 blames the caller of this function, 5 its caller, and so on."""
+    """Warn on rank 0. ``stacklevel`` 4 blames the caller of this function, 5 its caller, and so on.
+
+    Where that would be a line of Leyden's, the line outside that led there is blamed: the user can change only that.
+    """
     if rank_zero_only.rank == 0:
-        warnings.warn(message, category, stacklevel=max(stacklevel - 2, 1))
+        warnings.warn(message, category, stacklevel=_outside(max(stacklevel - 2, 1)))
 
 
 def rank_zero_deprecation(
@@ -100,4 +119,18 @@ def rank_zero_deprecation(
 ) -> None:
     """Warn on rank 0 that an old name was used. ``stacklevel`` 5 blames the caller of this function."""
     if rank_zero_only.rank == 0:
-        warnings.warn(message, category, stacklevel=max(stacklevel - 3, 1))
+        warnings.warn(message, category, stacklevel=_outside(max(stacklevel - 3, 1)))
+
+
+def _outside(level: int) -> int:
+    """Return the first level from ``level`` up whose frame is not ours; ``level`` itself if all are."""
+    frame, frames = inspect.currentframe(), list[FrameType]()
+    frame = frame and frame.f_back
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    for above in range(level, len(frames) + 1):
+        module = str(frames[above - 1].f_globals.get("__name__", "")).partition(".")[0]
+        if module not in ("leyden", "contextlib"):
+            return above
+    return level

@@ -285,6 +285,27 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(fake_trainer, clock):
     assert bar.is_disabled
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "full"), ValueError("I/O operation on closed file")])
+@pytest.mark.parametrize("verb", ["draw", "keep", "close"])
+def test_no_verb_of_a_display_that_is_gone_ends_the_run(fake_trainer, clock, verb, error):
+    def gone(*args):
+        raise error
+
+    display, trainer = Recorder(keeps=True), fake_trainer(batches=2, max_epochs=2)
+    trainer.after_batch = passing(clock, 1.0)
+    setattr(display, verb, gone)
+    bar = Bar(display)
+    trainer.fit(bar)
+    assert bar.is_disabled
+
+
+def test_other_errors_of_a_display_come_out(fake_trainer, clock):
+    display, trainer = Recorder(keeps=True), fake_trainer(batches=2, max_epochs=2)
+    display.keep = lambda row: int("x")
+    with pytest.raises(ValueError, match="invalid literal"):
+        trainer.fit(Bar(display))
+
+
 def test_errors_in_metrics_are_the_users(fake_trainer, clock):
     class Mine(Bar):
         def get_metrics(self, trainer, pl_module):

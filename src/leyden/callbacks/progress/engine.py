@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from leyden.callbacks.progress.base import ProgressBar, in_fit
 from leyden.callbacks.progress.rows import Row
+from leyden.runtime.ranks import output_is_gone
 from leyden.types import STEP_OUTPUT, TrainerView
 
 HIGHEST_RATE = 10
@@ -259,10 +260,7 @@ class DrawnProgressBar(ProgressBar):
         if display is None:
             return
         self._read_metrics()
-        try:
-            display.draw(self._rows)
-        except OSError:  # the terminal is gone: the run goes on without it
-            self.disable()
+        if not self._show(display.draw, self._rows):
             return
         after = time.monotonic()
         self._draw_at = now + max(display.interval_s, min((after - now) / SHARE_OF_TIME, LONGEST_PAUSE_S))
@@ -287,8 +285,19 @@ class DrawnProgressBar(ProgressBar):
         row.look(now)
         self._read_metrics()
         self._drop(row)
-        display.keep(row)
-        self._draw_at = now + display.interval_s
+        if self._show(display.keep, row):
+            self._draw_at = now + display.interval_s
+        return True
+
+    def _show(self, verb: Callable[..., None], *args: Any) -> bool:
+        """Call a verb of the display; return False if the output is gone, after which the run goes on without it."""
+        try:
+            verb(*args)
+        except (OSError, ValueError) as error:
+            if not output_is_gone(error):
+                raise
+            self.disable()
+            return False
         return True
 
     def _drop(self, row: Row) -> None:
@@ -303,4 +312,4 @@ class DrawnProgressBar(ProgressBar):
         self._row = self._idle_row()
         display, self._display = self._display, None
         if display is not None:
-            display.close()
+            self._show(display.close)
