@@ -63,10 +63,13 @@ def adapt(session: Any, wishes: Any) -> Callable[[], None] | None:
 
 
 def earlier_session(trainer: Any, wishes: Any) -> Any:
-    """Return the newest checkpoint in the folder of the Trainer's Experiment, for its first fit; None if there is none."""
+    """Return the newest checkpoint of the version that the Trainer's first logger writes; None if there is none.
+
+    For the first fit of a Trainer that was given an Experiment, or a cluster, in whose job it may be the second.
+    """
     if wishes is None or not wishes.restores or trainer.global_step or trainer.fast_dev_run or not trainer.log_dir:
         return None
-    folders = [f"{trainer.log_dir}/checkpoints"]
+    folders = [trainer.log_dir, f"{trainer.log_dir}/checkpoints"]
     if getattr(trainer.logger, "metrics", None):
         # the version has a history: what lies in the folders of the callbacks is its own
         folders += [callback.dirpath for callback in trainer.checkpoint_callbacks if getattr(callback, "dirpath", None)]

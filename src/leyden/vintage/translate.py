@@ -70,7 +70,7 @@ def arguments(old: Mapping[str, Any], given: dict[str, Any]) -> Wishes:
         raise MisconfigurationException(
             f"Trainer(log_save_interval={every!r}): it must be a number of batches, 0 or more."
         )
-    return Wishes(old.get("experiment") is not None, every)
+    return Wishes(any(old.get(name) is not None for name in ("experiment", "cluster")), every)
 
 
 def _check_fraction(name: str, value: Any) -> None:
@@ -160,9 +160,7 @@ def _gpu_ids(gpus: Any) -> list[int]:
 def _precision(old: Mapping[str, Any], given: dict[str, Any]) -> None:
     level = old.get("amp_level", "O2")
     if level not in _AMP_LEVELS:
-        raise MisconfigurationException(
-            f"Trainer(amp_level={level!r}): it must be one of {list(_AMP_LEVELS)}.{did_you_mean(str(level), _AMP_LEVELS)}"
-        )
+        raise MisconfigurationException(f"Trainer(amp_level={level!r}): it must be one of {list(_AMP_LEVELS)}.")
     if old.get("use_amp"):
         given["precision"] = _AMP_LEVELS[level]
 
