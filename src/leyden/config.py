@@ -84,6 +84,8 @@ class TrainerConfig:
             )
         if self.deterministic not in (None, True, False, "warn"):
             raise _bad("deterministic", self.deterministic, "True, False, 'warn' or None")
+        for name in ("benchmark", "inference_mode", "detect_anomaly", "enable_autolog_hparams", "barebones"):
+            check_switch(name, getattr(self, name))
         parse_val_check_interval(self.val_check_interval)
         parse_duration(self.max_time, "max_time")
         if self.check_val_every_n_epoch is None and parse_val_check_interval(self.val_check_interval).unit == "epoch":
@@ -108,6 +110,12 @@ class TrainerConfig:
 
 def _bad(name: str, value: Any, allowed: str, hint: str = "") -> MisconfigurationException:
     return MisconfigurationException(f"Trainer({name}={value!r}) is not valid: it must be {allowed}.{hint}")
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raise MisconfigurationException unless ``value`` is True, False or None: ``"no"`` would count as True."""
+    if value is not None and not (isinstance(value, (bool, int)) and value in (0, 1)):
+        raise _bad(name, value, "True or False")
 
 
 def _is_int(value: Any) -> bool:
@@ -142,11 +150,11 @@ def _check_counts(config: TrainerConfig) -> None:
 
 def _check_limits(config: TrainerConfig) -> None:
     for name in (
+        "overfit_batches",  # first: it sets two of the others
         "limit_train_batches",
         "limit_val_batches",
         "limit_test_batches",
         "limit_predict_batches",
-        "overfit_batches",
     ):
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value >= 0):
@@ -156,7 +164,7 @@ def _check_limits(config: TrainerConfig) -> None:
                 name,
                 value,
                 "a fraction from 0.0 to 1.0 (float) or a number of batches (int)",
-                f" Did you mean {int(value)}?",
+                f" Did you mean {int(value)}?" if value.is_integer() else "",
             )
 
 
@@ -245,7 +253,7 @@ def parse_val_check_interval(value: Interval) -> ValInterval:
         return ValInterval("batch", value)
     if isinstance(value, float):
         if not 0.0 <= value <= 1.0:
-            hint = f" Did you mean {int(value)} batches?" if value > 1 else ""
+            hint = f" Did you mean {int(value)}?" if value.is_integer() and value > 1 else ""
             raise _bad(name, value, allowed, hint)
         return ValInterval("epoch", value)
     if isinstance(value, str):

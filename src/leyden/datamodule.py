@@ -12,7 +12,7 @@ from typing import IO, Any, TypeVar
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from leyden.hparams import HyperparametersMixin
-from leyden.loading import load_from_checkpoint
+from leyden.loading import class_only, load_from_checkpoint
 from leyden.module_hooks import DataHooks
 
 D = TypeVar("D", bound="LightningDataModule")
@@ -103,7 +103,7 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
     def on_exception(self, exception: BaseException) -> None:
         """Called when any exception ends a run with this data module."""
 
-    @classmethod
+    @class_only
     def load_from_checkpoint(
         cls: type[D],
         checkpoint_path: str | Path | IO[bytes],

@@ -178,7 +178,8 @@ def _require_file(path: Path) -> None:
         return
     if not path.parent.is_dir():
         raise CheckpointNotFoundError(f"There is no checkpoint {str(path)!r}, and no folder {str(path.parent)!r}.")
-    similar = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=3, cutoff=0.5)
+    names = [entry.name for entry in path.parent.iterdir() if entry.suffix == path.suffix]
+    similar = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(map(repr, similar))}?" if similar else f"In that folder: {_names(path.parent)}"
     raise CheckpointNotFoundError(f"There is no checkpoint {str(path)!r}. {hint}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -13,6 +13,28 @@ from leyden import files
 from leyden.errors import CheckpointError, MisconfigurationException
 from leyden.hparams import constructor_kwargs, load_hparams_from_tags_csv, load_hparams_from_yaml, unpack
 from leyden.runtime.ranks import rank_zero_warn
+
+if TYPE_CHECKING:
+    class_only = classmethod
+else:
+
+    class class_only(classmethod):
+        """A ``classmethod`` that makes a new object: called on an object it is an error, for that object would not change."""
+
+        def __get__(self, instance: Any, owner: Any = None) -> Any:
+            bound = super().__get__(instance, owner)
+            if instance is None:
+                return bound
+
+            def refused(*_: Any, **__: Any) -> Any:
+                cls, name = type(instance).__name__, bound.__name__
+                raise TypeError(
+                    f"{name}() makes a new object and leaves this one as it is: call it on the class and keep what it"
+                    f" returns, as in model = {cls}.{name}(path)."
+                )
+
+            return refused
+
 
 PICKLED = "leyden_pickled_hyper_parameters"
 """The key of hyperparameters that are not plain data: one bytes value, opened only with ``weights_only=False``."""
@@ -29,8 +51,9 @@ def load_from_checkpoint(
 ) -> Any:
     """Build ``cls`` from the file; see ``LightningModule.load_from_checkpoint`` for the arguments and errors."""
     safe = weights_only is not False
-    checkpoint = files.load(checkpoint_path, map_location=map_location or "cpu", weights_only=safe)
+    checkpoint = files.load(checkpoint_path, map_location=map_location, weights_only=safe)
     source = str(checkpoint_path) if isinstance(checkpoint_path, (str, Path)) else "the checkpoint"
+    require_checkpoint(checkpoint, source)
     saved, unopened = saved_hparams(
         checkpoint, cls.CHECKPOINT_HYPER_PARAMS_KEY, open_pickles=not safe, map_location=map_location
     )
@@ -60,6 +83,16 @@ def load_from_checkpoint(
         if device is not None:
             instance.to(device)
     return instance
+
+
+def require_checkpoint(loaded: Any, source: str) -> None:
+    """Raise CheckpointError unless what was ``loaded`` is a trainer's checkpoint, rather than bare weights, say."""
+    if not isinstance(loaded, Mapping) or "state_dict" not in loaded:
+        keys = sorted(map(str, loaded))[:8] if isinstance(loaded, Mapping) else type(loaded).__name__
+        raise CheckpointError(
+            f"{source} is no checkpoint of a trainer: it has no 'state_dict' (found: {keys}). Load plain weights with"
+            " model.load_state_dict(torch.load(path))."
+        )
 
 
 def saved_hparams(

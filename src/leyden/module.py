@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from leyden.errors import MisconfigurationException
 from leyden.hparams import HyperparametersMixin
-from leyden.loading import load_from_checkpoint
+from leyden.loading import class_only, load_from_checkpoint
 from leyden.module_hooks import DataHooks, ModelHooks
 from leyden.optim import LightningOptimizer
 from leyden.results import Results
@@ -462,7 +462,7 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
 
     # ------------------------------------------------------------------ checkpoints and export
 
-    @classmethod
+    @class_only
     def load_from_checkpoint(
         cls: type[M],
         checkpoint_path: str | Path | IO[bytes],

@@ -145,7 +145,7 @@ class Trainer(TrainerFace):
         **unknown: Any,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "unknown", "__class__")}
-        self._vintage: Any = vintage.arguments(unknown, given) if unknown else None
+        self._vintage: Any = vintage.arguments(unknown, given, resolve.instead_of) if unknown else None
         self.config = config = resolve.config(given)
         self.default_root_dir = resolve.root_dir(default_root_dir)
         self.state = TrainerState()
@@ -412,7 +412,7 @@ class Trainer(TrainerFace):
             )
             if given is not None:
                 rank_zero_info(
-                    f"Trainer.{fn}() without a model takes the best weights; ckpt_path='last' takes the last."
+                    f"Trainer.{fn}() without a model takes the best weights. Pass the model for its weights as they are."
                 )
         self._ckpt_path = find_checkpoint(given, str(fn), self.checkpoint_callbacks, self.log_dir)
         return self._ckpt_path
@@ -511,6 +511,7 @@ class Trainer(TrainerFace):
                 optimization=self._session.optimization if self._session is not None else None,
                 weights_only=bool(weights_only),
                 version=__version__,
+                name=os.path.basename(os.fspath(filepath)),
             )
         self._strategy.save_checkpoint(checkpoint, os.fspath(filepath), storage_options)
         self._strategy.barrier("Trainer.save_checkpoint")

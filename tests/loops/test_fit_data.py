@@ -182,7 +182,7 @@ def test_a_limit_takes_no_batch_too_many_from_an_endless_iterable() -> None:
 @pytest.mark.parametrize("loader", [Sized(0), DataLoader(torch.empty(0, 2))])
 def test_an_empty_loader_is_an_error_before_any_training(loader: Any) -> None:
     model = Noting()
-    with pytest.raises(MisconfigurationException, match=r"train_dataloaders gave \w+ without any batch"):
+    with pytest.raises(MisconfigurationException, match=r"train_dataloaders gave no batch: the \w+ is empty"):
         trainer().fit(model, loader, NoLength(1))
     with pytest.raises(MisconfigurationException, match=r"val_dataloaders gave \w+ without any batch"):
         trainer().fit(model, NoLength(2), loader)

@@ -261,3 +261,61 @@ def test_logging_by_hand_is_the_hook_that_runs() -> None:
     made = trainer()
     made.fit(Own())
     assert made.callback_metrics.keys() == {"before", "before_step", "before_epoch", "after", "at_SGD", "at_Adam"}
+
+
+class Often(ByHand):
+    """One optimizer that steps several times in a batch, as with truncated backpropagation through time."""
+
+    def __init__(self, times: int = 4) -> None:
+        super().__init__()
+        self.times, self.validated = times, list[int]()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        for _ in range(self.times):
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    def val_dataloader(self) -> Any:
+        return batches()
+
+    def on_validation_start(self) -> None:
+        self.validated.append(self.trainer.global_step)
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters(), lr=0.05)
+
+
+def test_each_step_of_one_optimizer_is_an_update() -> None:
+    made = trainer(max_steps=8, max_epochs=-1)
+    made.fit(Often())
+    assert made.global_step == 8
+    assert made.batches_that_stepped == 2
+
+
+def test_validation_by_steps_where_a_batch_makes_several() -> None:
+    net, made = Often(), trainer(val_check_interval="6 steps", num_sanity_val_steps=0)
+    made.fit(net)
+    assert made.global_step == 24
+    assert net.validated == [8, 12, 20, 24]  # after the batches in which the 6th, 12th, 18th and 24th step was made
+
+
+@pytest.mark.parametrize(("critic_steps", "critic_first", "updates"), [(3, True, 18), (3, False, 6), (1, True, 6)])
+def test_the_optimizer_that_steps_first_makes_the_updates(critic_steps: int, critic_first: bool, updates: int) -> None:
+    class Gan(ByHand):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            generator, critic = self.optimizers()
+            order = [critic] * critic_steps + [generator] if critic_first else [generator] + [critic] * critic_steps
+            for optimizer in order:
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+
+    made = trainer()
+    made.fit(Gan())
+    assert made.global_step == updates
+    made = trainer(semantics="lightning")
+    made.fit(Gan())
+    assert made.global_step == 6 * (critic_steps + 1)

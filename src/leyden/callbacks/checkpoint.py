@@ -29,6 +29,7 @@ from leyden.callbacks.checkpoint_files import (
     link,
     open_path,
     paths_in,
+    require_writable,
 )
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.hooks import is_written
@@ -174,6 +175,11 @@ class ModelCheckpoint(Checkpoint):
         """The paths of the checkpoints that this run wrote and has not deleted."""
         return tuple(self._ledger.files)
 
+    @property
+    def mark(self) -> str:
+        """A word that is in each file of this run, weights-only ones too."""
+        return self._ledger.mark
+
     def unused_hooks(self, trainer: TrainerView) -> frozenset[str]:
         """Return the hooks that this instance does not need in this run."""
         unused = ["on_train_start", "on_train_batch_end", "on_train_epoch_end", "on_validation_end", "on_train_end"]
@@ -188,6 +194,8 @@ class ModelCheckpoint(Checkpoint):
         assert self.dirpath is not None
         if self.save_last == "link" and is_url(self.dirpath):
             raise ValueError(f"ModelCheckpoint(save_last='link') needs a local folder; dirpath is {self.dirpath!r}.")
+        if stage == "fit" and not trainer.fast_dev_run and trainer.is_global_zero:
+            require_writable(self.dirpath)
         if stage == "fit" and self.save_top_k != 0 and trainer.ckpt_path is None and trainer.is_global_zero:
             others = {path for path in paths_in(self.dirpath) if path.endswith(self.FILE_EXTENSION)} - set(self.files)
             if others:

@@ -9,8 +9,10 @@ import secrets
 import shutil
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from leyden.errors import CheckpointError
 from leyden.types import PathLike, TrainerView
 
 _FIELD = re.compile(r"\{([^{}:!]+)((?:![rsa])?(?::[^{}]*)?)\}")
@@ -111,6 +113,22 @@ def paths_in(folder: str) -> list[str]:
         filesystem = _filesystem(folder)
         return [filesystem.unstrip_protocol(path) for path in filesystem.ls(folder, detail=False)]
     return [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
+
+
+def require_writable(folder: str) -> None:
+    """Raise CheckpointError if it is plain, before any training, that no file can be written in ``folder``."""
+    if is_url(folder):
+        return
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "this process may not write there" if existing.is_dir() else "that is not a folder"
+        raise CheckpointError(
+            f"ModelCheckpoint cannot write in {folder!r}: of that path there is {str(existing)!r}, and {reason}. Choose"
+            " another folder by ModelCheckpoint(dirpath=...) or Trainer(default_root_dir=...), or none by"
+            " Trainer(enable_checkpointing=False)."
+        )
 
 
 def is_inside(path: str, folder: str) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, SubsetRandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, SubsetRandomSampler
 
-from leyden.errors import LeydenWarning, MisconfigurationException
+from leyden.errors import MisconfigurationException, PossibleUserWarning
+from leyden.runtime.ranks import rank_zero_warn
 from leyden.types import RunningStage
 
 
@@ -20,6 +20,12 @@ def check_iterable(loader: object, source: str, fn: str) -> None:
     ``source`` is what it came from, the argument (``"train_dataloaders"``) or the hook
     (``"MyModule.train_dataloader"``); ``fn`` is the entry point that wants it (``"fit"``).
     """
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        rank_zero_warn(
+            f"{source} is a data set ({type(loader).__name__}), not a loader: each of its samples counts as a batch. Did"
+            " you mean DataLoader(dataset, batch_size=...)?",
+            category=PossibleUserWarning,
+        )
     if hasattr(type(loader), "__iter__") or hasattr(type(loader), "__getitem__"):
         return
     what = f"the class {loader.__name__}" if isinstance(loader, type) else f"{loader!r} ({type(loader).__name__})"
@@ -32,6 +38,16 @@ def check_iterable(loader: object, source: str, fn: str) -> None:
         f"Trainer.{fn}({argument}=...) got {what}, which cannot be iterated over. "
         f"Pass a DataLoader or an iterable of batches, or write {hook}() in the module or the data module."
     )
+
+
+def why_empty(loader: Any) -> str:
+    """Say, as half a sentence, why ``loader`` has no batches."""
+    samples = length(getattr(loader, "dataset", ()))
+    if samples == 0 or not isinstance(loader, DataLoader):
+        return f"the {type(loader).__name__} is empty"
+    if getattr(loader, "drop_last", False):
+        return f"its {samples} samples are fewer than batch_size={loader.batch_size}, and drop_last=True drops them"
+    return f"the length of the {type(loader).__name__} is 0, though its data set has {samples} samples"
 
 
 def length(loader: Any) -> int | float:
@@ -121,16 +137,12 @@ def without_shuffle(loader: Any) -> Any:
         return loader
     kind = type(sampler).__name__
     if loader.batch_sampler is sampler:
-        warnings.warn(
-            f"overfit_batches needs the same batches in each epoch, but the order of {kind} cannot be changed.",
-            LeydenWarning,
-            stacklevel=2,
+        rank_zero_warn(
+            f"overfit_batches needs the same batches in each epoch, but the order of {kind} cannot be changed."
         )
         return loader
-    warnings.warn(
-        f"overfit_batches needs the same batches in each epoch: samples come in order, not as {kind} has them.",
-        LeydenWarning,
-        stacklevel=2,
+    rank_zero_warn(
+        f"overfit_batches needs the same batches in each epoch: samples come in order, not as {kind} has them."
     )
     dataset: Any = loader.dataset
     ordered = list(sampler.indices) if isinstance(sampler, SubsetRandomSampler) else SequentialSampler(dataset)

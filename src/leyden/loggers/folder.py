@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from leyden.errors import MisconfigurationException
 from leyden.loggers.base import Logger, on_rank_zero, write_lock
 from leyden.loggers.params import params_to_dict, plain_params
 from leyden.types import PathLike
@@ -96,21 +97,32 @@ def next_version(root_dir: str, claim: bool) -> int:
     (object stores know no folders and cannot promise that).
     """
     filesystem = filesystem_of(root_dir)
-    while True:
-        filesystem.invalidate_cache()
-        try:
-            entries = [os.path.basename(entry.rstrip("/")) for entry in filesystem.ls(root_dir, detail=False)]
-        except FileNotFoundError:
-            entries = []
-        taken = [int(entry[8:]) for entry in entries if entry.startswith("version_") and entry[8:].isdecimal()]
-        version = max(taken, default=-1) + 1
-        if not claim:
+    try:
+        while True:
+            version = _highest_version(filesystem, root_dir) + 1
+            if not claim:
+                return version
+            try:
+                filesystem.makedirs(os.path.join(root_dir, f"version_{version}"), exist_ok=False)
+            except FileExistsError:
+                continue  # another run took it between the look and the claim
             return version
-        try:
-            filesystem.makedirs(os.path.join(root_dir, f"version_{version}"), exist_ok=False)
-        except FileExistsError:
-            continue  # another run took it between the look and the claim
-        return version
+    except OSError as error:
+        raise MisconfigurationException(
+            f"The logger cannot make a folder in {root_dir!r} ({error}). Log somewhere else by"
+            " Trainer(default_root_dir=...) or the logger's save_dir, or not at all by Trainer(logger=False)."
+        ) from error
+
+
+def _highest_version(filesystem: Any, root_dir: str) -> int:
+    """The highest number of a ``version_<number>`` in ``root_dir``; -1 if there is none."""
+    filesystem.invalidate_cache()
+    try:
+        entries = [os.path.basename(entry.rstrip("/")) for entry in filesystem.ls(root_dir, detail=False)]
+    except FileNotFoundError:
+        entries = []
+    taken = [int(entry[8:]) for entry in entries if entry.startswith("version_") and entry[8:].isdecimal()]
+    return max(taken, default=-1)
 
 
 def replace_file(filesystem: Any, path: str, blocks: Iterable[bytes]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from leyden.data.combined import CombinedLoader
-from leyden.data.loaders import check_iterable, length, num_batches, set_epoch, without_shuffle
+from leyden.data.loaders import check_iterable, length, num_batches, set_epoch, why_empty, without_shuffle
 from leyden.datamodule import LightningDataModule
 from leyden.errors import MisconfigurationException
 from leyden.hooks import is_written
@@ -154,7 +154,7 @@ def request(session: Session, prefix: str, mode: str) -> CombinedLoader:
     for loader in combined.flattened:
         check_iterable(loader, source, fn)
         if length(loader) == 0:
-            raise MisconfigurationException(f"Trainer.{fn}(): {source} gave {type(loader).__name__} without any batch.")
+            raise MisconfigurationException(f"Trainer.{fn}(): {source} gave no batch: {why_empty(loader)}.")
     overfit = session.config.overfit_batches
     if overfit > 0 and fn == "fit":
         combined.flattened = [without_shuffle(loader) for loader in combined.flattened]

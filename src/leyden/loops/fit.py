@@ -90,7 +90,7 @@ class FitLoop:
                 if transfer is not None:
                     batch = transfer(batch, 0)
                 store.start_batch(batch)
-                optimization.stepped = False
+                optimization.stepped = 0
                 store.hook = "on_train_batch_start"
                 skip = False
                 for call in hooks.on_train_batch_start:
@@ -314,7 +314,7 @@ class FitLoop:
         progress, optimization = session.progress, session.optimization
         batches.check_end(self.loader, progress.batch_idx, progress.epoch, None if self._ahead else self.num_batches)
         validated = self.validation_is_due(session)
-        self.last, optimization.stepped = True, False
+        self.last, optimization.stepped = True, 0
         self.steps = bool(progress.batch_idx % session.trainer.accumulate_grad_batches) and optimization.automatic
         if self.steps:
             self.divisor(session, progress.batch_idx - 1, True, optimization)
@@ -328,7 +328,8 @@ class FitLoop:
     def next_due(self, session: Session) -> float:
         """The number of batches after which something may be due next."""
         progress, config = session.progress, session.config
-        if config.max_steps >= 0 and config.rule("global_step") == "optimizer steps":
+        several = config.rule("global_step") == "optimizer steps" or not session.optimization.automatic
+        if several and (config.max_steps >= 0 or self.interval.unit == "step"):
             return progress.batches + 1  # one batch may count for several
         for schedule in session.strategy.lr_scheduler_configs:
             if schedule.reduce_on_plateau and schedule.interval == "step":

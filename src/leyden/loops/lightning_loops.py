@@ -94,7 +94,11 @@ def from_lightning(checkpoint: Mapping[str, Any], progress: Progress) -> tuple[b
     optimizer = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
     manual = fit.get("epoch_loop.manual_optimization.optim_step_progress", {}).get("total", {}).get("completed", 0)
     progress.optimizer_steps = [int(optimizer) + int(manual)]
-    if last and not progress.epoch_done and progress.batch_idx:
+    if int(epoch["ready"]) <= progress.epoch:
+        # saved between two epochs, or after the fit; one that was cut short goes on where it stopped
+        progress.cut = not last and progress.batch_idx > 0
+        progress.batch_idx = progress.batch_idx if progress.cut else 0
+    elif last and not progress.epoch_done and progress.batch_idx:
         # saved in the validation that closes an epoch: nothing is left of it but its count
         progress.epoch_done = True
         progress.batches_that_stepped += 1

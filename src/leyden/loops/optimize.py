@@ -34,8 +34,10 @@ class Optimization:
             is_written(session.module, name, LightningModule)
             for name in ("configure_gradient_clipping", "clip_gradients")
         )
-        self.stepped = False
-        """Whether the model was updated since the current batch began."""
+        self.stepped = 0
+        """How many updates of the model were made since the current batch began."""
+        self._leads = 0
+        """The optimizer that stepped first in the current batch: each of its steps is an update of the model."""
         self.own_backward = session.hooks.backward[0] if session.hooks.backward else None
         self.counts = True
         """Whether a step of an optimizer counts by itself; not inside the module's own ``optimizer_step``."""
@@ -142,9 +144,12 @@ class Optimization:
             return
         progress = self.progress
         progress.optimizer_steps[index] += 1
-        if self._sums_optimizers or not self.stepped:
-            progress.global_step += 1
-        self.stepped = True
+        if not self.stepped:
+            self._leads = index
+        elif index != self._leads and not self._sums_optimizers:
+            return  # the step of another optimizer belongs to the same update of the model
+        self.stepped += 1
+        progress.global_step += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the gradients of a window of accumulation that is open, and the weight that was declared for them."""

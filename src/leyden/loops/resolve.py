@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from leyden.callback import Callback
-from leyden.config import TrainerConfig, parse_duration
+from leyden.config import TrainerConfig, check_switch, parse_duration
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.precision import Precision, make_precision
 from leyden.runtime.devices import Accelerator, choose, make_accelerator
@@ -126,11 +126,20 @@ def loggers(given: Any, root: str, config: TrainerConfig, quiet: bool) -> list[A
     several = isinstance(given, Iterable) and not hasattr(given, "log_metrics") and not isinstance(given, str)
     found = list(given) if several else [given]
     for item in found:
-        if not callable(getattr(item, "log_metrics", None)):
+        if isinstance(item, type) or not callable(getattr(item, "log_metrics", None)):
             raise MisconfigurationException(
-                f"Trainer(logger={item!r}): a logger must be True, False, a Logger object or a list of them."
+                f"Trainer(logger={_shown(item)}): a logger must be True, False, a Logger object or a list of them."
+                f"{_made(item)}"
             )
     return found
+
+
+def _shown(item: Any) -> str:
+    return item.__name__ if isinstance(item, type) else repr(item)
+
+
+def _made(item: Any) -> str:
+    return f" Did you mean {item.__name__}(...)?" if isinstance(item, type) else ""
 
 
 def profiler(given: Any) -> Any:
@@ -171,13 +180,10 @@ def callbacks(
     """
     found: list[Any] = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
     for item in found:
-        if isinstance(item, type):
+        if isinstance(item, type) or not callable(getattr(item, "setup", None)):
             raise MisconfigurationException(
-                f"Trainer(callbacks={item.__name__}): that is the class; a callback must be an object: {item.__name__}()."
-            )
-        if not callable(getattr(item, "setup", None)):
-            raise MisconfigurationException(
-                f"Trainer(callbacks={item!r}): a callback must be a Callback object, not {type(item).__name__}."
+                f"Trainer(callbacks={_shown(item)}): a callback must be a Callback object, not"
+                f" {'a class' if isinstance(item, type) else type(item).__name__}.{_made(item)}"
             )
     from_ours = {name: load(target) for name, target in _CALLBACKS.items()}
     _contradiction(found, from_ours["Checkpoint"], "enable_checkpointing", explicit)
@@ -344,6 +350,30 @@ _SWITCHES = (
     "benchmark", "inference_mode", "use_distributed_sampler", "detect_anomaly", "barebones", "sync_batchnorm",
     "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "enable_autolog_hparams",
 )  # fmt: skip
+_FORMER = {
+    # arguments that Lightning's Trainer had before 2.0, and how the same is said today
+    "tpu_cores": "accelerator and devices",
+    "num_processes": "accelerator='cpu', devices=n",
+    "resume_from_checkpoint": "Trainer.fit(ckpt_path=...)",
+    "weights_save_path": "callbacks=[ModelCheckpoint(dirpath=...)]",
+    "default_save_path": "default_root_dir",
+    "progress_bar_refresh_rate": "enable_progress_bar, or callbacks=[TQDMProgressBar(refresh_rate=n)]",
+    "weights_summary": "enable_model_summary, or callbacks=[ModelSummary(max_depth=n)]",
+    "flush_logs_every_n_steps": "logger=CSVLogger(flush_logs_every_n_steps=n)",
+    "row_log_interval": "log_every_n_steps",
+    "terminate_on_nan": "detect_anomaly, or callbacks=[EarlyStopping(check_finite=True)]",
+    "multiple_trainloader_mode": "CombinedLoader(loaders, mode)",
+    "reload_dataloaders_every_epoch": "reload_dataloaders_every_n_epochs=1",
+    "replace_sampler_ddp": "use_distributed_sampler",
+    "amp_backend": "precision",
+}
+
+
+def instead_of(name: str, known: Iterable[str]) -> str:
+    """What to write in place of the unknown argument ``name``: a sentence that starts with a space, or nothing."""
+    return f" Use {_FORMER[name]}." if name in _FORMER else did_you_mean(name, known)
+
+
 _BAREBONES_OFF = (
     "enable_checkpointing", "logger", "enable_progress_bar", "enable_model_summary", "log_every_n_steps",
     "num_sanity_val_steps", "profiler",
@@ -384,8 +414,7 @@ def config(given: Mapping[str, Any]) -> TrainerConfig:
         MisconfigurationException: for a value that cannot be, or a contradiction.
     """
     for name in _SWITCHES:
-        if given[name] not in (None, True, False):
-            raise MisconfigurationException(f"Trainer({name}={given[name]!r}) is not valid: it must be True or False.")
+        check_switch(name, given[name])
     names = {field.name for field in dataclasses.fields(TrainerConfig)}
     values = {name: _plain_number(value) for name, value in given.items() if name in names}
     if given["barebones"]:

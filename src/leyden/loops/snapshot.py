@@ -16,7 +16,7 @@ from leyden.datamodule import LightningDataModule
 from leyden.errors import CheckpointError, MisconfigurationException
 from leyden.hooks import is_written
 from leyden.hparams import pack, plain_hparams
-from leyden.loading import PICKLED
+from leyden.loading import PICKLED, require_checkpoint
 from leyden.loops.batches import DataLoaderIter
 from leyden.loops.fit import FitLoop
 from leyden.loops.lightning_loops import from_lightning, to_lightning
@@ -45,6 +45,7 @@ def gather(
     optimization: Optimization | None,
     weights_only: bool,
     version: str,
+    name: str,
 ) -> dict[str, Any]:
     """Return a complete checkpoint of plain data and tensors.
 
@@ -58,8 +59,10 @@ def gather(
         optimization: The verbs of the fit that runs, or None.
         weights_only: Leave out optimizers, schedules, callbacks and generators.
         version: Leyden's.
+        name: That of the file, by which whoever marks its files knows it again.
     """
     module: LightningModule = strategy.module
+    callbacks = list(callbacks)
     loaders = fit_loop.loader_states()
     checkpoint: dict[str, Any] = {
         "epoch": progress.epoch,
@@ -69,6 +72,8 @@ def gather(
         "loops": to_lightning(progress, loaders, fit_loop.last),
     }
     ours: dict[str, Any] = {"format": FORMAT, "version": version, "progress": progress.state_dict()}
+    ours["file"] = name
+    ours["marks"] = [mark for callback in callbacks if isinstance(mark := getattr(callback, "mark", None), str)]
     if not weights_only:
         checkpoint["callbacks"] = {
             callback.state_key: state for callback in callbacks if (state := callback.state_dict())
@@ -117,12 +122,7 @@ def read(strategy: Strategy, path: Any, weights_only: bool | None) -> dict[str, 
         CheckpointError: for a file of a newer format, or one that is no checkpoint.
     """
     checkpoint: Any = strategy.load_checkpoint(path, weights_only)
-    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
-        keys = sorted(map(str, checkpoint))[:8] if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
-        raise CheckpointError(
-            f"{path} is no checkpoint of a trainer: it has no 'state_dict' (found: {keys}). Load plain weights with"
-            " model.load_state_dict(torch.load(path))."
-        )
+    require_checkpoint(checkpoint, str(path))
     found = checkpoint.get("leyden", {}).get("format", 0)
     if found > FORMAT:
         raise CheckpointError(

@@ -51,11 +51,16 @@ def unwrap(model: Any, datamodule: Any, loaders: Any, more: Any = None) -> tuple
             "The module was passed through torch.compile: it runs uncompiled here. Compile its layers instead"
             " (self.net = torch.compile(self.net))."
         )
+    if isinstance(module, type):
+        raise TypeError(f"The model is the class {module.__name__}; pass an object of it: {module.__name__}(...).")
     if not isinstance(module, LightningModule):
         raise TypeError(
             f"The model must be a LightningModule; it is a {type(model).__module__}.{type(model).__qualname__}. Derive"
             " its class from leyden.LightningModule and write training_step and configure_optimizers."
         )
+    if datamodule is not None and (isinstance(datamodule, type) or not callable(getattr(datamodule, "setup", None))):
+        shown = f"the class {datamodule.__name__}" if isinstance(datamodule, type) else repr(datamodule)
+        raise TypeError(f"The datamodule must be a LightningDataModule object; it is {shown}.")
     if isinstance(loaders, LightningDataModule):
         if datamodule is not None:
             raise MisconfigurationException("Two data modules were given: one in the place of the loaders. Give one.")
@@ -231,7 +236,8 @@ def find_checkpoint(given: Any, fn: str, callbacks: Iterable[Any], log_dir: str 
         found = max(newest, key=lambda path: files.recorded_step(path) or 0, default=None)
         if found is None:
             rank_zero_warn(
-                f"Trainer.{fn}(ckpt_path='last'): there is no checkpoint in {sorted(set(folders))}; the run starts anew.",
+                f"Trainer.{fn}(ckpt_path='last'): there is no checkpoint in {sorted(set(folders))}; "
+                + ("the fit starts anew." if fn == "fit" else "the weights stay as they are."),
                 category=PossibleUserWarning,
             )
         return found

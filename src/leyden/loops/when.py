@@ -69,7 +69,7 @@ def validation_due(
     *,
     last: bool,
     early: bool,
-    stepped: bool,
+    stepped: int,
     elapsed: float,
 ) -> bool:
     """Whether validation runs after the batch that has just been counted in ``progress``.
@@ -81,13 +81,14 @@ def validation_due(
         across: From ``validation_batches``.
         last: Whether it was the last batch of the epoch.
         early: Whether the epoch ended with it before its last batch was expected.
-        stepped: Whether it ended with an update.
+        stepped: How many updates were made in it.
         elapsed: Seconds since the last validation.
     """
     if interval.unit == "time":
         return elapsed >= interval.value
     if interval.unit == "step":
-        return stepped and progress.global_step > 0 and progress.global_step % int(interval.value) == 0
+        every_step = int(interval.value)
+        return progress.global_step // every_step > (progress.global_step - stepped) // every_step
     if every == math.inf:
         return last
     if every == 0:

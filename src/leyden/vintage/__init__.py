@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MethodType
 from typing import Any, Generic, TypeVar, cast
 
@@ -36,8 +36,10 @@ _SIGNS = (
 """A module that writes one of these is one of 2019."""
 
 
-def arguments(old: Mapping[str, Any], given: dict[str, Any]) -> Any:
+def arguments(old: Mapping[str, Any], given: dict[str, Any], hint: Callable[[str, Iterable[str]], str]) -> Any:
     """Change ``given``, the Trainer's arguments of today, to what ``old``, those of 2019, say; return what remains.
+
+    ``hint`` says what to write in the place of a name that is unknown, given those that are known.
 
     Raises:
         TypeError: for a name that is neither of then nor of today.
@@ -45,7 +47,7 @@ def arguments(old: Mapping[str, Any], given: dict[str, Any]) -> Any:
     """
     from leyden.vintage import translate  # noqa: PLC0415 - only who writes the names of 2019 loads them
 
-    return translate.arguments(old, given)
+    return translate.arguments(old, given, hint)
 
 
 def adapt(session: Any, wishes: Any) -> Callable[[], None] | None:

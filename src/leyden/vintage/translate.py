@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,10 @@ class Wishes:
     """Bring what was logged to disk every so many batches; 0 leaves it to the loggers."""
 
 
-def arguments(old: Mapping[str, Any], given: dict[str, Any]) -> Wishes:
+def arguments(old: Mapping[str, Any], given: dict[str, Any], hint: Callable[[str, Iterable[str]], str]) -> Wishes:
     """Change ``given``, the Trainer's arguments of today, to what ``old``, those of 2019, say.
+
+    ``hint`` says what to write in the place of a name that is unknown, given those that are known.
 
     Raises:
         TypeError: for a name that is neither of then nor of today.
@@ -45,7 +47,7 @@ def arguments(old: Mapping[str, Any], given: dict[str, Any]) -> Wishes:
     rows = {row.name: row for row in TRAINER_ARGUMENTS}
     for name, value in old.items():
         if name not in rows:
-            raise TypeError(f"Trainer() has no argument {name!r}.{did_you_mean(name, [*given, *rows])}")
+            raise TypeError(f"Trainer() has no argument {name!r}.{hint(name, [*given, *rows])}")
         modern = rows[name].modern
         if modern not in ("", "callbacks") and given[modern] != _UNSET.get(modern):
             raise MisconfigurationException(
