@@ -22,13 +22,18 @@ if TYPE_CHECKING:
     from leyden.runtime.seed import isolate_rng as isolate_rng
     from leyden.runtime.seed import seed_everything as seed_everything
     from leyden.trainer import Trainer as Trainer
+    from leyden.vintage import data_loader as data_loader
+
+    LightningModel = LightningModule
 
 _NAMES = {
     "Callback": "leyden.callback",
     "Experiment": "leyden.loggers.experiment",
     "LightningDataModule": "leyden.datamodule",
     "LightningModule": "leyden.module",
+    "LightningModel": "leyden.module",
     "Trainer": "leyden.trainer",
+    "data_loader": "leyden.vintage",
     "seed_everything": "leyden.runtime.seed",
     "isolate_rng": "leyden.runtime.seed",
     "CombinedLoader": "leyden.data.combined",
@@ -38,6 +43,7 @@ _NAMES = {
     "rank_zero_only": "leyden.runtime.ranks",
     "rank_zero_warn": "leyden.runtime.ranks",
 }
+_ALIASES = {"LightningModel": "LightningModule"}
 _MODULES = ("callbacks", "loggers", "profilers", "strategies", "precision")
 
 __all__ = ["__version__", *_NAMES]
@@ -45,7 +51,7 @@ __all__ = ["__version__", *_NAMES]
 
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
-        value = getattr(importlib.import_module(_NAMES[name]), name)
+        value = getattr(importlib.import_module(_NAMES[name]), _ALIASES.get(name, name))
         globals()[name] = value
         return value
     if name in _MODULES:

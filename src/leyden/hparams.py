@@ -111,7 +111,7 @@ def _copied(value: Any, budget: list[int] | None = None, depth: int = 0) -> Any:
     return kind(**copies) if items is not value else kind(copies)
 
 
-def _arguments(obj: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def running_arguments(obj: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the constructor arguments of ``obj``, copied and as passed: of all its constructors that are running,
     a derived class's before its base's."""
     copied: dict[str, Any] = {}
@@ -173,7 +173,7 @@ class HyperparametersMixin:
         if len(args) == 1 and not isinstance(args[0], str) and (args[0] is None or _is_empty(args[0])):
             return
         ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
-        copied, passed = _arguments(self)
+        copied, passed = running_arguments(self)
         copied = {name: value for name, value in copied.items() if name not in ignored}
         objects = [arg for arg in args if not isinstance(arg, str)]
         if len(objects) > 1:
@@ -226,6 +226,12 @@ class HyperparametersMixin:
         if self._hparams is None:
             self._hparams = AttributeDict()
         return self._hparams
+
+    @hparams.setter
+    def hparams(self, hparams: Any) -> None:
+        """Same as ``save_hyperparameters(hparams)`` with a dict, namespace or dataclass in the place of what was kept."""
+        self._hparams = None
+        self.save_hyperparameters(hparams)
 
     @property
     def hparams_initial(self) -> Any:
@@ -442,6 +448,7 @@ __all__ = [
     "pack",
     "plain_hparams",
     "restore_hparams",
+    "running_arguments",
     "save_hparams_to_tags_csv",
     "save_hparams_to_yaml",
     "unpack",

@@ -22,11 +22,12 @@ from leyden.results import Results
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.tree import move_to
 from leyden.types import STEP_OUTPUT, OptimizerLRScheduler, TrainerView
+from leyden.vintage import VintageModule
 
 M = TypeVar("M", bound="LightningModule")
 
 
-class LightningModule(ModelHooks, DataHooks, HyperparametersMixin, nn.Module):
+class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin, nn.Module):
     """A model and everything the Trainer needs to train it.
 
     Write ``training_step`` and ``configure_optimizers``; everything else is optional. Hooks that are not overridden
@@ -85,7 +86,8 @@ class LightningModule(ModelHooks, DataHooks, HyperparametersMixin, nn.Module):
                 child.log_into(results)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
+        # what a run has put on the instance belongs to the run
+        state = {name: value for name, value in self.__dict__.items() if name not in self._adapted}
         state["_trainer_ref"] = state["_results"] = state["_fabric"] = None
         return state
 

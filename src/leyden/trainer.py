@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from leyden import vintage
 from leyden.data.loaders import says_workers_are_gone
 from leyden.errors import MisconfigurationException
 from leyden.loggers.history import History
@@ -144,8 +145,7 @@ class Trainer(TrainerFace):
         **unknown: Any,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "unknown", "__class__")}
-        for name in unknown:
-            raise TypeError(f"Trainer() has no argument {name!r}.{resolve.instead_of(name, given)}")
+        self._vintage: Any = vintage.arguments(unknown, given, resolve.instead_of) if unknown else None
         self.config = config = resolve.config(given)
         self.default_root_dir = resolve.root_dir(default_root_dir)
         self.state = TrainerState()
@@ -158,23 +158,25 @@ class Trainer(TrainerFace):
         self.test_loop = EvaluationLoop(RunningStage.TESTING)
         self.predict_loop = PredictLoop()
         self._strategy, self._accelerator = resolve.strategy(
-            strategy, accelerator, devices, num_nodes, precision, plugins
+            *(given[name] for name in ("strategy", "accelerator", "devices", "num_nodes", "precision", "plugins"))
         )
         self._profiler = resolve.profiler(profiler)
         quiet = config.barebones
-        self._loggers = resolve.loggers(logger, self.default_root_dir, config, quiet)
+        switches = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        wanted = {name: not quiet if given[name] is None else given[name] for name in switches}
+        self._loggers = resolve.loggers(given["logger"], self.default_root_dir, config, quiet)
         self._callbacks = resolve.callbacks(
-            callbacks,
+            given["callbacks"],
             config,
-            checkpointing=(not quiet if enable_checkpointing is None else enable_checkpointing)
-            and not config.fast_dev_run,
-            bar=not quiet if enable_progress_bar is None else enable_progress_bar,
-            summary=not quiet if enable_model_summary is None else enable_model_summary,
+            checkpointing=wanted["enable_checkpointing"] and not config.fast_dev_run,
+            bar=wanted["enable_progress_bar"],
+            summary=wanted["enable_model_summary"],
             explicit=given,
         )
         self._datamodule: Any = None
         self._session: Session | None = None
         self._ckpt_path: Any = None
+        self._dated = False
         self._recorder: Any = None
 
     # ------------------------------------------------------------------ entry points
@@ -187,7 +189,7 @@ class Trainer(TrainerFace):
         datamodule: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
-    ) -> None:
+    ) -> int | None:
         """Train ``model``.
 
         Args:
@@ -209,6 +211,7 @@ class Trainer(TrainerFace):
             with torch.autograd.set_detect_anomaly(self.config.detect_anomaly):
                 self.fit_loop.run(session)
             self._end(session)
+        return 1 if self._dated and self.state.finished else None
 
     def validate(
         self,
@@ -349,6 +352,8 @@ class Trainer(TrainerFace):
         self._datamodule = datamodule
         session = self._session = make_session(self, model, datamodule, sources, self._interrupt)
         self._recorder = session.recorder
+        session.undo = vintage.adapt(session, self._vintage)
+        self._dated = session.undo is not None
         strategy.connect(model)
         self._callbacks = resolve.merge_callbacks(self._callbacks, model.configure_callbacks())
         check(session, fn)
@@ -399,6 +404,8 @@ class Trainer(TrainerFace):
             self._ckpt_path_set = False
         elif self._ckpt_path_set:
             given = self._ckpt_path
+        if given is None and fn is TrainerFn.FITTING:
+            given = vintage.earlier_session(self, self._vintage)
         if given is None and fn is not TrainerFn.FITTING and not provided:
             given = (
                 "best" if self.checkpoint_callback is not None and self.checkpoint_callback.best_model_path else None

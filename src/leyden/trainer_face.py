@@ -19,6 +19,7 @@ from leyden.progress import Progress
 from leyden.results import Results, to_floats
 from leyden.strategies import Strategy
 from leyden.types import RunningStage, TrainerFn, TrainerState, TrainerStatus
+from leyden.vintage import VintageTrainer
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ class Knob(Generic[T]):
         trainer.config = trainer.config.replace(**{self.name: value})
 
 
-class TrainerFace:
+class TrainerFace(VintageTrainer):
     """Everything that can be read of a Trainer."""
 
     config: TrainerConfig

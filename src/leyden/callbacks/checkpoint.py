@@ -34,6 +34,7 @@ from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.hooks import is_written
 from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
 from leyden.types import STEP_OUTPUT, PathLike, TrainerFn, TrainerView
+from leyden.vintage import signature
 
 _RESUMES = ("_last_checkpoint_saved", "_last_global_step_saved", "_last_file_step", "_deferred")
 
@@ -94,6 +95,7 @@ class ModelCheckpoint(Checkpoint):
     FILE_EXTENSION = ".ckpt"
     STARTING_VERSION = 1
 
+    @signature
     def __init__(
         self,
         dirpath: PathLike | None = None,

@@ -15,6 +15,7 @@ from leyden.callback import Callback
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
 from leyden.types import TrainerFn, TrainerView
+from leyden.vintage import signature
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class EarlyStopping(Callback):
     mode_dict: ClassVar[dict[str, Callable[..., Tensor]]] = {"min": torch.lt, "max": torch.gt}
     order_dict: ClassVar[dict[str, str]] = {"min": "<", "max": ">"}
 
+    @signature
     def __init__(
         self,
         monitor: str,

@@ -21,6 +21,8 @@ class Rows:
     def __init__(self, history: History, put: Callable[[dict[str, float], int], None] | None) -> None:
         self.history = history
         self.put = put
+        self.amend: Callable[[dict[str, float]], Mapping[str, Any]] | None = None
+        """Changes a row that is about to be written; returns it."""
 
     def write(self, metrics: Mapping[str, Any], step: int, epoch: int | None = None) -> None:
         """Write one row; this reads the values back from the device.
@@ -36,6 +38,8 @@ class Rows:
             step = int(own)
         elif epoch is not None:
             row.setdefault("epoch", epoch)
+        if self.amend is not None:
+            row = to_floats(self.amend(row))
         self.history.append(row, step)
         if self.put is not None:
             self.put(row, step)

@@ -52,6 +52,8 @@ class Session:
     """Whether this fit has all that a validation needs."""
     optimization: Any = None
     """The verbs of the fit, once the optimizers are configured."""
+    undo: Callable[[], None] | None = None
+    """Takes away what was put on the module for the length of the run."""
     position: Any = None
     """Where a resumed fit stood in its data; None once it is there."""
 
@@ -120,6 +122,8 @@ class Session:
     def release(self, callbacks: list[Any]) -> None:
         """Take back what the run lent out."""
         self.module.log_into(None)
+        if self.undo is not None:
+            self.undo()
         for callback in callbacks:
             for name in ("log", "log_dict"):
                 vars(callback).pop(name, None)
