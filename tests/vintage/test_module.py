@@ -17,7 +17,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import leyden
 import leyden as ptl
+import leyden.errors
 from leyden.errors import CheckpointError, LeydenWarning, MisconfigurationException
 from leyden.vintage import LoaderHandle
 
@@ -638,3 +640,29 @@ def test_hooks_of_2019_are_not_taken_for_misspelt_ones(model: Any, make_trainer:
     with warnings.catch_warnings():
         warnings.simplefilter("error", LeydenWarning)
         make_trainer().fit(Writing())
+
+
+def test_a_module_of_today_with_a_hook_that_was_dropped_is_warned_and_left_alone() -> None:
+    called = []
+
+    class Today(leyden.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def on_epoch_end(self) -> None:
+            called.append(1)
+
+    trainer = leyden.Trainer(
+        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    with pytest.warns(leyden.errors.LeydenWarning, match=r"on_epoch_end\(\) is no hook any more.*on_train_epoch_end"):
+        trainer.fit(Today(), torch.utils.data.DataLoader(torch.ones(4, 2)))
+    assert not called
+    assert "tng_loss" not in trainer.callback_metrics

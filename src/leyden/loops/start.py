@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from leyden import files
+from leyden import files, vintage
 from leyden.callback import Callback
 from leyden.config import TrainerConfig, resolve_limits
 from leyden.datamodule import LightningDataModule
@@ -193,6 +193,11 @@ def _warn_misspelt(session: Session) -> None:
     owners += [(callback, "C", Callback) for callback in session.trainer.callbacks if isinstance(callback, Callback)]
     if isinstance(session.datamodule, LightningDataModule):
         owners.append((session.datamodule, "D", LightningDataModule))
+    for old, new in vintage.uncalled(session.module).items():
+        rank_zero_warn(
+            f"{type(session.module).__name__}.{old}() is no hook any more, so nothing calls it. Write {new}().",
+            category=LeydenWarning,
+        )
     for owner, kind, base in owners:
         for wrong, suggestion in misspelt(owner, kind, base):
             rank_zero_warn(

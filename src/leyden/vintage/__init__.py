@@ -30,10 +30,17 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SIGNS = (
-    "tng_dataloader", "validation_end", "test_end", "update_tng_log_metrics", "on_tng_metrics", "on_epoch_start",
-    "on_epoch_end", "on_batch_start", "on_batch_end", "on_pre_performance_check", "on_post_performance_check",
+    "tng_dataloader", "validation_end", "test_end", "update_tng_log_metrics", "on_tng_metrics",
+    "on_pre_performance_check", "on_post_performance_check",
 )  # fmt: skip
 """A module that writes one of these is one of 2019."""
+_LATER_DROPPED = {
+    "on_epoch_start": "on_train_epoch_start",
+    "on_epoch_end": "on_train_epoch_end",
+    "on_batch_start": "on_train_batch_start",
+    "on_batch_end": "on_train_batch_end",
+}
+"""Hooks of 2019 that outlived it: a module of a later year may still write them, but nothing called them in the end."""
 
 
 def arguments(old: Mapping[str, Any], given: dict[str, Any], hint: Callable[[str, Iterable[str]], str]) -> Any:
@@ -82,6 +89,13 @@ def earlier_session(trainer: Any, wishes: Any) -> Any:
 def writes_2019(module: Any) -> bool:
     """Whether a module, in its class or on the instance, writes one of the names that only 2019 knew."""
     return any(is_written(module, name, VintageModule) for name in _SIGNS)
+
+
+def uncalled(module: Any) -> dict[str, str]:
+    """The hooks of 2019 that a module of today writes, with the names under which they would be called."""
+    if module.__dict__.get("_adapted"):
+        return {}
+    return {old: new for old, new in _LATER_DROPPED.items() if is_written(module, old, VintageModule)}
 
 
 def signature(init: F) -> F:
