@@ -173,13 +173,13 @@ def make_accelerator(accelerator: str | Accelerator) -> Accelerator:
     elif accelerator == "auto":
         return ACCELERATORS[available[0]]()
     elif accelerator == "gpu":
-        gpus = [name for name in available if name != "cpu"]
-        if not gpus:
+        devices_but_cpu = [name for name in available if name != "cpu"]
+        if not devices_but_cpu:
             raise MisconfigurationException(
                 "accelerator='gpu': torch finds no GPU here, neither by CUDA nor by MPS. "
                 "Check the driver and that torch is built for it, or use accelerator='cpu' or 'auto'."
             )
-        return ACCELERATORS[gpus[0]]()
+        return ACCELERATORS[devices_but_cpu[0]]()
     elif str(accelerator).lower() in ACCELERATORS:
         chosen = ACCELERATORS[str(accelerator).lower()]()
     else:
