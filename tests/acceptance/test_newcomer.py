@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import leyden as L
-from leyden.callbacks import BasePredictionWriter
+from leyden.callbacks import BasePredictionWriter, EarlyStopping
 from leyden.runtime.devices import CPUAccelerator, CUDAAccelerator
 from leyden.strategies import SingleDeviceStrategy
 
@@ -215,3 +215,30 @@ def test_the_accelerator_is_that_of_the_strategy() -> None:
         patch.setattr(CUDAAccelerator, "parse_devices", staticmethod(lambda devices: [0]))
         trainer = L.Trainer(**{**QUIET, "accelerator": "auto"}, strategy=SingleDeviceStrategy("cpu"))
     assert isinstance(trainer.accelerator, CPUAccelerator)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"verbose": False},
+            "Trainer.fit stopped: EarlyStopping: x = 1 did not improve in the last 2 checks; the best",
+        ),
+        ({"verbose": True}, "Trainer.fit stopped: by EarlyStopping."),
+        (None, "Trainer.fit stopped: trainer.should_stop was set."),
+    ],
+)
+def test_a_fit_that_is_stopped_says_by_whom(
+    settings: dict[str, Any] | None, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Still(Module):
+        def on_train_epoch_end(self) -> None:
+            self.log("x", 1.0)
+            if settings is None:
+                self.trainer.should_stop = True
+
+    callbacks = [] if settings is None else [EarlyStopping("x", patience=2, **settings)]
+    trainer = L.Trainer(**{**QUIET, "max_epochs": 9}, callbacks=callbacks)
+    trainer.fit(Still(), DataLoader(torch.ones(1, 2)))
+    assert trainer.current_epoch < 9
+    assert text in caplog.messages[-1]
