@@ -31,8 +31,10 @@ from leyden.loops.start import (
     unwrap,
 )
 from leyden.module import LightningModule
+from leyden.precision.base import WithoutInit
 from leyden.progress import Progress
 from leyden.results import Results
+from leyden.runtime.devices import current
 from leyden.runtime.ranks import rank_zero_info, rank_zero_warn, say
 from leyden.runtime.seed import isolate_rng
 from leyden.signals import Interrupt
@@ -208,7 +210,8 @@ class Trainer(TrainerFace):
         with self._running(TrainerFn.FITTING, RunningStage.TRAINING):
             session = self._start(model, sources, datamodule, ckpt_path, weights_only)
             self._sanity_check(session)
-            with torch.autograd.set_detect_anomaly(self.config.detect_anomaly):
+            # not set_detect_anomaly(False), which would switch off what the user has switched on
+            with torch.autograd.set_detect_anomaly(True) if self.config.detect_anomaly else contextlib.nullcontext():
                 self.fit_loop.run(session)
             self._end(session)
         return 1 if self._dated and self.state.finished else None
@@ -309,9 +312,9 @@ class Trainer(TrainerFace):
         """Frame of every entry point: states, signals, and what happens when an exception ends the run."""
         self.state.fn, self.state.status, self.state.stage = fn, TrainerStatus.RUNNING, stage
         self.should_stop = False
-        self._interrupt = Interrupt()
+        self._interrupt, device = Interrupt(), self._strategy.root_device
         try:
-            with self._interrupt, resolve.Determinism(self.config):
+            with self._interrupt, resolve.Determinism(self.config), current(self._accelerator, device):
                 yield
             self.state.status = TrainerStatus.FINISHED
         except KeyboardInterrupt as exception:
@@ -492,7 +495,7 @@ class Trainer(TrainerFace):
         Args:
             filepath: Where.
             weights_only: True leaves out optimizers, schedules, callbacks and generators.
-            storage_options: Accepted for compatibility.
+            storage_options: For fsspec, where ``filepath`` is remote.
 
         Raises:
             AttributeError: before the first run, when there is no module.
@@ -537,11 +540,7 @@ class Trainer(TrainerFace):
             stack.enter_context(self._strategy.root_device)
             stack.enter_context(self._strategy.precision.init_context())
             if empty_init:
-                stack.enter_context(
-                    torch.nn.utils.skip_init_context()
-                    if hasattr(torch.nn.utils, "skip_init_context")
-                    else contextlib.nullcontext()
-                )
+                stack.enter_context(WithoutInit())
             yield
 
     def print(self, *args: Any, **kwargs: Any) -> None:

@@ -133,6 +133,8 @@ def test_a_loader_without_batches_says_why(loader: Any, text: str) -> None:
 def test_a_data_set_in_the_place_of_a_loader() -> None:
     with pytest.warns(PossibleUserWarning, match=r"train_dataloaders is a data set \(TensorDataset\), not a loader"):
         L.Trainer(**QUIET).fit(Module(), DATA)
+    with pytest.warns(PossibleUserWarning, match="this list holds tensors, of which each row counts as a batch"):
+        L.Trainer(**QUIET).fit(Module(), [torch.ones(4, 2), torch.ones(4, 2)])
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -12,11 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import leyden as L
+from leyden.callbacks import BasePredictionWriter, EarlyStopping
+from leyden.runtime.devices import CPUAccelerator, CUDAAccelerator
+from leyden.strategies import SingleDeviceStrategy
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -114,6 +120,125 @@ def test_ctrl_c_during_preparation_trains_nothing() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
     trainer = L.Trainer(**QUIET)
-    trainer.fit(Slow(), [torch.ones(1, 2)])
+    trainer.fit(Slow(), DataLoader(torch.ones(1, 2)))
     assert trainer.interrupted
     assert trainer.global_step == 0
+
+
+def test_predictions_are_written_by_workers_that_persist() -> None:
+    class Writer(BasePredictionWriter):
+        def __init__(self) -> None:
+            super().__init__("batch")
+            self.seen: list[list[int]] = []
+
+        def write_on_batch_end(self, trainer: Any, module: Any, prediction: Any, indices: Any, *rest: Any) -> None:
+            self.seen.append(list(indices))
+
+    module, writer = Module(), Writer()
+    module.predict_step = lambda batch, batch_idx: batch  # type: ignore[method-assign]
+    loader = DataLoader(torch.ones(5, 2), 2, num_workers=1, persistent_workers=True)
+    trainer = L.Trainer(**QUIET, callbacks=writer)
+    for _ in range(2):
+        trainer.predict(module, loader)
+    assert writer.seen == [[0, 1], [2, 3], [4]] * 2
+
+
+def test_a_callback_may_call_something_of_its_own_log() -> None:
+    class Noting(L.Callback):
+        def __init__(self) -> None:
+            self.log = logging.getLogger("mine")
+
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            self.log.debug("fine")
+            self.log_dict({"seen": 1.0})  # type: ignore[attr-defined]
+
+    callback = Noting()
+    for _ in range(2):
+        trainer = L.Trainer(**QUIET, callbacks=callback)
+        trainer.fit(Module(), DataLoader(torch.ones(1, 2)))
+        assert trainer.callback_metrics["seen"] == 1
+    assert vars(callback) == {"log": logging.getLogger("mine")}
+
+
+@pytest.mark.parametrize(("outside", "argument"), [(True, False), (False, True), (False, False)])
+def test_anomaly_detection_is_on_where_either_side_asks(outside: bool, argument: bool) -> None:
+    module, seen = Module(), list[bool]()
+    module.on_train_batch_start = lambda *args: seen.append(torch.is_anomaly_enabled())  # type: ignore[method-assign]
+    with torch.autograd.set_detect_anomaly(outside):
+        L.Trainer(**QUIET, detect_anomaly=argument).fit(module, DataLoader(torch.ones(1, 2)))
+    assert seen == [outside or argument]
+    assert not torch.is_anomaly_enabled()
+
+
+def test_init_module_leaves_weights_alone_where_asked() -> None:
+    trainer = L.Trainer(**{**QUIET, "precision": "bf16-true"})
+    before = torch.get_rng_state()
+    with trainer.init_module(empty_init=True):
+        layer = torch.nn.Linear(64, 64)
+    assert torch.equal(torch.get_rng_state(), before)  # nothing was drawn
+    assert layer.weight.dtype is torch.bfloat16
+    with trainer.init_module():
+        layer = torch.nn.Linear(64, 64)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_storage_options_reach_the_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    find = fsspec.core.url_to_fs
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **options: (given.append(options), find(url))[1])
+    trainer = L.Trainer(**QUIET)
+    trainer.fit(Module(), DataLoader(torch.ones(1, 2)))
+    trainer.save_checkpoint("memory://folder/a.ckpt", storage_options={"token": "mine"})
+    assert given == [{"token": "mine"}]
+
+
+def test_the_device_of_a_run_is_the_current_one_while_it_lasts() -> None:
+    told: list[str] = []
+
+    class Board(CPUAccelerator):
+        def setup_device(self, device: torch.device) -> None:
+            told.append(f"set up {device}")
+
+        def teardown(self) -> None:
+            told.append("given back")
+
+    module = Module()
+    module.prepare_data = lambda: told.append("prepare")  # type: ignore[method-assign]
+    L.Trainer(**{**QUIET, "accelerator": Board()}).fit(module, DataLoader(torch.ones(1, 2)))
+    assert told == ["set up cpu", "prepare", "given back"]
+
+
+def test_the_accelerator_is_that_of_the_strategy() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CUDAAccelerator, "is_available", staticmethod(lambda: True))
+        patch.setattr(CUDAAccelerator, "auto_device_count", staticmethod(lambda: 1))
+        patch.setattr(CUDAAccelerator, "parse_devices", staticmethod(lambda devices: [0]))
+        trainer = L.Trainer(**{**QUIET, "accelerator": "auto"}, strategy=SingleDeviceStrategy("cpu"))
+    assert isinstance(trainer.accelerator, CPUAccelerator)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"verbose": False},
+            "Trainer.fit stopped: EarlyStopping: x = 1 did not improve in the last 2 checks; the best",
+        ),
+        ({"verbose": True}, "Trainer.fit stopped: by EarlyStopping."),
+        (None, "Trainer.fit stopped: trainer.should_stop was set."),
+    ],
+)
+def test_a_fit_that_is_stopped_says_by_whom(
+    settings: dict[str, Any] | None, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Still(Module):
+        def on_train_epoch_end(self) -> None:
+            self.log("x", 1.0)
+            if settings is None:
+                self.trainer.should_stop = True
+
+    callbacks = [] if settings is None else [EarlyStopping("x", patience=2, **settings)]
+    trainer = L.Trainer(**{**QUIET, "max_epochs": 9}, callbacks=callbacks)
+    trainer.fit(Still(), DataLoader(torch.ones(1, 2)))
+    assert trainer.current_epoch < 9
+    assert text in caplog.messages[-1]

@@ -27,8 +27,8 @@ from leyden.callbacks.checkpoint_files import (
     is_url,
     link,
     open_path,
-    paths_in,
     require_writable,
+    warn_of_others,
 )
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.hooks import is_written
@@ -195,13 +195,8 @@ class ModelCheckpoint(Checkpoint):
             raise ValueError(f"ModelCheckpoint(save_last='link') needs a local folder; dirpath is {self.dirpath!r}.")
         if stage == "fit" and not trainer.fast_dev_run and trainer.is_global_zero:
             require_writable(self.dirpath)
-        if stage == "fit" and self.save_top_k != 0 and trainer.ckpt_path is None and trainer.is_global_zero:
-            others = {path for path in paths_in(self.dirpath) if path.endswith(self.FILE_EXTENSION)} - set(self.files)
-            if others:
-                rank_zero_warn(
-                    f"The checkpoint folder {self.dirpath} holds {len(others)} checkpoint(s) of other runs. They are"
-                    " left alone; names that are taken get a version appended (-v1)."
-                )
+            if self.save_top_k != 0 and trainer.ckpt_path is None:
+                warn_of_others(self.dirpath, self.FILE_EXTENSION, self.files)
 
     def on_train_start(self, trainer: TrainerView, pl_module: Any) -> None:
         """Start counting; delete what a killed run had no time to delete."""

@@ -8,11 +8,12 @@ import re
 import secrets
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from leyden.errors import CheckpointError
+from leyden.runtime.ranks import rank_zero_warn
 from leyden.types import PathLike, TrainerView
 
 _FIELD = re.compile(r"\{([^{}:!]+)((?:![rsa])?(?::[^{}]*)?)\}")
@@ -128,6 +129,16 @@ def require_writable(folder: str) -> None:
             f"ModelCheckpoint cannot write in {folder!r}: of that path there is {str(existing)!r}, and {reason}. Choose"
             " another folder by ModelCheckpoint(dirpath=...) or Trainer(default_root_dir=...), or none by"
             " Trainer(enable_checkpointing=False)."
+        )
+
+
+def warn_of_others(folder: str, suffix: str, ours: Iterable[str]) -> None:
+    """Warn of files with ``suffix`` in ``folder`` that are not among ``ours``."""
+    others = {path for path in paths_in(folder) if path.endswith(suffix)} - set(ours)
+    if others:
+        rank_zero_warn(
+            f"The checkpoint folder {folder} holds {len(others)} checkpoint(s) of other runs. They are left alone; names"
+            " that are taken get a version appended (-v1)."
         )
 
 

@@ -74,7 +74,7 @@ class BasePredictionWriter(Callback):
     ) -> None:
         """Write one batch: ``prediction`` is what ``predict_step`` returned.
 
-        ``batch_indices`` are the positions of its samples in the data set, or None where the sampler does not tell.
+        ``batch_indices`` are the positions of its samples in the data set; empty where the sampler does not tell.
         """
         raise NotImplementedError(
             f"{type(self).__name__}(write_interval={self.interval.value!r}) must override `write_on_batch_end`."

@@ -9,10 +9,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import Tensor
+
 from leyden.data.combined import CombinedLoader
 from leyden.data.loaders import check_iterable, length, num_batches, set_epoch, why_empty, without_shuffle
 from leyden.datamodule import LightningDataModule
-from leyden.errors import MisconfigurationException
+from leyden.errors import MisconfigurationException, PossibleUserWarning
 from leyden.hooks import is_written
 from leyden.loops.session import Session
 from leyden.module import LightningModule
@@ -155,6 +157,12 @@ def request(session: Session, prefix: str, mode: str) -> CombinedLoader:
         check_iterable(loader, source, fn)
         if length(loader) == 0:
             raise MisconfigurationException(f"Trainer.{fn}(): {source} gave no batch: {why_empty(loader)}.")
+    if not isinstance(loaders, Tensor) and any(isinstance(loader, Tensor) for loader in combined.flattened):
+        rank_zero_warn(
+            f"{source}: lists, tuples and dicts are taken for several loaders, and this {type(loaders).__name__} holds"
+            " tensors, of which each row counts as a batch. Did you mean DataLoader(batches, batch_size=None)?",
+            category=PossibleUserWarning,
+        )
     overfit = session.config.overfit_batches
     if overfit > 0 and fn == "fit":
         combined.flattened = [without_shuffle(loader) for loader in combined.flattened]

@@ -35,6 +35,7 @@ from leyden.loops.paths import choose
 from leyden.loops.profiled import measured_iterator
 from leyden.loops.schedule import step_schedules
 from leyden.loops.session import Session
+from leyden.loops.show import who_stopped
 from leyden.runtime.ranks import rank_zero_info
 from leyden.runtime.seed import rng_state
 from leyden.types import RunningStage
@@ -284,10 +285,11 @@ class FitLoop:
         reason = when.end_reached(progress, session.config, self.max_epochs)
         if progress.tail:
             return False  # a run that was saved after its last batch still has to end its epoch
+        if reason is None and trainer.should_stop and self.may_stop(session):
+            reason = who_stopped(trainer.callbacks, progress.epoch)
         if reason is not None:
             rank_zero_info(f"Trainer.fit stopped: {reason}.")
-            return True
-        return trainer.should_stop and self.may_stop(session)
+        return reason is not None
 
     def may_stop(self, session: Session) -> bool:
         """Whether ``min_epochs`` and ``min_steps`` allow to stop now."""

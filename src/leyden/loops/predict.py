@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from leyden.data.combined import CombinedLoader
+from leyden.data.loaders import stop_workers
 from leyden.errors import MisconfigurationException
 from leyden.loops import batches
 from leyden.loops.session import Session
@@ -146,9 +147,11 @@ def _indices(loader: Any) -> Iterator[Callable[[int], list[int]]]:
         yield lambda _: []
         return
     recorder = _Recorder(sampler)
+    stop_workers(loader)  # those that persist go on with the sampler they began with
     # past DataLoader's own guard, which would have us build the user's loader anew; put back below
     object.__setattr__(loader, "batch_sampler", recorder)
     try:
         yield lambda batch_idx: recorder.seen[batch_idx]
     finally:
         object.__setattr__(loader, "batch_sampler", sampler)
+        stop_workers(loader)

@@ -77,7 +77,8 @@ def strategy(
     if isinstance(given, Strategy):
         if plugin is not None or precision is not None:
             given.precision = plugin or make_precision(precision, given.root_device)
-        return given, backend
+        fits = accelerator != "auto" or given.root_device.type == backend.name()
+        return given, backend if fits else make_accelerator(given.root_device.type)
     name = str(given).lower()
     if name in _LATER_STRATEGIES:
         raise MisconfigurationException(

@@ -22,6 +22,8 @@ from leyden.signals import Interrupt
 from leyden.strategies.base import Strategy
 from leyden.types import RunningStage, TrainerView
 
+_LENT = ("log", "log_dict")
+
 
 class TrainerCore(TrainerView, Protocol):
     """What the loops may know of the Trainer, beyond what callbacks may."""
@@ -89,8 +91,10 @@ class Session:
         if self.datamodule is not None:
             self.datamodule.setup(stage)
         for callback in callbacks:
-            # a callback logs like the module does; taken back at the end of the run
-            callback.log, callback.log_dict = module.log, module.log_dict
+            # a callback logs like the module does; taken back at the end of the run. What it calls log itself stays
+            for name in _LENT:
+                if not hasattr(callback, name):
+                    setattr(callback, name, getattr(module, name))
             callback.setup(self.trainer, module, stage)
         module.setup(stage)
         self.strategy.barrier("post_setup")
@@ -125,8 +129,9 @@ class Session:
         if self.undo is not None:
             self.undo()
         for callback in callbacks:
-            for name in ("log", "log_dict"):
-                vars(callback).pop(name, None)
+            for name in _LENT:
+                if getattr(vars(callback).get(name), "__self__", None) is self.module:
+                    delattr(callback, name)
 
     def transfer(self, draws: bool = False) -> Callable[[Any, int], Any] | None:
         """Return the function that brings a batch to the device, or None if there is nothing to do.

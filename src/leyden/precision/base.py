@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.tree import tree_map
@@ -127,6 +128,16 @@ class DefaultDtype:
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         torch.set_default_dtype(self._previous.pop())
+
+
+class WithoutInit(TorchFunctionMode):
+    """A context in which the functions of ``torch.nn.init`` that layers call do nothing: weights are what memory held."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 class TruePrecision(Precision):

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -152,6 +153,19 @@ class MPSAccelerator(Accelerator):
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
         """Return ``M1_vm_percent``, ``M1_percent``, ``M1_swap_percent``; needs psutil."""
         return _system_load("M1")
+
+
+@contextmanager
+def current(accelerator: Accelerator, device: torch.device) -> Iterator[None]:
+    """For the length of the block, ``device`` is the current one of its kind; then what was cached on it is given back."""
+    former = torch.cuda.current_device() if device.type == "cuda" else None
+    accelerator.setup_device(device)
+    try:
+        yield
+    finally:
+        accelerator.teardown()
+        if former is not None:
+            torch.cuda.set_device(former)
 
 
 ACCELERATORS: dict[str, type[Accelerator]] = {

@@ -208,7 +208,7 @@ class Strategy:
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: PathLike, storage_options: Any = None) -> None:
         """Write a complete checkpoint, atomically."""
         if self.is_global_zero:
-            files.save(checkpoint, filepath)
+            files.save(checkpoint, filepath, storage_options=storage_options)
 
     def load_checkpoint(self, filepath: PathLike, weights_only: bool | None = True) -> dict[str, Any]:
         """Read a checkpoint to host memory."""
