@@ -284,21 +284,24 @@ class Store:
         self.slots[key] = slot
         return slot
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was logged since the last reset, as plain data; metric objects keep their own state."""
+    def state_dict(self, metrics: Mapping[int, str]) -> dict[str, Any]:
+        """Return what was logged since the last reset, as plain data; ``metrics`` names metric objects by their id."""
         logged = []
         for key, slot in self.slots.items():
-            if slot.fresh and slot.metric is None:
+            if slot.fresh and (slot.metric is None or id(slot.metric) in metrics):
                 hook, loader, name = key[1:] if key[0] == _RESUMED else key[:3]
-                logged.append({"hook": hook, "loader": loader, "name": name, "slot": slot.state_dict()})
+                metric = metrics.get(id(slot.metric))
+                state = slot.state_dict()
+                logged.append({"hook": hook, "loader": loader, "name": name, "slot": state, "metric": metric})
         return {"on_step": self.on_step, "logged": logged}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned: the next calls of ``self.log`` add to it."""
         self.on_step = bool(state["on_step"])
         for logged in state["logged"]:
             slot = Slot(logged["name"], False, True, True, True, "mean", None, False, None)
             slot.load_state_dict(logged["slot"])
+            slot.metric = metrics.get(logged["metric"])
             self.slots[_RESUMED, logged["hook"], logged["loader"], logged["name"]] = slot
         self.collected = None
 
@@ -395,17 +398,20 @@ class Results:
         self.train.clear()
         self.eval.clear()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the three views and what was logged in this epoch of training, as plain data."""
+    def state_dict(self, metrics: Mapping[int, str] | None = None) -> dict[str, Any]:
+        """Return the three views and what was logged in this epoch of training, as plain data.
+
+        ``metrics`` names the metric objects of the module by their id; what others have counted is left out.
+        """
         self.collect()
         views = {name: dict(getattr(self, name)) for name in ("callback", "logged", "bar")}
-        return {**views, "train": self.train.state_dict()}
+        return {**views, "train": self.train.state_dict(metrics or {})}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned."""
+    def load_state_dict(self, state: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> None:
+        """Go on from what ``state_dict`` returned; ``metrics`` are the metric objects of the module by their names."""
         for name in ("callback", "logged", "bar"):
             getattr(self, name).update(state[name])
-        self.train.load_state_dict(state["train"])
+        self.train.load_state_dict(state["train"], metrics or {})
 
     @contextmanager
     def aside(self) -> Iterator[None]:

@@ -2,8 +2,8 @@
 """Train with Leyden or Lightning, from the beginning or from a checkpoint of either, and print what came of it.
 
 ``python lightning_checkpoint_script.py leyden|lightning.pytorch EPOCHS FOLDER [CHECKPOINT]`` leaves ``last.ckpt`` in the
-folder and prints JSON. The recorded checkpoint in ``golden`` was made by
-``python lightning_checkpoint_script.py lightning.pytorch 2 golden``.
+folder and prints JSON. The recorded checkpoint in ``recorded`` was made by
+``python lightning_checkpoint_script.py lightning.pytorch 2 recorded``.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ def test_best_and_last(tmp_path: Path) -> None:
 def test_best_without_a_best_is_an_error_and_last_without_a_last_a_warning(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="ckpt_path='best'.*no best checkpoint is known"):
         trainer().test(Model(), datamodule=Data(), ckpt_path="best")
-    with pytest.warns(LeydenWarning, match="there is no checkpoint in .*; the run starts anew"):
+    with pytest.warns(LeydenWarning, match="there is no checkpoint in .*; the fit starts anew"):
         trainer(default_root_dir=tmp_path).fit(Model(), datamodule=Data(), ckpt_path="last")
 
 
@@ -305,8 +305,8 @@ def test_W4_what_is_saved_is_what_was_passed(tmp_path: Path) -> None:
 
 
 def test_a_run_of_lightning_goes_on_here(tmp_path: Path) -> None:
-    expected = json.loads((HERE / "golden" / "lightning-2.6.6-resumed.json").read_text())["result"]
-    theirs = str(HERE / "golden" / "lightning-2.6.6.ckpt")
+    expected = json.loads((HERE / "recorded" / "lightning-2.6.6-resumed.json").read_text())["result"]
+    theirs = str(HERE / "recorded" / "lightning-2.6.6.ckpt")
     with pytest.warns(LeydenWarning, match="The checkpoint folder has changed"):
         result = lightning_checkpoint_script.run("leyden", 5, str(tmp_path), theirs)
     assert (result["epoch"], result["step"], result["patience"]) == (5, 15, expected["patience"])

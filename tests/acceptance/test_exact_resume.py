@@ -113,6 +113,36 @@ def _run(model: L.LightningModule, callbacks: list[Any], path: str | None = None
     return trainer
 
 
+@pytest.mark.filterwarnings("ignore:Metric `SpearmanCorrcoef` will save all targets")
+def test_R1_metric_objects_go_on_with_what_they_have_counted(tmp_path: Path) -> None:
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    class Measured(Recording):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = torchmetrics.MeanMetric()
+            self.rank = torchmetrics.SpearmanCorrCoef()  # keeps all it has seen, in lists
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.mean(loss)
+            self.log("mean", self.mean, on_step=True, on_epoch=True)
+            self.rank.update(torch.rand(2), torch.rand(2))
+            self.log("rank", self.rank, on_step=False, on_epoch=True)
+            return loss
+
+    torch.manual_seed(7)
+    model, saver = Measured(), SaveEverywhere(tmp_path)
+    whole = _run(model, [Watch(), saver], max_epochs=2)
+    rows = [dict(row) for row in whole.history]
+    assert {"mean_step", "mean_epoch", "rank"} <= {name for row in rows for name in row}
+    for path, (events, written) in saver.saved.items():
+        again = Measured()
+        resumed = _run(again, [Watch()], path, max_epochs=2)
+        assert again.events == model.events[events:], path
+        assert [dict(row) for row in resumed.history] == rows[written:], path
+
+
 @pytest.mark.parametrize(
     ("plateau", "options"),
     [

@@ -242,18 +242,6 @@ def test_to_yaml(make_trainer, tmp_path):
     assert yaml.safe_load((tmp_path / "x.yaml").read_text()) == expected
 
 
-def test_find_last_checkpoints(make_trainer, tmp_path):
-    callback = ModelCheckpoint(tmp_path / "c")
-    trainer = make_trainer([callback])
-    assert callback.find_last_checkpoints(trainer) == set()
-    for name in ("last.ckpt", "last-v1.ckpt", "last.txt", "epoch=1.ckpt"):
-        (tmp_path / "c").mkdir(exist_ok=True)
-        (tmp_path / "c" / name).touch()
-    assert callback.find_last_checkpoints(trainer) == {str(tmp_path / "c" / n) for n in ("last.ckpt", "last-v1.ckpt")}
-    assert callback.file_exists(tmp_path / "c" / "last.ckpt", trainer)
-    assert not callback.file_exists(tmp_path / "c" / "none.ckpt", trainer)
-
-
 def test_metric_that_is_overwritten_in_place_keeps_its_old_rank(make_trainer):
     shared = torch.tensor(0.0)
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -512,14 +511,6 @@ class ModelCheckpoint(Checkpoint):
         """Return whether the file exists for rank 0; all processes get the same answer."""
         is_there = trainer.is_global_zero and exists(str(filepath))
         return bool(trainer.strategy.reduce_boolean_decision(is_there, all=False))
-
-    def find_last_checkpoints(self, trainer: TrainerView) -> set[str]:
-        """Return the paths in the folder of this callback that are named as last checkpoints, of any version."""
-        return {
-            path
-            for path in paths_in(self.dirpath or default_folder(trainer))
-            if Path(path).suffix == self.FILE_EXTENSION and Path(path).stem.startswith(self.CHECKPOINT_NAME_LAST)
-        }
 
     def to_yaml(self, filepath: PathLike | None = None) -> None:
         """Write ``best_k_models`` as YAML: path and metric of each. Default: ``best_k_models.yaml`` in the folder."""

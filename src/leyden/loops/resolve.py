@@ -284,7 +284,9 @@ def root_dir(given: str | os.PathLike[str] | None) -> str:
     if given is None:
         return os.getcwd()
     if not isinstance(given, (str, os.PathLike)):
-        raise TypeError(f"Trainer(default_root_dir={given!r}) is not valid: it must be a path, a URL or None.")
+        raise MisconfigurationException(
+            f"Trainer(default_root_dir={given!r}) is not valid: it must be a path, a URL or None."
+        )
     text = os.fspath(given)
     return text if "://" in text else str(Path(text).expanduser())
 

@@ -20,6 +20,7 @@ from leyden.loading import PICKLED, require_checkpoint
 from leyden.loops.batches import DataLoaderIter
 from leyden.loops.fit import FitLoop
 from leyden.loops.lightning_loops import from_lightning, to_lightning
+from leyden.loops.metric_state import gather_metrics, metrics_of, restore_metrics
 from leyden.loops.optimize import Optimization
 from leyden.module import LightningModule
 from leyden.progress import Progress
@@ -85,7 +86,9 @@ def gather(
         ours["rng"] = rng_state()
         ours["epoch_rng"] = fit_loop.epoch_rng
         ours["last"], ours["steps"] = fit_loop.last, fit_loop.steps
-        ours["results"] = trainer.results.state_dict()
+        metrics = metrics_of(module)
+        ours["results"] = trainer.results.state_dict({id(metric): name for name, metric in metrics.items()})
+        ours["metrics"] = gather_metrics(metrics)
         inside = progress.batch_idx > 0 and not progress.epoch_done
         # by hand, only the module knows whether its gradients are still wanted
         if optimization is not None and inside and not (fit_loop.steps and optimization.automatic):
@@ -209,7 +212,9 @@ def restore_training(
         progress.load_state_dict(ours["progress"])
         last, steps = ours.get("last", False), ours.get("steps", True)
         if "results" in ours:
-            results.load_state_dict(ours["results"])
+            metrics = metrics_of(strategy.module)
+            results.load_state_dict(ours["results"], metrics)
+            restore_metrics(metrics, ours["metrics"], strategy.root_device)
     else:
         last, steps = from_lightning(checkpoint, progress)
         ours = {}
