@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
-import os
-import signal
-import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 
 from leyden.callbacks import EarlyStopping, ModelCheckpoint
 from leyden.errors import MisconfigurationException
-from leyden.vintage.callbacks import Walltime
 from leyden.vintage.tables import CALLBACK_ARGUMENTS
 
 
@@ -88,32 +86,25 @@ def test_the_constructors_are_those_of_the_table() -> None:
 
 
 class Cluster:
-    """What a SlurmCluster does in a job: at its signal it calls the save function, and ends the job."""
+    """What a SlurmCluster is in a job: it notes its signal, and when it is told to leave it saves and ends the job."""
 
-    def __init__(self, ends: bool = True) -> None:
+    def __init__(self, file: Path | None, continues: bool = False) -> None:
+        self.checkpoint_file = file
+        self.ckpt_path = file if continues else None
+        self.signalled = self.postponed = False
         self.save: Any = None
-        self.load: Any = None
-        self.ends = ends
-        self.saved: list[str] = []
 
-    def set_checkpoint_save_function(self, fn: Any, kwargs: Any) -> None:
-        self.save = lambda: fn(**kwargs)
+    def set_checkpoint_save_function(self, fn: Any, kwargs: Any = None) -> None:
+        self.save = lambda: fn(**(kwargs or {}))
 
-    def set_checkpoint_load_function(self, fn: Any, kwargs: Any) -> None:
-        self.load = lambda: fn(**kwargs)
+    def set_checkpoint_load_function(self, fn: Any, kwargs: Any = None) -> None:
+        if self.ckpt_path is not None:
+            fn(**(kwargs or {}))
 
-    def handle(self, number: int, frame: Any) -> None:
-        self.saved.append(self.save())
-        if self.ends:
-            raise SystemExit(0)
-
-
-@pytest.fixture
-def handled() -> Any:
-    """A function that installs the signal handler of a cluster, which is gone after the test."""
-    former = signal.getsignal(signal.SIGUSR1)
-    yield lambda cluster: signal.signal(signal.SIGUSR1, cluster.handle)
-    signal.signal(signal.SIGUSR1, former)
+    def leave(self) -> None:
+        assert self.postponed
+        self.save()
+        raise SystemExit(0)
 
 
 @pytest.fixture
@@ -122,14 +113,19 @@ def noted(model: Any) -> Any:
 
     class Noted(model):
         taken = None
-        fails_at = None
+        fails_at: Any = None
 
         def training_step(self, data_batch: Any, batch_nb: int) -> Any:
             output = super().training_step(data_batch, batch_nb)
             if (self.current_epoch, batch_nb) == self.fails_at:
-                os.kill(os.getpid(), signal.SIGUSR1)
+                self.trainer.callbacks[-1].cluster.signalled = True
                 self.calls.append("the step went on")
             return output
+
+        def validation_step(self, data_batch: Any, batch_nb: int) -> Any:
+            if (self.current_epoch, "validation") == self.fails_at and not self.trainer.sanity_checking:
+                self.trainer.callbacks[-1].cluster.signalled = True
+            return super().validation_step(data_batch, batch_nb)
 
         def tng_dataloader(self) -> Any:
             return torch.utils.data.DataLoader(super().tng_dataloader().dataset, batch_size=2, shuffle=True)
@@ -143,82 +139,73 @@ def noted(model: Any) -> Any:
     return Noted
 
 
-@pytest.mark.parametrize("fails_at", [(0, 7), (1, 19)])
-def test_cluster(fails_at: Any, noted: Any, make_trainer: Any, handled: Any, tmp_path: Path) -> None:
-    """A job that is ended by its walltime, and one that goes on, have the weights of one that ran through."""
-    import leyden as ptl
+@pytest.mark.parametrize("fails_at", [(0, 7), (1, 19), (1, "validation")])
+def test_cluster(fails_at: Any, noted: Any, make_trainer: Any, tmp_path: Path) -> None:
+    """A job that is ended by its walltime, and the one that goes on, make the weights of one that ran through."""
+    file = tmp_path / "trial_1.ckpt"
 
-    def job(version: int, walltime: Any = None) -> Any:
-        cluster, net = Cluster(), noted()
-        handled(cluster)
-        net.fails_at = walltime
-        exp = ptl.Experiment(save_dir=tmp_path, name="job", version=version)
-        trainer = make_trainer(cluster=cluster, experiment=exp, max_nb_epochs=3, add_log_row_interval=1)
+    def job(seed: int, cluster: Cluster, fails_at: Any = None) -> tuple[Any, Any]:
+        torch.manual_seed(seed)
+        net = noted()
+        net.fails_at = fails_at
+        trainer = make_trainer(cluster=cluster, max_nb_epochs=3)
         try:
             trainer.fit(net)
-        except SystemExit:
-            return cluster, net, trainer, True
         finally:
-            exp.close()
-        return cluster, net, trainer, False
+            assert not cluster.postponed
+        return net, trainer
 
-    torch.manual_seed(3)
-    _, whole, *_ = job(0)
-    torch.manual_seed(3)
-    cluster, net, _, ended = job(1, fails_at)
-    assert ended
-    assert net.calls == ["the step went on"]  # the signal is answered between two batches
-    assert [Path(path).parent for path in cluster.saved] == [tmp_path / "job" / "version_1"]
-    assert signal.getsignal(signal.SIGUSR1) == cluster.handle
-    torch.manual_seed(99)
-    _, net, trainer, ended = job(1)
-    assert (ended, net.taken, trainer.current_epoch) == (False, 7, 3)
+    whole, _ = job(3, Cluster(tmp_path / "trial_0.ckpt"))
+    assert not list(tmp_path.glob("*.ckpt"))
+    with pytest.raises(SystemExit):
+        job(3, Cluster(file), fails_at)
+    assert torch.load(file, weights_only=True)["extra"] == 7
+    net, trainer = job(99, Cluster(file, continues=True))
+    assert (net.taken, trainer.current_epoch) == (7, 3)
     for mine, theirs in zip(net.parameters(), whole.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    assert not list(tmp_path.rglob("hpc_ckpt_*"))  # nothing has to go on from the middle of a finished run
 
 
 def test_on_hpc_save_and_on_hpc_load_are_not_called_for_other_checkpoints(
     noted: Any, make_trainer: Any, tmp_path: Path
 ) -> None:
-    net = noted()
-    trainer = make_trainer(cluster=Cluster())
-    trainer.fit(net)
+    trainer = make_trainer(cluster=Cluster(tmp_path / "trial.ckpt"))
+    trainer.fit(noted())
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     assert "extra" not in torch.load(tmp_path / "x.ckpt", weights_only=True)
     net = noted()
-    make_trainer(cluster=Cluster(), max_nb_epochs=2).fit(net, ckpt_path=tmp_path / "x.ckpt")
+    make_trainer(cluster=Cluster(tmp_path / "trial.ckpt"), max_nb_epochs=2).fit(net, ckpt_path=tmp_path / "x.ckpt")
     assert net.taken is None
 
 
-def test_a_later_checkpoint_takes_the_place_of_an_earlier_one(
-    noted: Any, make_trainer: Any, handled: Any, tmp_path: Path
-) -> None:
-    class Twice(noted):
-        def on_batch_start(self, batch: Any) -> None:
-            if self.global_step in (3, 5):
-                os.kill(os.getpid(), signal.SIGUSR1)
-            if self.global_step == 10:
-                self.calls.extend(sorted(path.name for path in tmp_path.glob("hpc_ckpt_*")))
-
-    cluster = Cluster(ends=False)
-    handled(cluster)
-    net = Twice()
-    make_trainer(cluster=cluster).fit(net)
-    assert net.calls == ["hpc_ckpt_6.ckpt"]
+def test_a_run_outside_of_a_job_is_not_touched(model: Any, make_trainer: Any) -> None:
+    cluster = Cluster(None)
+    cluster.signalled = True
+    assert make_trainer(cluster=cluster).fit(model()) == 1
+    assert cluster.save is None
 
 
-def test_no_signal_is_touched_outside_the_main_thread_or_without_a_handler(
-    model: Any, make_trainer: Any, tmp_path: Path
-) -> None:
-    before = signal.getsignal(signal.SIGUSR1)
-    make_trainer(cluster=Cluster()).fit(model())
-    thread = threading.Thread(target=lambda: make_trainer(cluster=Cluster()).fit(model()))
-    thread.start()
-    thread.join()
-    assert signal.getsignal(signal.SIGUSR1) == before
+def test_a_path_given_to_fit_wins_over_that_of_the_cluster(noted: Any, make_trainer: Any, tmp_path: Path) -> None:
+    trainer = make_trainer()
+    trainer.fit(noted())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    trainer = make_trainer(cluster=Cluster(tmp_path / "missing.ckpt", continues=True), max_nb_epochs=2)
+    trainer.fit(noted(), ckpt_path=tmp_path / "x.ckpt")
+    assert trainer.global_step == 40
 
 
-def test_there_is_nothing_to_save_outside_a_run() -> None:
-    with pytest.raises(MisconfigurationException, match=r"Trainer\.fit is not running"):
-        Walltime(Cluster()).save()
+def test_E1_a_cluster_does_not_keep_a_run_alive(noted: Any, make_trainer: Any, tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path / "trial.ckpt")
+
+    def run() -> list[Any]:
+        net, trainer = noted(), make_trainer(cluster=cluster)
+        trainer.fit(net)
+        return [weakref.ref(net), weakref.ref(trainer)]
+
+    run()  # what torch imports at its first use keeps frames alive
+    gc.collect()
+    gc.disable()
+    try:
+        assert [ref() for ref in run()] == [None, None]
+    finally:
+        gc.enable()

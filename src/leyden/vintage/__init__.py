@@ -72,13 +72,18 @@ def adapt(session: Any, wishes: Any) -> Callable[[], None] | None:
 
 
 def earlier_session(trainer: Any, wishes: Any) -> Any:
-    """Return the newest checkpoint of the version that the Trainer's first logger writes; None if there is none.
+    """Return the checkpoint from which the first fit of a Trainer goes on by itself; None if there is none.
 
-    For the first fit of a Trainer that was given an Experiment, or a cluster, in whose job it may be the second.
+    That is the one of its cluster, in a job that continues another; or the newest of the version that its Experiment
+    writes.
     """
-    if wishes is None or not wishes.restores or trainer.global_step or trainer.fast_dev_run or not trainer.log_dir:
+    if wishes is None or trainer.global_step or trainer.fast_dev_run:
         return None
-    folders = [trainer.log_dir, f"{trainer.log_dir}/checkpoints"]
+    if (path := getattr(wishes.cluster, "ckpt_path", None)) is not None:
+        return path
+    if not wishes.restores or not trainer.log_dir:
+        return None
+    folders = [f"{trainer.log_dir}/checkpoints"]
     if getattr(trainer.logger, "metrics", None):
         # the version has a history: what lies in the folders of the callbacks is its own
         folders += [callback.dirpath for callback in trainer.checkpoint_callbacks if getattr(callback, "dirpath", None)]

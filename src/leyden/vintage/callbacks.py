@@ -3,18 +3,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import weakref
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from leyden import files
 from leyden.callback import Callback
 from leyden.errors import MisconfigurationException
 from leyden.types import STEP_OUTPUT, TrainerFn, TrainerView
@@ -84,15 +79,14 @@ class NaNGradients(Callback):
 class Walltime(Callback):
     """Lets a SlurmCluster checkpoint a run before its walltime is over, and the job that continues go on from there.
 
-    The cluster gets two functions: one that writes ``hpc_ckpt_<step>.ckpt`` into the folder of the first logger, one for
-    the job that continues. Its signal may come in the middle of a step; the handler that is there when fit begins is
-    called after the batch that runs then, so that what it saves is whole.
+    The cluster gets the function that saves. Its signal may come in the middle of a step: it is answered after the
+    batch, or the validation, that runs then, so that what is saved is whole. A run outside of a job is not touched.
 
     Args:
-        cluster: Has ``set_checkpoint_save_function(fn, kwargs)`` and ``set_checkpoint_load_function(fn, kwargs)``.
+        cluster: A SlurmCluster.
     """
 
-    order: ClassVar[int] = 90
+    order: ClassVar[int] = 200  # after those that save checkpoints: what they did belongs into this one
 
     def __init__(self, cluster: Any) -> None:
         for name in ("set_checkpoint_save_function", "set_checkpoint_load_function"):
@@ -101,65 +95,26 @@ class Walltime(Callback):
                     f"Trainer(cluster={cluster!r}): it must be a SlurmCluster; {type(cluster).__name__} has no {name}()."
                 )
         self.cluster = cluster
-        self._trainer: Callable[[], Any] | None = None
-        self._handler: Any = None
-        self._signalled = self._saving = False
+        self._saving = False
 
     def on_fit_start(self, trainer: TrainerView, pl_module: Any) -> None:
-        """Give the cluster its functions, and take its signal over."""
-        self._trainer, self._signalled = weakref.ref(trainer), False
-        self.cluster.set_checkpoint_save_function(self.save, {})
-        self.cluster.set_checkpoint_load_function(self.load, {})
-        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGUSR1)):
-            self._handler = signal.signal(signal.SIGUSR1, self._note)
+        """Take over from the cluster: from now on it only notes the signal."""
+        if self.cluster.checkpoint_file is None:
+            return
+        # weak: the cluster outlives the run
+        self.cluster.set_checkpoint_save_function(
+            _save, {"callback": weakref.proxy(self), "trainer": weakref.proxy(trainer)}
+        )
+        self.cluster.set_checkpoint_load_function(_load)
+        self.cluster.postponed = True
 
-    def _note(self, number: int, frame: Any) -> None:
-        self._signalled = True
-
-    def _answer(self) -> None:
-        if self._signalled:
-            self._signalled = False
-            self._handler(signal.SIGUSR1, None)
-
-    def on_train_batch_end(
-        self, trainer: TrainerView, pl_module: Any, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
-    ) -> None:
-        """Answer a signal that came during the batch."""
-        self._answer()
-
-    def on_validation_batch_end(
-        self,
-        trainer: TrainerView,
-        pl_module: Any,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Answer a signal that came during the batch; the validation is run anew by the job that continues."""
-        if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
-            self._answer()
-
-    def save(self) -> str:
-        """Write the checkpoint, in the place of an earlier one; return its path."""
-        trainer = self._trainer() if self._trainer is not None else None
-        if trainer is None:
-            raise MisconfigurationException("There is no run to save: Trainer.fit is not running.")
-        folder = trainer.log_dir
-        earlier = _hpc_files(folder)
-        path = os.path.join(folder, f"hpc_ckpt_{trainer.global_step}.ckpt")
+    def save(self, trainer: TrainerView) -> None:
+        """Write the checkpoint of the trial."""
         self._saving = True
         try:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(self.cluster.checkpoint_file)
         finally:
             self._saving = False
-        for old in earlier:
-            if old != path:
-                files.remove(old)
-        return path
-
-    def load(self) -> None:
-        """What the cluster calls in a job that continues: nothing, fit takes the newest checkpoint by itself."""
 
     def on_save_checkpoint(self, trainer: TrainerView, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Let the module put in what only such a checkpoint needs."""
@@ -172,27 +127,34 @@ class Walltime(Callback):
         if checkpoint.get(_HPC):
             pl_module.on_hpc_load(checkpoint)
 
-    def on_fit_end(self, trainer: TrainerView, pl_module: Any) -> None:
-        """The training is done: nothing has to go on from its middle."""
-        for path in _hpc_files(trainer.log_dir):
-            files.remove(path)
+    def on_train_batch_end(
+        self, trainer: TrainerView, pl_module: Any, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Save and leave, if it is time."""
+        self._leave_if_told(trainer)
+
+    def on_validation_end(self, trainer: TrainerView, pl_module: Any) -> None:
+        """Save and leave, if it is time."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._leave_if_told(trainer)
+
+    def _leave_if_told(self, trainer: TrainerView) -> None:
+        told = self.cluster.checkpoint_file is not None and self.cluster.signalled
+        if trainer.strategy.reduce_boolean_decision(told, all=False):
+            self.cluster.leave()
 
     def teardown(self, trainer: TrainerView, pl_module: Any, stage: str) -> None:
-        """Give the signal back."""
-        self._release()
+        """Hand back to the cluster."""
+        self.cluster.postponed = False
 
     def on_exception(self, trainer: TrainerView, pl_module: Any, exception: BaseException) -> None:
-        """Give the signal back."""
-        self._release()
-
-    def _release(self) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGUSR1, self._handler)
-        self._trainer = self._handler = None
+        """Hand back to the cluster."""
+        self.cluster.postponed = False
 
 
-def _hpc_files(folder: str | None) -> list[str]:
-    if folder is None or not os.path.isdir(folder):
-        return []
-    names = [name for name in os.listdir(folder) if name.startswith("hpc_ckpt_") and name.endswith(".ckpt")]
-    return [os.path.join(folder, name) for name in names]
+def _save(callback: Walltime, trainer: TrainerView) -> None:
+    callback.save(trainer)
+
+
+def _load() -> None:
+    """What a cluster calls in a job that goes on: nothing, since fit takes ``cluster.ckpt_path`` by itself."""

@@ -31,6 +31,8 @@ class Wishes:
 
     restores: bool = False
     """Whether a session is restored whose checkpoint lies in the folder of the first logger."""
+    cluster: Any = None
+    """Knows, in a job that goes on, from which checkpoint."""
     flush_every: int = 0
     """Bring what was logged to disk every so many batches; 0 leaves it to the loggers."""
 
@@ -72,7 +74,7 @@ def arguments(old: Mapping[str, Any], given: dict[str, Any], hint: Callable[[str
         raise MisconfigurationException(
             f"Trainer(log_save_interval={every!r}): it must be a number of batches, 0 or more."
         )
-    return Wishes(any(old.get(name) is not None for name in ("experiment", "cluster")), every)
+    return Wishes(old.get("experiment") is not None, old.get("cluster"), every)
 
 
 def _check_fraction(name: str, value: Any) -> None:
