@@ -27,7 +27,6 @@ def told(base: type, kind: str, **methods: Any) -> dict[str, str]:
         ("validation_dataloader", "val_dataloader"),
         ("train_dataloaders", "train_dataloader"),
         ("configure_optimizer", "configure_optimizers"),
-        ("on_epoch_end", "on_train_epoch_end"),
         ("on_train_begin", "on_train_start"),
         ("validation_step_end", "on_validation_batch_end"),
         ("on_keyboard_interrupt", "on_exception"),
