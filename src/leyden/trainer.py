@@ -204,6 +204,7 @@ class Trainer(TrainerFace):
             weights_only: None or True never runs code from the checkpoint; False is for files you trust.
 
         A second ``fit`` of the same module goes on from where the first stopped; of another module, it starts anew.
+        Returns None; 1 ("trained") where the module or the Trainer is written with the names of 2019.
         After Ctrl-C it finishes the step, runs ``on_exception`` and returns; ``trainer.interrupted`` is then True.
         """
         model, datamodule, train_dataloaders = unwrap(model, datamodule, train_dataloaders, val_dataloaders)

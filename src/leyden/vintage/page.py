@@ -41,7 +41,8 @@ def page() -> str:
     parts = [
         _INTRODUCTION,
         "## LightningModule",
-        "A module that writes one of the names that have changed is a module of 2019: for the length of a run its hooks are"
+        "A module is one of 2019 if it writes a name that only 2019 knew (the four hooks `on_epoch_*` and `on_batch_*` were"
+        " known later, too), or if its Trainer was built with an argument of then. For the length of a run its hooks are"
         " called at today's places, and the loss is logged as `tng_loss`.",
         _members(MODULE_MEMBERS),
         "## Trainer",
