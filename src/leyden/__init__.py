@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from leyden.runtime.seed import isolate_rng as isolate_rng
     from leyden.runtime.seed import seed_everything as seed_everything
     from leyden.search.parser import HyperOptArgumentParser as HyperOptArgumentParser
+    from leyden.search.slurm import SlurmCluster as SlurmCluster
     from leyden.trainer import Trainer as Trainer
     from leyden.vintage import data_loader as data_loader
 
@@ -38,6 +39,7 @@ _NAMES = {
     "seed_everything": "leyden.runtime.seed",
     "isolate_rng": "leyden.runtime.seed",
     "HyperOptArgumentParser": "leyden.search.parser",
+    "SlurmCluster": "leyden.search.slurm",
     "CombinedLoader": "leyden.data.combined",
     "rank_zero_debug": "leyden.runtime.ranks",
     "rank_zero_deprecation": "leyden.runtime.ranks",

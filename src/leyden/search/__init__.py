@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Search for hyperparameters: a parser that knows what to vary, trials in processes of this machine or as SLURM jobs."""
 
 from __future__ import annotations
 
@@ -8,18 +9,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from leyden.search.parser import HyperOptArgumentParser as HyperOptArgumentParser
     from leyden.search.parser import HyperOptNamespace as HyperOptNamespace
+    from leyden.search.slurm import SlurmCluster as SlurmCluster
+    from leyden.search.walltime import WalltimeCheckpoint as WalltimeCheckpoint
     from leyden.search.workers import TrialResult as TrialResult
 
 _HOMES = {
     "HyperOptArgumentParser": "parser",
     "HyperOptNamespace": "parser",
+    "SlurmCluster": "slurm",
     "TrialResult": "workers",
+    "WalltimeCheckpoint": "walltime",
 }
 
 __all__ = [
     "HyperOptArgumentParser",
     "HyperOptNamespace",
+    "SlurmCluster",
     "TrialResult",
+    "WalltimeCheckpoint",
 ]
 
 

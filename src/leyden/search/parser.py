@@ -49,6 +49,10 @@ class HyperOptNamespace(argparse.Namespace):
             **{k: copy.deepcopy(v) if isinstance(v, (list, dict, set)) else v for k, v in everything.items()}
         )
 
+    def tunable_names(self) -> list[str]:
+        """Return the names of the options that a search replaces."""
+        return [] if self._parser is None else list(self._parser.opt_args)
+
     def generate_trials(self, nb_trials: int | None = None) -> list[HyperOptNamespace]:
         """Draw trials: namespaces with the tunable values replaced, all other values as they were parsed.
 
