@@ -181,8 +181,10 @@ def gone(pids: list[int]) -> bool:
 
 def run_until_trials_wait(folder: Path, wait: str) -> tuple[subprocess.Popen[str], list[int]]:
     process = subprocess.Popen(
-        [sys.executable, HERE / "search_script.py", folder, wait], stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, HERE / "search_script.py", folder, wait], stderr=subprocess.PIPE, text=True,
+        # whoever started the tests in the background has had SIGINT ignored, which is inherited
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     wait_for(lambda: len(list(folder.glob("*.pids"))) == 2)
     pids = [int(pid) for path in folder.glob("*.pids") for pid in path.read_text().split()]
     children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
