@@ -33,11 +33,19 @@ class Net(leyden.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 
 
-def fit(hparams: Any, callbacks: list[Any], ckpt_path: Path | None) -> tuple[Net, leyden.Trainer]:
-    """Train for three epochs of 20 batches, two to an update."""
+def fit(hparams: Any, callbacks: list[Any], ckpt_path: Path | None, cluster: Any = None) -> tuple[Net, leyden.Trainer]:
+    """Train for three epochs of 20 batches, two to an update; given a ``cluster``, as one did in 2019."""
     leyden.seed_everything(1, verbose=False)
     model = Net(hparams)
     loader = DataLoader(TensorDataset(torch.randn(80, 4)), batch_size=4, shuffle=True, num_workers=hparams.data_workers)
+    if cluster is not None:
+        experiment = leyden.Experiment(hparams.folder, name="exp", version=hparams.hpc_exp_number)
+        trainer = leyden.Trainer(
+            experiment=experiment, cluster=cluster, max_nb_epochs=3, accumulate_grad_batches=2, progress_bar=False,
+            print_weights_summary=False, enable_early_stop=False, nb_sanity_val_steps=0,
+        )  # fmt: skip
+        trainer.fit(model, loader)
+        return model, trainer
     trainer = leyden.Trainer(
         max_epochs=3, accumulate_grad_batches=2, callbacks=callbacks, accelerator="cpu", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

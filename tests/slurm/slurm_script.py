@@ -28,7 +28,10 @@ def train(hparams: Any, cluster: Any, results: Any) -> None:
     from leyden.search import WalltimeCheckpoint
 
     print(f"lr={hparams.lr}")
-    model, trainer = fit(hparams, [WalltimeCheckpoint(cluster)], cluster.ckpt_path)
+    if hparams.what == "train_2019":
+        model, trainer = fit(hparams, [], None, cluster)
+    else:
+        model, trainer = fit(hparams, [WalltimeCheckpoint(cluster)], cluster.ckpt_path)
     torch.save(model.state_dict(), Path(hparams.folder) / "weights.pt")
     results["loss"] = (model.net[3].weight ** 2).sum().detach()
     results["global_step"] = trainer.global_step
@@ -51,7 +54,7 @@ def count(hparams: Any, cluster: Any, results: Any) -> None:
 
 if __name__ == "__main__":
     parser = HyperOptArgumentParser(strategy="grid_search")
-    parser.add_argument("what", choices=["search", "train", "count", "walltime"])
+    parser.add_argument("what", choices=["search", "train", "train_2019", "count", "walltime"])
     parser.add_argument("folder")
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--data-workers", type=int, default=0)

@@ -74,13 +74,15 @@ def test_a_search_of_four_trials_runs_as_jobs(slurm: Any, tmp_path: Path) -> Non
     assert f"WorkDir={Path.cwd()}" in shown
 
 
-@pytest.mark.parametrize("data_workers", [1, pytest.param(0, marks=SLOW)])
+@pytest.mark.parametrize(
+    ("what", "data_workers"), [("train", 1), ("train_2019", 1), pytest.param("train", 0, marks=SLOW)]
+)
 def test_a_continuation_ends_with_the_weights_of_an_uninterrupted_run(
-    slurm: Any, tmp_path: Path, data_workers: int, monkeypatch: pytest.MonkeyPatch
+    slurm: Any, tmp_path: Path, what: str, data_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # SLURM sends the signal because it is told to, at whatever batch this is; for the clock's see the slow test below
     arguments = ("--pause", "0.05", "--data-workers", str(data_workers))
-    job = submit_and_wait_for_it_to_begin(slurm, "train", tmp_path, *arguments)
+    job = submit_and_wait_for_it_to_begin(slurm, what, tmp_path, *arguments)
     slurm.ask("scancel", "--signal=USR1", job)
     slurm.wait_until_idle(60, tmp_path)
     (record,) = records(tmp_path)
@@ -118,8 +120,11 @@ def test_a_cancelled_trial_saves_and_stays_cancelled_until_it_is_submitted_again
 
 
 @SLOW
-def test_a_cancelled_training_goes_on_too(slurm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = submit_and_wait_for_it_to_begin(slurm, "train", tmp_path, "--pause", "0.05")
+@pytest.mark.parametrize("what", ["train", "train_2019"])
+def test_a_cancelled_training_goes_on_too(
+    slurm: Any, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit_and_wait_for_it_to_begin(slurm, what, tmp_path, "--pause", "0.05")
     slurm.ask("scancel", job)
     slurm.wait_until_idle(30, tmp_path)
     (record,) = records(tmp_path)

@@ -85,8 +85,8 @@ class Walltime(Callback):
     """Lets a SlurmCluster checkpoint a run before its walltime is over, and the job that continues go on from there.
 
     The cluster gets two functions: one that writes ``hpc_ckpt_<step>.ckpt`` into the folder of the first logger, one for
-    the job that continues. Its signal may come in the middle of a step; the handler that is there when fit begins is
-    called after the batch that runs then, so that what it saves is whole.
+    the job that continues. Its signals (SIGUSR1, SIGTERM) may come in the middle of a step; the handlers that are there
+    when fit begins are called after the batch that runs then, so that what they save is whole.
 
     Args:
         cluster: Has ``set_checkpoint_save_function(fn, kwargs)`` and ``set_checkpoint_load_function(fn, kwargs)``.
@@ -102,24 +102,32 @@ class Walltime(Callback):
                 )
         self.cluster = cluster
         self._trainer: Callable[[], Any] | None = None
-        self._handler: Any = None
-        self._signalled = self._saving = False
+        self._handlers: dict[int, Any] = {}
+        self._signal: int | None = None
+        self._pid = 0
+        self._saving = False
 
     def on_fit_start(self, trainer: TrainerView, pl_module: Any) -> None:
-        """Give the cluster its functions, and take its signal over."""
-        self._trainer, self._signalled = weakref.ref(trainer), False
+        """Give the cluster its functions, and take its signals over."""
+        self._trainer, self._signal = weakref.ref(trainer), None
         self.cluster.set_checkpoint_save_function(self.save, {})
         self.cluster.set_checkpoint_load_function(self.load, {})
-        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGUSR1)):
-            self._handler = signal.signal(signal.SIGUSR1, self._note)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                if callable(signal.getsignal(number)):
+                    self._handlers[number] = signal.signal(number, self._note)
+        self._pid = os.getpid()
 
     def _note(self, number: int, frame: Any) -> None:
-        self._signalled = True
+        if os.getpid() != self._pid:  # a forked worker of a DataLoader: it has nothing to save, and SIGTERM ends it
+            self._handlers[number](number, frame)
+        elif self._signal is None:
+            self._signal = number
 
     def _answer(self) -> None:
-        if self._signalled:
-            self._signalled = False
-            self._handler(signal.SIGUSR1, None)
+        if self._signal is not None:
+            number, self._signal = self._signal, None
+            self._handlers[number](number, None)
 
     def on_train_batch_end(
         self, trainer: TrainerView, pl_module: Any, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
@@ -178,17 +186,18 @@ class Walltime(Callback):
             files.remove(path)
 
     def teardown(self, trainer: TrainerView, pl_module: Any, stage: str) -> None:
-        """Give the signal back."""
+        """Give the signals back."""
         self._release()
 
     def on_exception(self, trainer: TrainerView, pl_module: Any, exception: BaseException) -> None:
-        """Give the signal back."""
+        """Give the signals back."""
         self._release()
 
     def _release(self) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGUSR1, self._handler)
-        self._trainer = self._handler = None
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+        self._trainer = None
 
 
 def _hpc_files(folder: str | None) -> list[str]:
