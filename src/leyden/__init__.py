@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from leyden.runtime.ranks import rank_zero_warn as rank_zero_warn
     from leyden.runtime.seed import isolate_rng as isolate_rng
     from leyden.runtime.seed import seed_everything as seed_everything
+    from leyden.search.parser import HyperOptArgumentParser as HyperOptArgumentParser
+    from leyden.search.slurm import SlurmCluster as SlurmCluster
     from leyden.trainer import Trainer as Trainer
     from leyden.vintage import data_loader as data_loader
 
@@ -36,6 +38,8 @@ _NAMES = {
     "data_loader": "leyden.vintage",
     "seed_everything": "leyden.runtime.seed",
     "isolate_rng": "leyden.runtime.seed",
+    "HyperOptArgumentParser": "leyden.search.parser",
+    "SlurmCluster": "leyden.search.slurm",
     "CombinedLoader": "leyden.data.combined",
     "rank_zero_debug": "leyden.runtime.ranks",
     "rank_zero_deprecation": "leyden.runtime.ranks",
@@ -44,7 +48,7 @@ _NAMES = {
     "rank_zero_warn": "leyden.runtime.ranks",
 }
 _ALIASES = {"LightningModel": "LightningModule"}
-_MODULES = ("callbacks", "loggers", "profilers", "strategies", "precision")
+_MODULES = ("callbacks", "loggers", "profilers", "strategies", "precision", "search")
 
 __all__ = ["__version__", *_NAMES]
 
