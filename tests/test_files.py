@@ -160,6 +160,13 @@ def test_an_interrupt_passes_through(path, monkeypatch):
     assert names(path.parent) == []
 
 
+@pytest.mark.parametrize("letter", ["ü", "模", "😀"])
+def test_a_long_name_in_any_script(tmp_path, letter):
+    path = tmp_path / (letter * (240 // len(letter.encode())) + ".ckpt")
+    files.save(STATE, path)
+    assert names(tmp_path) == [path.name]
+
+
 def test_very_long_name(tmp_path):
     name = "x" * 250 + ".ckpt"
     files.save(STATE, tmp_path / name)

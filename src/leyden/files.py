@@ -91,8 +91,8 @@ def _save_remote(obj: Any, path: str, verify: bool, storage_options: dict[str, A
 
 
 def _temporary_name(name: str) -> str:
-    # a file name has at most 255 bytes
-    return f".{name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    # a file name has at most 255 bytes, and a character up to four
+    return f".{name[:50]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
 def _sync_folder(folder: Path) -> None:

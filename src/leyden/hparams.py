@@ -17,7 +17,6 @@ import os
 import sys
 import threading
 import types
-import warnings
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
@@ -29,8 +28,9 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from leyden.errors import LeydenWarning, MisconfigurationException, did_you_mean
+from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.plain import AttributeDict, pack, plain_hparams, restore_hparams, unpack
+from leyden.runtime.ranks import rank_zero_warn
 from leyden.types import PathLike
 
 _RECORDS = "_leyden_records_arguments"
@@ -190,21 +190,17 @@ class HyperparametersMixin:
             hparams = AttributeDict(copied)
             self._hparams_name = "kwargs" if copied else None
             if not passed and not any(call.obj is self for call in _constructing.calls):
-                warnings.warn(
+                rank_zero_warn(
                     f"save_hyperparameters() of {type(self).__name__} was called outside its __init__, where there are "
-                    "no arguments to save. Call it in __init__, or pass it a dict.",
-                    LeydenWarning,
-                    stacklevel=2,
+                    "no arguments to save. Call it in __init__, or pass it a dict."
                 )
         self._set_hparams(hparams)
         self.remove_ignored_hparams(ignored)
         for name, value in self.hparams.items():
             if isinstance(value, nn.Module):
-                warnings.warn(
+                rank_zero_warn(
                     f"The hyperparameter {name!r} is a module. Its weights are in each checkpoint already; saved as a "
-                    f"hyperparameter it is stored twice. Leave it out: save_hyperparameters(ignore=[{name!r}]).",
-                    LeydenWarning,
-                    stacklevel=2,
+                    f"hyperparameter it is stored twice. Leave it out: save_hyperparameters(ignore=[{name!r}])."
                 )
         self._hparams_initial = _snapshot(self.hparams)
 
@@ -429,10 +425,8 @@ def _to_yaml(value: Any, name: str) -> Any:
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.generic):
         return value.item()
-    warnings.warn(
-        f"The hyperparameter {name!r} ({type(value).__name__}) cannot be written as YAML; its repr is written instead.",
-        LeydenWarning,
-        stacklevel=2,
+    rank_zero_warn(
+        f"The hyperparameter {name!r} ({type(value).__name__}) cannot be written as YAML; its repr is written instead."
     )
     return repr(value)
 

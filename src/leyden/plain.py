@@ -7,7 +7,6 @@ import io
 import pickle
 import sys
 import types
-import warnings
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -18,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leyden.errors import CheckpointError, LeydenWarning, did_you_mean
+from leyden.errors import CheckpointError, did_you_mean
+from leyden.runtime.ranks import rank_zero_warn
 
 
 class AttributeDict(dict[str, Any]):
@@ -139,12 +139,10 @@ def pack(values: Mapping[str, Any]) -> bytes:
         try:
             torch.save(value, buffer)  # rather than pickle: it can map tensors to another device when read
         except Exception as error:
-            warnings.warn(
+            rank_zero_warn(
                 f"The hyperparameter {name!r} ({type(value).__name__}) cannot be pickled and is not in the checkpoint "
                 f"({error}). Leave it out with save_hyperparameters(ignore=[{name!r}]), and pass it to "
-                "load_from_checkpoint.",
-                LeydenWarning,
-                stacklevel=2,
+                "load_from_checkpoint."
             )
         else:
             packed[name] = buffer.getvalue()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from leyden.errors import LeydenWarning, MisconfigurationException
+from leyden.errors import MisconfigurationException
+from leyden.runtime.ranks import rank_zero_warn
 from leyden.tree import move_to
 
 UNKNOWN_SIZE = "?"
@@ -189,11 +189,9 @@ class ModelSummary:
     def total_parameters(self) -> int:
         """The number of parameters of the model, each counted once; warns if some have no shape yet."""
         if not all(map(_has_shape, self._model.parameters())):
-            warnings.warn(
+            rank_zero_warn(
                 "The model has lazy parameters without a shape; they count as zero. Set example_input_array on the "
-                "module, or run it once on a batch, to have them counted.",
-                category=LeydenWarning,
-                stacklevel=2,
+                "module, or run it once on a batch, to have them counted."
             )
         return _count(self._model.parameters())
 

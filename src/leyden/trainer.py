@@ -29,6 +29,7 @@ from leyden.loops.start import (
     log_hyperparams,
     make_session,
     unwrap,
+    warn_of_memory,
 )
 from leyden.module import LightningModule
 from leyden.precision.base import WithoutInit
@@ -347,6 +348,8 @@ class Trainer(TrainerFace):
         path = self._checkpoint_path(ckpt_path, provided)
         if fitting:
             if model is not strategy.module:
+                if self.progress.batches:
+                    warn_of_memory(self._callbacks)
                 self.progress.reset()
                 self.history = History()
             if not self._bounds_known:  # taken from the arguments once: afterwards they can be set on the loop

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 import leyden as L
 from leyden.callbacks import BasePredictionWriter, EarlyStopping
+from leyden.errors import LeydenWarning
 from leyden.runtime.devices import CPUAccelerator, CUDAAccelerator
 from leyden.strategies import SingleDeviceStrategy
 
@@ -242,3 +243,16 @@ def test_a_fit_that_is_stopped_says_by_whom(
     trainer.fit(Still(), DataLoader(torch.ones(1, 2)))
     assert trainer.current_epoch < 9
     assert text in caplog.messages[-1]
+
+
+def test_callbacks_that_remember_another_module_are_named() -> None:
+    trainer = L.Trainer(**QUIET, callbacks=[EarlyStopping("x", strict=False), L.Callback()])
+    loader = DataLoader(torch.ones(1, 2))
+    first = Module()
+    trainer.fit(first, loader)
+    trainer.fit(first, loader)
+    with pytest.warns(
+        LeydenWarning, match="another module than last time.* EarlyStopping go on with what they have seen"
+    ):
+        trainer.fit(Module(), loader)
+    assert trainer.global_step == 1

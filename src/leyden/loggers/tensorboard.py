@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from leyden.errors import MisconfigurationException
 from leyden.loggers.base import rank_zero_experiment, write_lock
-from leyden.loggers.folder import FolderLogger
+from leyden.loggers.folder import HPARAMS_FILE, FolderLogger
 from leyden.loggers.params import flatten_params, sanitize_params
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.tree import move_to
@@ -42,6 +42,7 @@ class TensorBoardLogger(FolderLogger):
     """
 
     LOGGER_JOIN_CHAR = "-"
+    NAME_HPARAMS_FILE = HPARAMS_FILE
 
     def __init__(
         self,

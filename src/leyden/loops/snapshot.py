@@ -15,7 +15,7 @@ from leyden.data.combined import CombinedLoader
 from leyden.datamodule import LightningDataModule
 from leyden.errors import CheckpointError, MisconfigurationException
 from leyden.hooks import is_written
-from leyden.hparams import pack, plain_hparams
+from leyden.hparams import hparams_name, pack, plain_hparams
 from leyden.loading import PICKLED, require_checkpoint
 from leyden.loops.batches import DataLoaderIter
 from leyden.loops.fit import FitLoop
@@ -111,7 +111,7 @@ def _add_hparams(checkpoint: dict[str, Any], owner: Any) -> None:
     key = owner.CHECKPOINT_HYPER_PARAMS_KEY
     plain, other = plain_hparams(owner.hparams)
     checkpoint[key] = plain
-    name = getattr(owner, "_hparams_name", None)
+    name = hparams_name(owner)
     if name:
         checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = name
     if other:

@@ -216,6 +216,16 @@ def epoch_bounds(config: TrainerConfig) -> tuple[int | None, int]:
     return min_epochs, max_epochs
 
 
+def warn_of_memory(callbacks: Iterable[Any]) -> None:
+    """Warn, when a Trainer trains another module than before, of callbacks that remember the former one."""
+    names = [type(callback).__name__ for callback in callbacks if is_written(callback, "state_dict", Callback)]
+    if names:
+        rank_zero_warn(
+            f"Trainer.fit() got another module than last time. Its counters begin anew, but {', '.join(names)} go on with"
+            " what they have seen of the other one (best scores and files, patience). Make a new Trainer for each module."
+        )
+
+
 def find_checkpoint(given: Any, fn: str, callbacks: Iterable[Any], log_dir: str | None) -> Any:
     """Resolve ``ckpt_path``: None, a path, ``"best"`` or ``"last"`` (the newest complete one, by its step).
 

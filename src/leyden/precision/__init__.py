@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
-from leyden.errors import LeydenWarning, MisconfigurationException, did_you_mean
+from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.precision.base import Precision
 from leyden.precision.double import DoublePrecision
 from leyden.precision.half import HalfPrecision
 from leyden.precision.mixed import MixedPrecision
+from leyden.runtime.ranks import rank_zero_warn
 
 PRECISIONS = ("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")
 _SHORT = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
@@ -41,11 +40,7 @@ def make_precision(precision: Precision | str | int | None, device: torch.device
     name = canonical(precision)
     device_type = torch.device(device).type
     if name == "16-mixed" and device_type == "cpu":
-        warnings.warn(
-            "precision='16-mixed' gains nothing on a CPU: using 'bf16-mixed'. Ask for that to silence this.",
-            LeydenWarning,
-            stacklevel=2,
-        )
+        rank_zero_warn("precision='16-mixed' gains nothing on a CPU: using 'bf16-mixed'. Ask for that to silence this.")
         name = "bf16-mixed"
     if name == "32-true":
         return Precision()

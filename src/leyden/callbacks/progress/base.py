@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from typing import Any
 
 from leyden.callback import Callback
-from leyden.errors import LeydenWarning
+from leyden.runtime.ranks import rank_zero_warn
 from leyden.types import TrainerFn, TrainerView
 
 
@@ -150,11 +149,9 @@ class ProgressBar(Callback):
         duplicates = sorted(standard.keys() & logged.keys())
         if duplicates and not self._warned_of_duplicates:
             self._warned_of_duplicates = True
-            warnings.warn(
+            rank_zero_warn(
                 f"self.log({duplicates[0]!r}, ..., prog_bar=True) hides the value that the progress bar shows under "
-                "this name by itself; use another name, or override get_metrics() of the bar.",
-                category=LeydenWarning,
-                stacklevel=2,
+                "this name by itself; use another name, or override get_metrics() of the bar."
             )
         return {**standard, **logged}
 
