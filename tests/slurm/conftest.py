@@ -153,7 +153,7 @@ class Slurm:
         return "".join(f"\n--- {path.name}\n{path.read_text()[-2000:]}" for path in sorted(self.folder.glob("*.out")))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def slurm() -> Iterator[Slurm]:
     missing = [program for program in _PROGRAMS if find(program) is None]
     if missing:
