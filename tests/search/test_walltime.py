@@ -135,3 +135,22 @@ def test_after_the_fit_the_cluster_acts_at_once_again_and_keeps_nothing_alive(jo
         assert [ghost() for ghost in ghosts] == [None, None]
     finally:
         gc.enable()
+
+
+def test_cluster_of_slurm(job: Callable[[], SlurmCluster]) -> None:
+    """A Trainer built with the argument of 2019 needs no more than the cluster: it saves, and goes on, by itself."""
+
+    def train(model: Net, cluster: SlurmCluster) -> None:
+        trainer = leyden.Trainer(
+            cluster=cluster, max_nb_epochs=2, accelerator="cpu", logger=False, checkpoint_callback=False,
+            progress_bar=False, print_weights_summary=False,
+        )  # fmt: skip
+        trainer.fit(model, loader(), loader(1))
+
+    expected, first, second = Net(), Net(7), Net()
+    fit(expected, [])
+    with pytest.raises(SystemExit):
+        run(job(), lambda hparams, cluster: train(first, cluster))
+    run(job(), lambda hparams, cluster: train(second, cluster))
+    assert first.steps + second.steps == list(range(12))
+    assert torch.equal(second.net.weight, expected.net.weight)
