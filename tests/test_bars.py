@@ -18,7 +18,7 @@ def write(root: Path, files: dict[str, str]) -> dict[str, set[str]]:
     return bars.import_graph(root / "leyden")
 
 
-def test_q1_four_frames_of_ours_from_fit_to_training_step() -> None:
+def test_Q1_four_frames_of_ours_from_fit_to_training_step() -> None:
     frames = bars.frames_to_training_step()
     assert 1 <= len(frames) <= 4, frames
     assert frames[0] == "trainer.py:fit"

@@ -80,7 +80,7 @@ def test_order_of_operations(path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", ["open", "write", "fsync", "verify", "replace"])
-def test_c2_a_failed_write_raises_and_leaves_the_old_file(path, monkeypatch, step):
+def test_C2_a_failed_write_raises_and_leaves_the_old_file(path, monkeypatch, step):
     files.save({"global_step": 1}, path)
 
     def fail(*args, **kwargs):
@@ -196,7 +196,7 @@ files.save({"global_step": 2}, path)
 
 
 @pytest.mark.parametrize(("at", "expected"), [("write", 1), ("fsync", 1), ("verify", 1), ("replace", 1), ("sync", 2)])
-def test_c1_killed_at_any_moment(path, at, expected):
+def test_C1_killed_at_any_moment(path, at, expected):
     files.save({"global_step": 1}, path)
     done = subprocess.run([sys.executable, "-c", KILLED, at, str(path)], env={**os.environ, "PYTHONPATH": "src"})
     assert done.returncode == -signal.SIGKILL
@@ -258,7 +258,7 @@ def test_not_a_checkpoint(path):
         files.load(path)
 
 
-def test_c6_flipped_bit(path):
+def test_C6_flipped_bit(path):
     files.save(STATE, path)
     content = bytearray(path.read_bytes())
     content[content.index(torch.tensor(500.0).numpy().tobytes())] ^= 1
@@ -325,7 +325,7 @@ def test_tensors_of_an_absent_device_come_to_the_cpu(path):
 # ------------------------------------------------------------------ find, remove, remote
 
 
-def test_c5_newest_is_by_recorded_step(tmp_path):
+def test_C5_newest_is_by_recorded_step(tmp_path):
     for name, step in (("z", 5), ("a", 20), ("m", 7)):
         files.save({**STATE, "global_step": step}, tmp_path / f"{name}.ckpt")
     torch.save(STATE["state_dict"], tmp_path / "weights.ckpt")  # no step
@@ -338,7 +338,7 @@ def test_c5_newest_is_by_recorded_step(tmp_path):
     assert files.recorded_step(tmp_path / "m.ckpt") == 7
 
 
-def test_c5_newest_passes_over_the_damaged(tmp_path, path):
+def test_C5_newest_passes_over_the_damaged(tmp_path, path):
     files.save({**STATE, "global_step": 5}, path)
     files.save({**STATE, "global_step": 50}, tmp_path / "b.ckpt")
     (tmp_path / "b.ckpt").write_bytes((tmp_path / "b.ckpt").read_bytes()[:-10])

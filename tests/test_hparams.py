@@ -134,7 +134,7 @@ def test_self_and_kwargs_may_have_any_name():
     assert Odd(1, self=5).hparams == {"x": 1, "self": 5}
 
 
-def test_w1_arguments_of_other_objects_do_not_leak():
+def test_W1_arguments_of_other_objects_do_not_leak():
     """W1: an object that is built inside another one's constructor keeps its own arguments only."""
 
     class Outer(Base):
@@ -148,7 +148,7 @@ def test_w1_arguments_of_other_objects_do_not_leak():
     assert m.hparams == {"secret": "s", "a": 100}
 
 
-def test_w1_threads_do_not_see_each_other():
+def test_W1_threads_do_not_see_each_other():
     seen = {}
 
     class Waits(Base):
@@ -166,7 +166,7 @@ def test_w1_threads_do_not_see_each_other():
     assert seen == {0: {"a": 0}, 1: {"a": 1}}
 
 
-def test_w4_values_are_those_that_were_passed():
+def test_W4_values_are_those_that_were_passed():
     """W4: what the constructor does to its arguments does not change what is saved."""
 
     class Mutates(Base):
@@ -184,7 +184,7 @@ def test_w4_values_are_those_that_were_passed():
     assert options["new"] == 1  # the constructor itself got the real thing
 
 
-def test_w4_mutable_default():
+def test_W4_mutable_default():
     class Default(Base):
         def __init__(self, layers=[1, 2]):  # noqa: B006
             super().__init__()
@@ -194,7 +194,7 @@ def test_w4_mutable_default():
     assert Default().hparams == {"layers": [1, 2]}
 
 
-def test_w4_later_changes_of_hparams_do_not_reach_the_initial_ones():
+def test_W4_later_changes_of_hparams_do_not_reach_the_initial_ones():
     m = Saves([1], b={"x": [1]})
     m.hparams.a.append(2)
     m.hparams.b["x"].append(2)
@@ -353,7 +353,7 @@ def test_outside_of_the_constructor():
     assert m.hparams == {}
 
 
-def test_w2_module_as_hyperparameter_is_kept_and_named():
+def test_W2_module_as_hyperparameter_is_kept_and_named():
     layer = nn.Linear(1, 1)
     with pytest.warns(LeydenWarning, match=r"'net' is a module.*ignore=\['net'\]"):
         m = Saves(1, net=layer)
@@ -516,7 +516,7 @@ def test_constructor_kwargs_nested():
     assert kwargs["cfg"].lr == 5
 
 
-def test_b5_missing_arguments_are_named_with_their_source():
+def test_B5_missing_arguments_are_named_with_their_source():
     with pytest.raises(MisconfigurationException) as error:
         constructor_kwargs(Target, {"b": 1}, {}, source="'best.ckpt'", unreadable=["a"])
     text = str(error.value)

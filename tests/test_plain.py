@@ -78,7 +78,7 @@ class Custom:
     x: int = 1
 
 
-def test_w2_other_values_are_split_off_whole():
+def test_W2_other_values_are_split_off_whole():
     loop = []
     loop.append(loop)
     values = {"a": 1, "c": Custom(), "nested": [1, {"x": Custom}], "np": np.ones(2), "loop": loop}
@@ -108,7 +108,7 @@ def test_pack_and_unpack():
     assert torch.equal(back["m"].weight, linear.weight)
 
 
-def test_w2_what_cannot_be_pickled_is_named():
+def test_W2_what_cannot_be_pickled_is_named():
     with pytest.warns(LeydenWarning, match=r"'f' \(function\) cannot be pickled.*ignore=\['f'\]"):
         data = pack({"f": lambda: 1, "c": Custom()})
     assert unpack(data) == {"c": Custom()}

@@ -260,7 +260,7 @@ def test_metric_that_is_overwritten_in_place_keeps_its_old_rank(make_trainer):
 
 @pytest.mark.parametrize("save_last", [True, "link"])
 @pytest.mark.parametrize("how", ["normal", "exception", "ctrl-c", "stopped", "exception while validating"])
-def test_k1_last_is_the_state_after_the_last_step(how, save_last, make_trainer):
+def test_K1_last_is_the_state_after_the_last_step(how, save_last, make_trainer):
     callback = ModelCheckpoint(monitor="val", save_last=save_last, every_n_train_steps=5)
 
     def metrics(when, trainer):
@@ -284,7 +284,7 @@ def test_k1_last_is_the_state_after_the_last_step(how, save_last, make_trainer):
     assert callback.last_model_path == str(Path(callback.dirpath, "last.ckpt"))
 
 
-def test_k1_a_failing_save_does_not_replace_the_exception(make_trainer):
+def test_K1_a_failing_save_does_not_replace_the_exception(make_trainer):
     callback = ModelCheckpoint(save_last=True)
     trainer = make_trainer([callback])
     trainer.fails = {"batch 2": ZeroDivisionError("mine"), "save last.ckpt": OSError("disk full")}
@@ -294,7 +294,7 @@ def test_k1_a_failing_save_does_not_replace_the_exception(make_trainer):
     assert callback.files == ()
 
 
-def test_k1_nothing_is_saved_for_an_exception_before_the_first_step(make_trainer):
+def test_K1_nothing_is_saved_for_an_exception_before_the_first_step(make_trainer):
     trainer = make_trainer([ModelCheckpoint(save_last=True, save_on_exception=True)], sanity=True)
     trainer.fails = {"batch 0": ZeroDivisionError("mine")}
     with pytest.raises(ZeroDivisionError):
@@ -302,7 +302,7 @@ def test_k1_nothing_is_saved_for_an_exception_before_the_first_step(make_trainer
     assert trainer.events == ["batch 0"]
 
 
-def test_k1_one_failing_process_does_not_make_the_others_wait(make_trainer):
+def test_K1_one_failing_process_does_not_make_the_others_wait(make_trainer):
     trainer = make_trainer([ModelCheckpoint(save_last=True)])
     trainer.world_size = trainer.strategy.world_size = 2
     trainer.fails = {"batch 2": ZeroDivisionError("mine")}
@@ -327,7 +327,7 @@ def test_save_on_exception(save_last, make_trainer, caplog):
 
 
 @pytest.mark.parametrize("val_check_interval", [1.0, 0.5, 2])
-def test_k2_a_step_that_validates_is_ranked_by_that_validation(val_check_interval, make_trainer):
+def test_K2_a_step_that_validates_is_ranked_by_that_validation(val_check_interval, make_trainer):
     callback = ModelCheckpoint(monitor="val", every_n_train_steps=2, save_top_k=-1, filename="{step}-{val}")
     seen = {}
 
@@ -343,7 +343,7 @@ def test_k2_a_step_that_validates_is_ranked_by_that_validation(val_check_interva
     }.items()
 
 
-def test_k3_last_never_links_to_an_older_or_deleted_file(make_trainer, monkeypatch):
+def test_K3_last_never_links_to_an_older_or_deleted_file(make_trainer, monkeypatch):
     callback = ModelCheckpoint(monitor="val", save_last="link", save_top_k=1)
     trainer = make_trainer([callback], epochs=10, metrics=metrics_of_the_recording())
     happens = trainer.happens
@@ -371,7 +371,7 @@ def test_k3_last_never_links_to_an_older_or_deleted_file(make_trainer, monkeypat
     assert any(event.startswith("delete") for event in trainer.events)
 
 
-def test_k3_where_links_cannot_be_made_last_is_a_copy(make_trainer, monkeypatch):
+def test_K3_where_links_cannot_be_made_last_is_a_copy(make_trainer, monkeypatch):
     def refuse(*args: Any) -> None:
         raise OSError("privilege")
 
@@ -415,7 +415,7 @@ def newest(folder: Path) -> str | None:
 
 
 @pytest.mark.parametrize("setup", SETUPS)
-def test_k4_killed_anywhere_and_resumed_gives_the_same_files(setup, make_trainer, kill, tmp_path):
+def test_K4_killed_anywhere_and_resumed_gives_the_same_files(setup, make_trainer, kill, tmp_path):
     callbacks, arguments = SETUPS[setup]
 
     def run(fails: str | None = None, resume: bool = False) -> Any:
@@ -462,7 +462,7 @@ def test_k4_killed_anywhere_and_resumed_gives_the_same_files(setup, make_trainer
 
 
 @pytest.mark.parametrize("setup", SETUPS)
-def test_c3_a_file_is_deleted_only_after_its_successor_is_written(setup, make_trainer, monkeypatch, tmp_path):
+def test_C3_a_file_is_deleted_only_after_its_successor_is_written(setup, make_trainer, monkeypatch, tmp_path):
     callbacks, arguments = SETUPS[setup]
     trainer = make_trainer(
         [ModelCheckpoint(tmp_path / "ckpts", **each) for each in callbacks], metrics=metrics_by_step, **arguments
@@ -478,7 +478,7 @@ def test_c3_a_file_is_deleted_only_after_its_successor_is_written(setup, make_tr
     trainer.fit()
 
 
-def test_c4_files_of_other_runs_are_left_alone(make_trainer, tmp_path):
+def test_C4_files_of_other_runs_are_left_alone(make_trainer, tmp_path):
     make_trainer([ModelCheckpoint(tmp_path / "ckpts", save_last=True, save_top_k=-1)]).fit()
     before = {path: path.read_bytes() for path in (tmp_path / "ckpts").iterdir()}
     callback = ModelCheckpoint(tmp_path / "ckpts", save_last=True)
@@ -492,7 +492,7 @@ def test_c4_files_of_other_runs_are_left_alone(make_trainer, tmp_path):
     assert callback.best_model_path.endswith("epoch=2-step=12.ckpt")
 
 
-def test_c4_a_resumed_run_leaves_alone_what_others_put_there(make_trainer, kill, tmp_path):
+def test_C4_a_resumed_run_leaves_alone_what_others_put_there(make_trainer, kill, tmp_path):
     """Two runs share a folder; one is killed, and the other takes the name that it would have used next."""
     first = make_trainer([ModelCheckpoint(tmp_path, filename="a{epoch}", save_top_k=-1)], epochs=3)
     first.fails = {"batch 4": kill()}
@@ -514,7 +514,7 @@ def test_c4_a_resumed_run_leaves_alone_what_others_put_there(make_trainer, kill,
     }
 
 
-def test_c4_nothing_outside_the_folder_is_deleted_whatever_a_checkpoint_says(make_trainer, tmp_path):
+def test_C4_nothing_outside_the_folder_is_deleted_whatever_a_checkpoint_says(make_trainer, tmp_path):
     precious = tmp_path / "thesis.ckpt"
     torch.save({"global_step": 0}, precious)
     callback = ModelCheckpoint(tmp_path / "ckpts")
@@ -529,7 +529,7 @@ def test_c4_nothing_outside_the_folder_is_deleted_whatever_a_checkpoint_says(mak
     assert precious.exists()
 
 
-def test_c4_without_version_counter_files_are_overwritten(make_trainer, tmp_path):
+def test_C4_without_version_counter_files_are_overwritten(make_trainer, tmp_path):
     (tmp_path / "ckpts").mkdir()
     (tmp_path / "ckpts" / "x.ckpt").write_bytes(b"theirs")
     with pytest.warns(LeydenWarning, match="of other runs"):
@@ -590,7 +590,7 @@ def log_val(when: str, trainer: Any) -> dict[str, float]:
 
 @pytest.mark.parametrize("save_on_train_epoch_end", [None, True, False])
 @pytest.mark.parametrize("trigger", [{}, {"every_n_train_steps": 1}, {"train_time_interval": timedelta(0)}])
-def test_k5_a_monitor_that_is_never_logged(trigger, save_on_train_epoch_end, make_trainer):
+def test_K5_a_monitor_that_is_never_logged(trigger, save_on_train_epoch_end, make_trainer):
     callback = ModelCheckpoint(monitor="val_loss", save_on_train_epoch_end=save_on_train_epoch_end, **trigger)
     trainer = make_trainer([callback], metrics=log_val)
     with pytest.raises(MisconfigurationException, match=r"logged so far: 'val/loss'. Did you mean 'val/loss'\?"):
@@ -598,7 +598,7 @@ def test_k5_a_monitor_that_is_never_logged(trigger, save_on_train_epoch_end, mak
     assert (trainer.current_epoch, trainer.events[-1]) == (0, "batch 3")
 
 
-def test_k5_without_validation_the_end_of_the_first_epoch_tells(make_trainer):
+def test_K5_without_validation_the_end_of_the_first_epoch_tells(make_trainer):
     for trigger in ({}, {"every_n_train_steps": 1}):
         trainer = make_trainer([ModelCheckpoint(monitor="los", **trigger)], val_batches=0)
         with pytest.raises(MisconfigurationException, match="logged so far: nothing"):
@@ -606,14 +606,14 @@ def test_k5_without_validation_the_end_of_the_first_epoch_tells(make_trainer):
         assert trainer.current_epoch == 0
 
 
-def test_k5_an_epoch_without_end_and_without_validation(make_trainer):
+def test_K5_an_epoch_without_end_and_without_validation(make_trainer):
     trainer = make_trainer([ModelCheckpoint(monitor="loss", every_n_train_steps=3)], val_batches=0, batches=math.inf)
     with pytest.raises(MisconfigurationException, match="never|no such metric"):
         trainer.fit()
     assert trainer.events[-1] == "batch 2"
 
 
-def test_k5_waits_for_the_first_validation(make_trainer):
+def test_K5_waits_for_the_first_validation(make_trainer):
     callback = ModelCheckpoint(monitor="val/loss", save_on_train_epoch_end=True, save_top_k=-1, filename="{epoch}")
     trainer = make_trainer([callback], epochs=4, check_val_every_n_epoch=3, metrics=log_val)
     with pytest.warns(LeydenWarning, match="until a validation has run"):
@@ -621,14 +621,14 @@ def test_k5_waits_for_the_first_validation(make_trainer):
     assert list(steps_in(callback.dirpath)) == ["epoch=2.ckpt", "epoch=3.ckpt"]
 
 
-def test_k5_never_in_place_of_an_exception(make_trainer):
+def test_K5_never_in_place_of_an_exception(make_trainer):
     trainer = make_trainer([ModelCheckpoint(monitor="nope", save_last=True, save_on_exception=True)])
     trainer.fails = {"batch 2": ZeroDivisionError("mine")}
     with pytest.raises(ZeroDivisionError, match="mine"):
         trainer.fit()
 
 
-def test_k5_a_metric_logged_at_the_end_of_the_epoch_is_awaited(make_trainer):
+def test_K5_a_metric_logged_at_the_end_of_the_epoch_is_awaited(make_trainer):
     callback = ModelCheckpoint(monitor="train", every_n_train_steps=4, save_top_k=-1)
     metrics = {"epoch": {"train": 1.0}}
     make_trainer([callback], metrics=lambda when, trainer: metrics.get(when, {})).fit()

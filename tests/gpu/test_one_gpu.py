@@ -101,7 +101,7 @@ def test_precisions(tmp_path: Path, precision: str, parameters: torch.dtype, out
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a1_the_norm_after_clipping_holds_under_a_scaler(tmp_path: Path, fused: bool) -> None:
+def test_A1_the_norm_after_clipping_holds_under_a_scaler(tmp_path: Path, fused: bool) -> None:
     norms = []
 
     class Clipped(Net):
@@ -145,7 +145,7 @@ def test_a_step_that_logs_does_not_wait_for_the_device(tmp_path: Path) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_e1_memory_on_the_device_is_given_back(tmp_path: Path) -> None:
+def test_E1_memory_on_the_device_is_given_back(tmp_path: Path) -> None:
     def once() -> None:
         run, module = trainer(tmp_path, max_epochs=1), Net()
         run.fit(module, data(2), data(1))

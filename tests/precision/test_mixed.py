@@ -82,7 +82,7 @@ def test_unscale_is_done_once(precision, module):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("clip", [None, 0.5])
-def test_a1_same_weights_as_without_scaling(precision, name, clip):
+def test_A1_same_weights_as_without_scaling(precision, name, clip):
     torch.manual_seed(0)
     scaled, plain = nn.Linear(4, 3), nn.Linear(4, 3)
     plain.load_state_dict(scaled.state_dict())
@@ -103,7 +103,7 @@ def test_a1_same_weights_as_without_scaling(precision, name, clip):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a2_skipped_step_is_known(precision, module, name):
+def test_A2_skipped_step_is_known(precision, module, name):
     optimizer = OPTIMIZERS[name](module.parameters())
     before = module.weight.clone()
     backward(precision, module, factor=float("inf"))
