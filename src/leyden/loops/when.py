@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure questions on counters: does this batch end with an update, when is the next row, the next validation, the end?
+"""Pure questions on counters: how long is this window, when is the next row, the next validation, the end?
 
 ``batch`` counts batches of the epoch that are done, ``batches`` those of the whole fit. No function here has a side
 effect, and none reads anything but its arguments.
@@ -12,11 +12,6 @@ import math
 from leyden.config import TrainerConfig, ValInterval
 from leyden.errors import MisconfigurationException
 from leyden.progress import Progress
-
-
-def ends_window(batch: int, accumulate: int, last: bool) -> bool:
-    """Whether the optimizer steps after this many batches of the epoch."""
-    return last or batch % accumulate == 0
 
 
 def window_length(batch_idx: int, accumulate: int, num_batches: int | float) -> int:
