@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``leyden``: one table of subcommands, each in a file of its own that is imported when it is called.
+
+A subcommand's file has two functions: ``add_arguments(parser)``, which declares its options, and ``main(options)``, which
+does the work and returns the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from leyden.errors import LeydenError, did_you_mean
+from leyden.version import __version__
+
+COMMANDS: dict[str, tuple[str, str]] = {}
+"""Name of each subcommand, the module that has it, and one line of help."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the subcommand that ``arguments`` (default: those of the process) name; return the exit status.
+
+    What a user can mend is said in one message, without a traceback: status 1. Wrong options are status 2.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="leyden", description="A trainer for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"leyden {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    named = next((word for word in words if not word.startswith("-")), "")
+    if named and named not in COMMANDS:
+        parser.error(f"there is no command {named!r}.{did_you_mean(named, COMMANDS)} There are: {', '.join(COMMANDS)}.")
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name == named:
+            importlib.import_module(module).add_arguments(command)
+    options = parser.parse_args(words)
+    try:
+        return int(importlib.import_module(COMMANDS[options.command][0]).main(options))
+    except LeydenError as error:
+        print(f"leyden {options.command}: {error}", file=sys.stderr)
+        return 1
