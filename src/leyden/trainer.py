@@ -331,7 +331,10 @@ class Trainer(TrainerFace):
                     ending = exception
                     # signals go to worker processes too: those that end at once are no error of its own then
                     if self._interrupt.received and says_workers_are_gone(exception):
-                        ending, self._interrupt.answered = self._interrupt.exception(), True
+                        from leyden.loops import leave  # noqa: PLC0415  # few runs end so
+
+                        ending = self._interrupt.exception()
+                        self._interrupt.answered = leave.is_whole(self, self._session, exception)
                     self._fail(ending)
                     if not self._returns_after(ending):
                         if ending is exception:

@@ -50,6 +50,21 @@ def tell(trainer: Any, exception: BaseException, interrupt: Interrupt) -> None:
             )
 
 
+def is_whole(trainer: Any, session: Session | None, error: BaseException) -> bool:
+    """Whether ``error``, of a loader, came while a loop asked for a batch: between two steps then, not inside one."""
+    trace, ours, asked = error.__traceback__, False, False
+    while trace is not None:
+        home = trace.tb_frame.f_globals.get("__name__", "")
+        if home.startswith("leyden.loops.") and not home.startswith("leyden.loops.batches"):
+            ours, asked = True, False
+        elif ours:  # the first frame below our loops tells
+            ours, asked = False, home.startswith(("torch.utils.data.", "leyden.data.", "leyden.loops.batches"))
+        trace = trace.tb_next
+    evaluation = trainer.fit_loop.validation
+    inside = session is not None and (trainer.validating or trainer.sanity_checking)
+    return asked and (not inside or evaluation.cuts(session))
+
+
 def leave(trainer: Any, session: Session | None, cluster: Any, number: int) -> None:
     """Save what signal ``number`` has ended; have the job started anew, where that is what the signal means.
 
