@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import leyden as L
 from leyden import files
+from leyden.errors import SIGTERMException
 
 PAUSE = 0.003
 
@@ -62,6 +63,18 @@ class Net(L.LightningModule):
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95), "interval": "step"}]
 
 
+class Stopped(L.Callback):
+    """Notes the step at which a signal has ended the fit."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        assert type(exception) is SIGTERMException
+        assert trainer.received_sigterm
+        self.path.write_text(str(trainer.global_step))
+
+
 def train(folder: Path, begun: int, workers: int) -> None:
     """Train from the newest checkpoint in ``folder`` to the end; leave the weights in ``weights.pt``."""
     L.seed_everything(1, verbose=False)
@@ -69,8 +82,8 @@ def train(folder: Path, begun: int, workers: int) -> None:
     loader = DataLoader(data, batch_size=4, shuffle=True, num_workers=workers)
     trainer = L.Trainer(
         max_epochs=3, val_check_interval=0.5, limit_val_batches=4, accumulate_grad_batches=2, logger=False,
-        callbacks=L.callbacks.ModelCheckpoint(folder, every_n_train_steps=5), enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder, accelerator="cpu",
+        callbacks=[L.callbacks.ModelCheckpoint(folder, every_n_train_steps=5), Stopped(folder.with_suffix(".stopped"))],
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, accelerator="cpu",
     )  # fmt: skip
     model = Net(begun)
     trainer.fit(model, loader, DataLoader(data, batch_size=4), ckpt_path="last")
@@ -154,7 +167,7 @@ def trials(root: Path, count: int, seed: int) -> Iterator[dict[str, Any]]:
     done = 0
     while done < count:
         workers = chance.choice((0, 0, 2))
-        number = chance.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
+        number = chance.choice((signal.SIGTERM,) * (not workers) + (signal.SIGUSR1, signal.SIGUSR2))
         to_group, delay = bool(workers) or chance.random() < 0.5, chance.random() * lengths[workers]
         folder = root / f"trial-{done}"
         child, begun = start(lambda pipe: train(folder, pipe, workers))  # noqa: B023
@@ -170,6 +183,7 @@ def trials(root: Path, count: int, seed: int) -> Iterator[dict[str, Any]]:
             continue
         outcome = {"trial": done, "code": code, "signal": number.name, "workers": workers, "group": to_group}
         outcome |= {"delay": round(delay, 4), "gone": group_is_gone(child, 10), **complete(folder)}
+        outcome["stopped"] = int(folder.with_suffix(".stopped").read_text())
         child, begun = start(lambda pipe: train(folder, pipe, workers))  # noqa: B023
         outcome["resumed"] = ended(child, 60)
         os.close(begun)
