@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -398,34 +397,55 @@ print("returned", trainer.interrupted, trainer.global_step, trainer.received_sig
 """
 
 
-def script(folder: Path, step: str = "pass", save: str = "pass", before: str = "") -> tuple[int, str]:
-    text = textwrap.dedent(SCRIPT).format(step=step, save=save, before=before)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", text, str(folder)], capture_output=True, text=True, timeout=60,
-        check=False,
-    )  # fmt: skip
-    return done.returncode, done.stdout.strip()
+Script = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Script]:
+    """Run SCRIPT, with code in its places, in a process of its own; return its exit code and what it printed."""
+    errors = tmp_path_factory.mktemp("scripts") / "errors"
+    with (
+        errors.open("w") as stream,
+        subprocess.Popen(
+            [sys.executable, SOAK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True
+        ) as server,
+    ):
+        assert server.stdin is not None
+        assert server.stdout is not None
+
+        def run(folder: Path, step: str = "pass", save: str = "pass", before: str = "") -> tuple[int, str]:
+            text = SCRIPT.format(step=step, save=save, before=before)
+            server.stdin.write(json.dumps([text, str(folder)]) + "\n")  # type: ignore[union-attr]
+            server.stdin.flush()  # type: ignore[union-attr]
+            answer = server.stdout.readline()  # type: ignore[union-attr]
+            assert answer, errors.read_text()
+            code, printed = json.loads(answer)
+            return code, printed
+
+        yield run
 
 
 AT_3 = "trainer.global_step == 3 and "
 
 
 @pytest.mark.parametrize("number", TERMINATING, ids=lambda number: number.name)
-def test_P5_a_second_signal_leaves_at_once(number: int, tmp_path: Path) -> None:
+def test_P5_a_second_signal_leaves_at_once(script: Script, number: int, tmp_path: Path) -> None:
     twice = f"[os.kill(os.getpid(), {int(number)}) for _ in range(2)]; print('after')"
     assert script(tmp_path, step=f'{AT_3}exec("{twice}")') == (-number, "")
     assert [path.name for path in tmp_path.iterdir()] == ["epoch=0-step=2.ckpt"]
     files.load(tmp_path / "epoch=0-step=2.ckpt", verify=True)
 
 
-def test_P5_a_warning_and_the_signal_that_it_announces_are_one_request(tmp_path: Path) -> None:
+def test_P5_a_warning_and_the_signal_that_it_announces_are_one_request(script: Script, tmp_path: Path) -> None:
     both = "os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGTERM)"
     assert script(tmp_path, step=f'{AT_3}exec("{both}")') == (143, "")
     assert files.recorded_step(str(files.newest(tmp_path))) == 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_P5_a_second_signal_while_the_checkpoint_is_written_leaves_the_former(number: int, tmp_path: Path) -> None:
+def test_P5_a_second_signal_while_the_checkpoint_is_written_leaves_the_former(
+    script: Script, number: int, tmp_path: Path
+) -> None:
     # the first signal comes in step 3; then the checkpoint is saved, and asks the module for what it has to add
     kill = f"os.kill(os.getpid(), {int(number)})"
     step, save = f"trainer.global_step == 2 and {kill}", f"trainer.interrupted and {kill}"
@@ -434,12 +454,12 @@ def test_P5_a_second_signal_while_the_checkpoint_is_written_leaves_the_former(nu
     files.load(tmp_path / "epoch=0-step=2.ckpt", verify=True)
 
 
-def test_P6_a_users_handler_that_exits_has_its_way(tmp_path: Path) -> None:
+def test_P6_a_users_handler_that_exits_has_its_way(script: Script, tmp_path: Path) -> None:
     own = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))"
     assert script(tmp_path, step=f"{AT_3}os.kill(os.getpid(), signal.SIGTERM)", before=own) == (5, "")
 
 
-def test_P6_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
+def test_P6_what_is_ignored_stays_ignored(script: Script, tmp_path: Path) -> None:
     own = "[signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGUSR1)]"
     both = "os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGTERM)"
     assert script(tmp_path, step=f'{AT_3}exec("{both}")', before=own) == (0, "returned False 8 False")
