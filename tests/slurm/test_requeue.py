@@ -36,8 +36,9 @@ def whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tens
 
 
 def assert_goes_on_and_ends_the_same(slurm: Any, folder: Path, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    slurm.wait_for(lambda: "steps 30" in (folder / "job.out").read_text(), seconds, folder)
-    text = (folder / "job.out").read_text()
+    output = folder / "job.out"
+    slurm.wait_for(lambda: output.exists() and "steps 30" in output.read_text(), seconds, folder)
+    text = output.read_text()
     assert (folder / "starts").read_text().split() == ["0", "1"], text
     assert "was started anew: it goes on from" in text
     found, expected = torch.load(folder / "weights.pt"), whole(folder / "whole", monkeypatch)

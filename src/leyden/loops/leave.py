@@ -91,18 +91,17 @@ def leave(trainer: Any, session: Session | None, cluster: Any, number: int) -> N
 
 def _in_folder(trainer: Any) -> str:
     """Save in the folder of the callback that saves checkpoints, unless that step is there; return the path."""
-    for callback in trainer.checkpoint_callbacks:
+    callbacks, step = trainer.checkpoint_callbacks, trainer.global_step
+    written = [path for callback in callbacks for path in getattr(callback, "files", ())]
+    current = trainer.strategy.broadcast(next((path for path in written if _resumes_at(path, step)), ""))
+    if current:
+        return str(current)
+    for callback in callbacks:
         ledger, folder = getattr(callback, "ledger", None), getattr(callback, "dirpath", None)
-        if ledger is None or not folder:
-            continue
-        step = trainer.global_step
-        current = next((path for path in callback.files if _resumes_at(path, step)), "")
-        current = trainer.strategy.broadcast(current)
-        if current:
-            return str(current)
-        with ledger.interrupt(trainer, folder, _SUFFIX) as path:
-            trainer.save_checkpoint(path)
-        return str(path)
+        if ledger is not None and folder:
+            with ledger.interrupt(trainer, folder, _SUFFIX) as path:
+                trainer.save_checkpoint(path)
+            return str(path)
     return ""
 
 
