@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from leyden import vintage
-from leyden.data.loaders import says_workers_are_gone
 from leyden.errors import MisconfigurationException
 from leyden.loggers.history import History
 from leyden.loops import resolve, snapshot
@@ -328,33 +327,21 @@ class Trainer(TrainerFace):
                     yield
                     self.state.status = TrainerStatus.FINISHED
                 except BaseException as exception:
-                    ending = exception
-                    # signals go to worker processes too: those that end at once are no error of its own then
-                    if self._interrupt.received and says_workers_are_gone(exception):
-                        from leyden.loops import leave  # noqa: PLC0415  # few runs end so
-
-                        ending = self._interrupt.exception()
-                        self._interrupt.answered = leave.is_whole(self, self._session, exception)
-                    self._fail(ending)
+                    ending = self._fail(exception)
                     if not self._returns_after(ending):
                         if ending is exception:
                             raise
                         raise ending from exception
                 else:
                     if self._interrupt.received:  # while everybody was told that the run is over
+                        from leyden.loops import leave  # noqa: PLC0415  # few runs end so
+
                         self._interrupt.answered = True
-                        self._leave()
+                        leave.leave(self, self._session, self._cluster, self._interrupt)
                         if not self._returns_after(self._interrupt.exception()):
                             raise self._interrupt.exception()
         finally:
             self._release()
-
-    def _leave(self) -> None:
-        """Save what a signal has ended; under SLURM, have the job started anew."""
-        if self._interrupt.answered and self._interrupt.number is not None:
-            from leyden.loops import leave  # noqa: PLC0415  # few runs end so
-
-            leave.leave(self, self._session, self._cluster, self._interrupt.number)
 
     def _returns_after(self, exception: BaseException) -> bool:
         """Whether a run that ends with ``exception`` returns to its caller: after Ctrl-C, and inside another run."""
@@ -490,15 +477,16 @@ class Trainer(TrainerFace):
             self._profiler.describe()
             self._profiler.teardown(stage=str(fn))
 
-    def _fail(self, exception: BaseException) -> None:
-        """Tell everybody that the run ends with ``exception``; what goes wrong on the way must not take its place."""
+    def _fail(self, exception: BaseException) -> BaseException:
+        """Tell everybody what the run ends with, and return that: ``exception``, or what it stands for."""
         from leyden.loops import leave  # noqa: PLC0415  # few runs end so
 
         self.state.status = TrainerStatus.INTERRUPTED
+        ending = leave.ending(self, self._session, exception, self._interrupt)
         try:
             if self._session is not None:
-                leave.tell(self, exception, self._interrupt)
-            self._leave()
+                leave.tell(self, ending, self._interrupt)
+            leave.leave(self, self._session, self._cluster, self._interrupt)
         finally:
             if self._recorder is not None:
                 self._recorder.close("failed", reraise=False)
@@ -506,6 +494,7 @@ class Trainer(TrainerFace):
                 self._strategy.teardown()
                 if self._profiler is not None:
                     self._profiler.teardown(stage=str(self.state.fn))
+        return ending
 
     def _release(self) -> None:
         """Let go of the session: nothing that a run made outlives it."""

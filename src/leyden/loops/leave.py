@@ -21,6 +21,7 @@ import torch
 
 from leyden import files
 from leyden.callbacks.checkpoint_files import is_url, paths_in
+from leyden.data.loaders import says_workers_are_gone
 from leyden.errors import CheckpointNotFoundError
 from leyden.loops.session import Session
 from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
@@ -50,6 +51,14 @@ def tell(trainer: Any, exception: BaseException, interrupt: Interrupt) -> None:
             )
 
 
+def ending(trainer: Any, session: Session | None, error: BaseException, interrupt: Interrupt) -> BaseException:
+    """Return what a run ends with that ``error`` has ended: the signal, where that has ended its workers before."""
+    if not (interrupt.received and says_workers_are_gone(error)):
+        return error
+    interrupt.answered = is_whole(trainer, session, error)
+    return interrupt.exception()
+
+
 def is_whole(trainer: Any, session: Session | None, error: BaseException) -> bool:
     """Whether ``error``, of a loader, came while a loop asked for a batch: between two steps then, not inside one."""
     trace, ours, asked = error.__traceback__, False, False
@@ -65,12 +74,15 @@ def is_whole(trainer: Any, session: Session | None, error: BaseException) -> boo
     return asked and (not inside or evaluation.cuts(session))
 
 
-def leave(trainer: Any, session: Session | None, cluster: Any, number: int) -> None:
-    """Save what signal ``number`` has ended; have the job started anew, where that is what the signal means.
+def leave(trainer: Any, session: Session | None, cluster: Any, interrupt: Interrupt) -> None:
+    """Save what a signal has ended between two steps; have the job started anew, where that is what the signal means.
 
     Raises:
         CheckpointError: when it cannot be saved.
     """
+    number = interrupt.number
+    if number is None or not interrupt.answered:
+        return
     name = signal.Signals(number).name
     if trainer.state.fn is not TrainerFn.FITTING or session is None:
         rank_zero_info(f"{name}: Trainer.{trainer.state.fn} stops here.")
