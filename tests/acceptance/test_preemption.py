@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import faulthandler
+import importlib.util
 import json
 import os
 import signal
@@ -392,7 +393,7 @@ trainer = L.Trainer(
     accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
     default_root_dir=sys.argv[1], callbacks=[L.callbacks.ModelCheckpoint(sys.argv[1], every_n_train_steps=2)]
 )
-trainer.fit(Net(), DataLoader(TensorDataset(torch.ones(8, 2))))
+trainer.fit(Net(), DataLoader(TensorDataset(torch.ones(8, 2)), num_workers={workers}))
 print("returned", trainer.interrupted, trainer.global_step, trainer.received_sigterm)
 """
 
@@ -413,8 +414,10 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Script]:
         assert server.stdin is not None
         assert server.stdout is not None
 
-        def run(folder: Path, step: str = "pass", save: str = "pass", before: str = "") -> tuple[int, str]:
-            text = SCRIPT.format(step=step, save=save, before=before)
+        def run(
+            folder: Path, step: str = "pass", save: str = "pass", before: str = "", workers: int = 0
+        ) -> tuple[int, str]:
+            text = SCRIPT.format(step=step, save=save, before=before, workers=workers)
             server.stdin.write(json.dumps([text, str(folder)]) + "\n")  # type: ignore[union-attr]
             server.stdin.flush()  # type: ignore[union-attr]
             answer = server.stdout.readline()  # type: ignore[union-attr]
@@ -425,7 +428,21 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Script]:
         yield run
 
 
+SHIELDED = importlib.util.find_spec("leyden.data.workers") is not None
 AT_3 = "trainer.global_step == 3 and "
+
+
+@pytest.mark.parametrize("number", TERMINATING, ids=lambda number: number.name)
+def test_P4_workers_go_on_when_the_whole_group_is_told_to_end(script: Script, number: int, tmp_path: Path) -> None:
+    if number == signal.SIGTERM and not SHIELDED:
+        pytest.skip("workers have torch's handler of SIGTERM")
+    # once they wait for something to do, and once as soon as they are started
+    for step in (f"{AT_3}os.killpg(0, {int(number)})", f"trainer.global_step or os.killpg(0, {int(number)})"):
+        folder = tmp_path / str(len(step))
+        assert script(folder, step=step, workers=2) == (143, "")
+        newest = files.newest(folder)
+        assert newest is not None
+        assert files.recorded_step(newest) == (4 if step.startswith(AT_3) else 1)
 
 
 @pytest.mark.parametrize("number", TERMINATING, ids=lambda number: number.name)

@@ -39,7 +39,9 @@ def assert_goes_on_and_ends_the_same(slurm: Any, folder: Path, seconds: float, m
     output = folder / "job.out"
     slurm.wait_for(lambda: output.exists() and "steps 30" in output.read_text(), seconds, folder)
     text = output.read_text()
-    assert (folder / "starts").read_text().split() == ["0", "1"], text
+    starts = (folder / "starts").read_text().split()
+    assert len(starts) > 1, text
+    assert starts == [str(number) for number in range(len(starts))]
     assert "was started anew: it goes on from" in text
     found, expected = torch.load(folder / "weights.pt"), whole(folder / "whole", monkeypatch)
     assert found.keys() == expected.keys()
@@ -69,5 +71,5 @@ def test_P2_a_job_whose_time_is_too_short_goes_on_in_the_next(
     slurm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # SLURM counts in minutes, and looks at the clock every half minute
-    submit(slurm, tmp_path, 2.0, "--time=1", "--signal=USR1@30")
+    submit(slurm, tmp_path, 0.7, "--time=1", "--signal=USR1@30")
     assert_goes_on_and_ends_the_same(slurm, tmp_path, 350, monkeypatch)
