@@ -8,7 +8,7 @@ else is in the files beside this one, which only those load who write the names 
     tables       the names, their defaults, what they are called today
     translate    arguments of the Trainer and of callbacks, turned into those of today
     run          adapters on a module, for the length of a run
-    callbacks    norms of gradients, NaN gradients, the walltime of a cluster
+    callbacks    norms of gradients, NaN gradients
     page         the page of the documentation that lists it all
 """
 

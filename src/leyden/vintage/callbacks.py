@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Trainer of 2019 did by arguments of its own and callbacks do today: norms of gradients, NaN, the walltime."""
+"""What the Trainer of 2019 did by arguments of its own and callbacks do today: norms of gradients, and which are NaN."""
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from leyden.callback import Callback
-from leyden.errors import MisconfigurationException
-from leyden.types import STEP_OUTPUT, TrainerFn, TrainerView
-
-_HPC = "hpc_save"
-"""The key by which a checkpoint tells that it was written because a walltime ended."""
+from leyden.types import TrainerView
 
 
 def _gradients(module: Any) -> dict[str, Tensor]:
@@ -74,87 +69,3 @@ class NaNGradients(Callback):
                     f"NaN gradient in epoch {trainer.current_epoch}, step {trainer.global_step}: {name}"
                     f" ({count} of {grad.numel()} values)"
                 )
-
-
-class Walltime(Callback):
-    """Lets a SlurmCluster checkpoint a run before its walltime is over, and the job that continues go on from there.
-
-    The cluster gets the function that saves. Its signal may come in the middle of a step: it is answered after the
-    batch, or the validation, that runs then, so that what is saved is whole. A run outside of a job is not touched.
-
-    Args:
-        cluster: A SlurmCluster.
-    """
-
-    order: ClassVar[int] = 200  # after those that save checkpoints: what they did belongs into this one
-
-    def __init__(self, cluster: Any) -> None:
-        for name in ("set_checkpoint_save_function", "set_checkpoint_load_function"):
-            if not callable(getattr(cluster, name, None)):
-                raise MisconfigurationException(
-                    f"Trainer(cluster={cluster!r}): it must be a SlurmCluster; {type(cluster).__name__} has no {name}()."
-                )
-        self.cluster = cluster
-        self._saving = False
-
-    def on_fit_start(self, trainer: TrainerView, pl_module: Any) -> None:
-        """Take over from the cluster: from now on it only notes the signal."""
-        if self.cluster.checkpoint_file is None:
-            return
-        # weak: the cluster outlives the run
-        self.cluster.set_checkpoint_save_function(
-            _save, {"callback": weakref.proxy(self), "trainer": weakref.proxy(trainer)}
-        )
-        self.cluster.set_checkpoint_load_function(_load)
-        self.cluster.postponed = True
-
-    def save(self, trainer: TrainerView) -> None:
-        """Write the checkpoint of the trial."""
-        self._saving = True
-        try:
-            trainer.save_checkpoint(self.cluster.checkpoint_file)
-        finally:
-            self._saving = False
-
-    def on_save_checkpoint(self, trainer: TrainerView, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Let the module put in what only such a checkpoint needs."""
-        if self._saving:
-            checkpoint[_HPC] = True
-            pl_module.on_hpc_save(checkpoint)
-
-    def on_load_checkpoint(self, trainer: TrainerView, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Let the module take it out."""
-        if checkpoint.get(_HPC):
-            pl_module.on_hpc_load(checkpoint)
-
-    def on_train_batch_end(
-        self, trainer: TrainerView, pl_module: Any, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
-    ) -> None:
-        """Save and leave, if it is time."""
-        self._leave_if_told(trainer)
-
-    def on_validation_end(self, trainer: TrainerView, pl_module: Any) -> None:
-        """Save and leave, if it is time."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._leave_if_told(trainer)
-
-    def _leave_if_told(self, trainer: TrainerView) -> None:
-        told = self.cluster.checkpoint_file is not None and self.cluster.signalled
-        if trainer.strategy.reduce_boolean_decision(told, all=False):
-            self.cluster.leave()
-
-    def teardown(self, trainer: TrainerView, pl_module: Any, stage: str) -> None:
-        """Hand back to the cluster."""
-        self.cluster.postponed = False
-
-    def on_exception(self, trainer: TrainerView, pl_module: Any, exception: BaseException) -> None:
-        """Hand back to the cluster."""
-        self.cluster.postponed = False
-
-
-def _save(callback: Walltime, trainer: TrainerView) -> None:
-    callback.save(trainer)
-
-
-def _load() -> None:
-    """What a cluster calls in a job that goes on: nothing, since fit takes ``cluster.ckpt_path`` by itself."""

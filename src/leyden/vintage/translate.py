@@ -173,7 +173,7 @@ def _precision(old: Mapping[str, Any], given: dict[str, Any]) -> None:
 
 
 def _load(target: str) -> Any:
-    """Import ``"module:name"``: callbacks stand above this file, and only who asks for one loads it."""
+    """Import ``"module:name"``: it stands above this file, and only who asks for it loads it."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -194,7 +194,7 @@ def _callbacks(old: Mapping[str, Any], given: dict[str, Any]) -> None:
     if old.get("print_nan_grads"):
         found.append(_load("leyden.vintage.callbacks:NaNGradients")())
     if old.get("cluster") is not None:
-        found.append(_load("leyden.vintage.callbacks:Walltime")(old["cluster"]))
+        found.append(_load("leyden.search:WalltimeCheckpoint")(old["cluster"]))
     position = old.get("process_position", 0)
     if not isinstance(position, int) or isinstance(position, bool) or position < 0:
         raise MisconfigurationException(
