@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from leyden.errors import MisconfigurationException
+from leyden.hparams import cell_value
 from leyden.loggers.folder import filesystem_of, replace_file
 from leyden.types import PathLike
-
-_WORDS = {"True": True, "False": False, "None": None}
 
 
 def cell_text(value: Any) -> str:
@@ -22,16 +21,6 @@ def cell_text(value: Any) -> str:
     if value is None or isinstance(value, bool) or (isinstance(value, str) and cell_value(value) == value):
         return str(value)
     return json.dumps(value, ensure_ascii=False)
-
-
-def cell_value(text: str) -> Any:
-    """Return the plain value of a cell that ``cell_text`` made; what means nothing else is a text."""
-    if text in _WORDS:
-        return _WORDS[text]
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
 
 def write_pairs(path: str, pairs: Mapping[str, Any]) -> None:

@@ -214,7 +214,7 @@ class Experiment(SummaryWriter, Logger):
         Args:
             metrics_dict: numbers, tensors or arrays of one element, or dicts of them (``{"loss": {"val": 1.0}}`` is
                 ``loss/val``). A name that contains ``png``, ``jpg`` or ``jpeg`` may hold an image, an array of shape
-                (H, W), (H, W, 3) or (3, H, W): it is written to ``media/`` at once, and the row has its path.
+                (H, W), (H, W, channels) or (channels, H, W): it is written to ``media/`` at once, and the row has its path.
             global_step: the step; without it that which is named ``step``, or the number of rows so far.
             walltime: the time that TensorBoard shows, in seconds since 1970; without it, now.
         """
