@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import csv
+import signal
 import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,31 @@ def test_restoring_a_session(own_folder: bool, model: Any, make_trainer: Any, tm
     _, fresh = job(2, 1)
     assert fresh.global_step == 20  # a version without a checkpoint starts anew
     assert job(1, 4)[1].global_step == 80  # there is nothing left to train
+
+
+def test_restoring_a_session_that_was_killed(tmp_path: Path, monkeypatch: Any) -> None:
+    """The same script again, after kill -9 in the middle of an epoch; another version has left its files in the folder."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    import killed_script
+
+    whole, _ = killed_script.main(str(tmp_path), 0)
+    command = [sys.executable, killed_script.__file__, str(tmp_path), "1", "25"]
+    assert subprocess.run(command, timeout=60, check=False).returncode == -signal.SIGKILL
+    net, trainer = killed_script.main(str(tmp_path), 1)
+    assert net.steps == 20, "of the 40, two epochs were there"
+    assert (trainer.global_step, trainer.current_epoch) == (40, 4)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == whole.trainer.optimizers[0].param_groups[0]["lr"]
+    assert same(net, whole)
+
+
+@pytest.mark.filterwarnings("ignore:The checkpoint folder .* of other runs:leyden.errors.LeydenWarning")
+def test_restoring_a_session_needs_more_than_weights(model: Any, make_trainer: Any, tmp_path: Path) -> None:
+    for _ in range(2):
+        exp = ptl.Experiment(save_dir=tmp_path / "logs", name="session", version=0)
+        kept = ModelCheckpoint(filepath=tmp_path / "kept", save_weights_only=True)
+        trainer = fitted(make_trainer, model(), experiment=exp, checkpoint_callback=kept)
+        exp.close()
+        assert trainer.global_step == 20
 
 
 # --------------------------------------------------------------------------------------------- SLURM

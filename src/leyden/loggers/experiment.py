@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import subprocess
 import weakref
@@ -171,6 +172,16 @@ class Experiment(SummaryWriter, Logger):
         return f"{self._name}_v{self._version}"
 
     @property
+    def began(self) -> float:
+        """When this version was opened for the first time, in seconds since 1970; infinite if its file does not say."""
+        try:
+            moment = datetime.fromisoformat(self.created_at)
+        except ValueError:
+            return math.inf
+        # 2019's tool wrote the time of UTC without saying so
+        return (moment if moment.tzinfo is not None else moment.replace(tzinfo=timezone.utc)).timestamp()
+
+    @property
     def experiment(self) -> Experiment:
         """This object: it is the logger and the tool behind it in one."""
         return self
@@ -321,7 +332,12 @@ class Experiment(SummaryWriter, Logger):
         if previous is not None and previous is not self:
             previous.close()
         for folder in (self.get_media_path(), self.get_tensorboardx_path()):
-            os.makedirs(folder, exist_ok=True)
+            try:
+                os.makedirs(folder, exist_ok=True)
+            except OSError as error:
+                raise MisconfigurationException(
+                    f"The Experiment cannot make its folder {folder!r} ({error}). Choose another save_dir, name or version."
+                ) from error
         self.file_writer = self.all_writers = None  # in a forked process, the parent's
         lock = FolderLock(self.log_dir)
         try:
