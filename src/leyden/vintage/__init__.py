@@ -128,8 +128,11 @@ def signature(init: F) -> F:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         from leyden.vintage import translate  # noqa: PLC0415 - only who makes such a callback loads them
 
+        call = args, dict(kwargs)
         if translate.is_dated(name, init, args, kwargs):
             args, kwargs = (), translate.callback_arguments(name, init, args, kwargs)
+        elif translate.fits_both(name, args, kwargs):
+            self._call = call  # what takes it tells the year: see translate.as_then
         init(self, *args, **kwargs)
 
     # inspect.getfullargspec looks here, not behind __wrapped__

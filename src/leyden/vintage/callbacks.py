@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,20 +20,31 @@ def _gradients(module: Any) -> dict[str, Tensor]:
     return {name: grad.coalesce().values() if grad.is_sparse else grad for name, grad in found.items()}
 
 
+def _norm_of_each(gradients: Mapping[str, Tensor], p: float) -> dict[str, float]:
+    """Return the ``p``-norm of each gradient; the device is waited for once."""
+    norms = [torch.linalg.vector_norm(grad.detach().float(), p) for grad in gradients.values()]
+    values = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist() if norms else []
+    return dict(zip(gradients, values, strict=True))
+
+
+def _named(norms: Mapping[str, float], p: float) -> dict[str, float]:
+    """Return norms under the names of 2019, with the total: the norm of the norms is the norm of all."""
+    if not norms:
+        return {}
+    total = torch.linalg.vector_norm(torch.tensor(list(norms.values())), p).item()
+    return {**{f"grad_{p:g}_norm_{name}": norm for name, norm in norms.items()}, f"grad_{p:g}_norm_total": total}
+
+
 def gradient_norms(module: Any, p: float) -> dict[str, float]:
     """Return the ``p``-norm of each gradient, ``grad_<p>_norm_<parameter>``, and of all, ``grad_<p>_norm_total``."""
-    gradients = _gradients(module)
-    if not gradients:
-        return {}
-    norms = torch.stack([torch.linalg.vector_norm(grad.detach().float(), p) for grad in gradients.values()])
-    # the norm of the norms is the norm of all; one tensor, so that the device is waited for once
-    *each, total = torch.cat([norms, torch.linalg.vector_norm(norms, p).reshape(1)]).tolist()
-    named = {f"grad_{p:g}_norm_{name}": value for name, value in zip(gradients, each, strict=True)}
-    return {**named, f"grad_{p:g}_norm_total": total}
+    return _named(_norm_of_each(_gradients(module), p), p)
 
 
 class GradientNorms(Callback):
     """Logs the norm of each layer's gradient and the total at each row, as they are before clipping.
+
+    Each is measured when the optimizer of its parameter is about to step: not before are the gradients of mixed
+    precision free of their scale.
 
     Args:
         p: Which norm; infinity is the largest value.
@@ -40,6 +52,8 @@ class GradientNorms(Callback):
 
     def __init__(self, p: float) -> None:
         self.p = p
+        self._norms: dict[str, float] = {}
+        self._row = -1
 
     @property
     def state_key(self) -> str:
@@ -47,11 +61,18 @@ class GradientNorms(Callback):
         return self.make_state_key(p=self.p)
 
     def on_before_optimizer_step(self, trainer: TrainerView, pl_module: Any, optimizer: Optimizer) -> None:
-        """Log the norms, if this update ends with a row; once, where several optimizers step."""
-        every = trainer.log_every_n_steps
-        due = trainer.fast_dev_run or (every > 0 and (trainer.batches_that_stepped + 1) % every == 0)
-        if due and optimizer is trainer.optimizers[0]:
-            pl_module.log_dict(gradient_norms(pl_module, self.p))
+        """Log the norms, if this update ends with a row; the total is over all optimizers that step in this batch."""
+        every, row = trainer.log_every_n_steps, trainer.batches_that_stepped
+        if not trainer.fast_dev_run and (every <= 0 or (row + 1) % every):
+            return
+        if self._row != row:
+            self._norms, self._row = {}, row
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        names = {name for name, parameter in pl_module.named_parameters() if id(parameter) in own}
+        self._norms.update(
+            _norm_of_each({name: grad for name, grad in _gradients(pl_module).items() if name in names}, self.p)
+        )
+        pl_module.log_dict(_named(self._norms, self.p))
 
 
 class NaNGradients(Callback):

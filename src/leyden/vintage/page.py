@@ -50,8 +50,9 @@ def page() -> str:
         _arguments([*TRAINER_ARGUMENTS, *SAME_ARGUMENTS]),
         _members(TRAINER_MEMBERS),
         "## Callbacks",
-        "A callback is called as in 2019 if one of its arguments has a name that is gone, if `mode` is `'auto'`, or if"
-        " what is needed today is left out. Then its arguments are these, in this order.",
+        "A callback is called as in 2019 if one of its arguments has a name or a place that is gone, if `mode` is `'auto'`,"
+        " or if what is needed today is left out; and where its call could be of either year, if the Trainer gets it by"
+        " `checkpoint_callback=` or `early_stop_callback=`. Then its arguments are these, in this order.",
     ]
     for name, rows in CALLBACK_ARGUMENTS.items():
         parts += [f"### {name}", _arguments(rows)]

@@ -39,7 +39,9 @@ TRAINER_ARGUMENTS: tuple[Argument, ...] = (
     Argument("process_position", 0, "callbacks", "row of the progress bar when several run in one terminal"),
     Argument("current_gpu_name", 0, "", "accepted; the device of a run is trainer.strategy.root_device"),
     Argument("nb_gpu_nodes", 1, "num_nodes", "number of machines; more than one turns dp into ddp"),
-    Argument("gpus", None, "devices", "ids as a list or '0,1', or '-1' for all; None is the CPU"),
+    Argument(
+        "gpus", None, "devices", "ids as a list or '0,1', or '-1' for all; None is the CPU; left out, what there is"
+    ),
     Argument("progress_bar", True, "enable_progress_bar", "whether there is a progress bar"),
     Argument(
         "overfit_pct", 0.0, "overfit_batches", "train, validate and test on this fraction of the data, unshuffled"
