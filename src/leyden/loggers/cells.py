@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -56,6 +57,15 @@ def read_rows(path: PathLike) -> list[dict[str, Any]]:
             {name: _number_or_text(text) for name, text in row.items() if name is not None and text}
             for row in csv.DictReader(file)
         ]
+
+
+def keep_rows(path: str, count: int) -> None:
+    """Cut a table of metrics back to its first ``count`` rows, in one move."""
+    with open(path, encoding="utf-8", newline="") as file:
+        kept = list(itertools.islice(csv.reader(file), count + 1))  # and the names of the columns
+    block = io.StringIO(newline="")
+    csv.writer(block).writerows(kept)
+    replace_file(filesystem_of(path), path, [block.getvalue().encode()])
 
 
 def _number_or_text(text: str) -> int | float | str:

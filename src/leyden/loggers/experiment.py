@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import os
-import subprocess
 import weakref
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -22,9 +21,10 @@ from torch.utils.tensorboard.writer import FileWriter
 
 from leyden.errors import MisconfigurationException
 from leyden.loggers.base import Logger, on_rank_zero, write_lock
-from leyden.loggers.cells import cell_text, read_pairs, read_rows, write_pairs
+from leyden.loggers.cells import cell_text, keep_rows, read_pairs, read_rows, write_pairs
 from leyden.loggers.csv import METRICS_FILE, ExperimentWriter
 from leyden.loggers.folder import append_file, filesystem_of, next_version, replace_file
+from leyden.loggers.git import git
 from leyden.loggers.images import image_extension, save_image
 from leyden.loggers.lock import FolderLock
 from leyden.loggers.params import flatten_params, params_to_dict, plain_params
@@ -121,9 +121,10 @@ class Experiment(SummaryWriter, Logger):
         self._lock: FolderLock | None = None
         self._rows: ExperimentWriter | None = None
         self._settle: weakref.finalize[..., Experiment] | None = None
+        self._reach: Mapping[str, Any] | None = None  # of the state that a checkpoint gave
         marks_code = create_git_tag and self.may_write
         if marks_code:
-            _git("rev-parse", "--git-dir")  # before anything is written
+            git("rev-parse", "--git-dir")  # before anything is written
         self._version = (
             next_version(self.root_dir, claim=self.may_write) if version is None else _checked_version(version)
         )
@@ -355,10 +356,59 @@ class Experiment(SummaryWriter, Logger):
             raise
         self._lock = lock
         _WRITERS[self.log_dir] = self
+        self._begin_to_write()
+
+    def _begin_to_write(self) -> None:
+        """Open the events; see to it that nothing is lost if nobody closes this."""
         self._get_file_writer()
-        self._settle = weakref.finalize(self, _save_rest, lock, self._rows, self.tags, self.all_writers)
+        if self._settle is not None:
+            self._settle.detach()
+        self._settle = weakref.finalize(self, _save_rest, self._lock, self._rows, self.tags, self.all_writers)
 
     # ------------------------------------------------------------------ in another process
+
+    def state_dict(self) -> dict[str, Any]:
+        """Bring everything to disk; return which version this is and how far its files reach, for a checkpoint."""
+        with write_lock(self):
+            state = {"name": self.name, "version": self.version, "save_dir": self.save_dir}
+            if self.is_open:
+                self.save()
+                state["log"] = {"rows": len(self.metrics), "events": self._sizes_of_events()}
+            return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Note how far the files of this version reached when a checkpoint was written; see ``rewind``."""
+        same = (state.get("name"), state.get("version")) == (self.name, self.version)
+        self._reach = state.get("log") if same else None
+
+    @_writes
+    def rewind(self) -> None:
+        """Take back the rows and the events that came after the checkpoint: the run that goes on logs them again."""
+        reach, self._reach = self._reach, None
+        if reach is None or len(self.metrics) < reach["rows"]:
+            return
+        self.save()
+        super().close()
+        self.file_writer = self.all_writers = None
+        for path, size in self._sizes_of_events().items():
+            kept, full = reach["events"].get(path, 0), os.path.join(self.get_logdir(), path)
+            if kept == 0:
+                os.remove(full)
+            elif kept < size:
+                os.truncate(full, kept)
+        if superseded := len(self.metrics) - reach["rows"]:
+            del self.metrics[reach["rows"] :]
+            path = os.path.join(self.log_dir, METRICS_FILE)
+            keep_rows(path, reach["rows"])
+            self._rows = ExperimentWriter(self.log_dir)
+            rank_zero_info(f"{path}: {superseded} rows after the checkpoint are taken out; the run logs them again.")
+        self._begin_to_write()
+
+    def _sizes_of_events(self) -> dict[str, int]:
+        """Return the sizes of TensorBoard's files, by their paths in ``tf/``."""
+        folder = self.get_logdir()
+        paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
+        return {os.path.relpath(path, folder): os.path.getsize(path) for path in paths}
 
     def get_meta_copy(self) -> ExperimentMeta:
         """Save, close, and return plain data about this experiment, with which another process can go on with it."""
@@ -446,7 +496,7 @@ class Experiment(SummaryWriter, Logger):
     def _mark_code(self, claimed: bool) -> None:
         """Tag the commit; if that fails, give back the folder that was claimed for this version."""
         try:
-            _git("tag", "-a", f"tt_{self.exp_hash}", "-m", self.description or f"The code of {self.exp_hash}.")
+            git("tag", "-a", f"tt_{self.exp_hash}", "-m", self.description or f"The code of {self.exp_hash}.")
         except MisconfigurationException:
             if claimed:
                 os.rmdir(self.log_dir)
@@ -548,17 +598,3 @@ def _checked_version(version: Any) -> int:
             f"Experiment(version={version!r}): a version is a whole number from 0, or None for the next free one."
         )
     return number
-
-
-def _git(*args: str) -> None:
-    try:
-        done = subprocess.run(["git", *args], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise MisconfigurationException(
-            "Experiment(create_git_tag=True) needs git, which is not on the path. Install it, or set create_git_tag=False."
-        ) from error
-    if done.returncode != 0:
-        raise MisconfigurationException(
-            f"Experiment(create_git_tag=True): `git {' '.join(args)}` in {os.getcwd()!r} said: {done.stderr.strip()}. "
-            "Start the program inside a git repository that has a commit and no such tag yet, or set create_git_tag=False."
-        )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -179,7 +180,8 @@ def _flush(progress: Any, recorder: Any, every: int, *_: Any) -> None:
 def _collect(adapters: Adapters, kind: str) -> None:
     """Give what the steps return to ``validation_end`` or ``test_end``, and log what that returns."""
     module = adapters.module
-    if not adapters.written(f"{kind}_end"):
+    step_is_written = is_written(module, f"{kind}_step", sys.modules["leyden.module"].LightningModule)  # a floor above
+    if not adapters.written(f"{kind}_end") or not step_is_written:
         return
     step, end = getattr(module, f"{kind}_step"), getattr(module, f"{kind}_end")
     outputs: list[list[Any]] = []
