@@ -401,6 +401,24 @@ def test_on_pre_performance_check(model: Any, make_trainer: Any) -> None:
     assert count_calls(model, make_trainer, "on_pre_performance_check", val_check_interval=0.5) == 2
 
 
+def test_on_pre_performance_check_and_on_post_performance_check_leave_the_sanity_check_out(
+    model: Any, make_trainer: Any
+) -> None:
+    class Noting(model):
+        def on_pre_performance_check(self) -> None:
+            self.calls.append("pre")
+
+        def on_post_performance_check(self) -> None:
+            self.calls.append("post")
+
+        def on_validation_start(self) -> None:
+            self.calls.append("today's")
+
+    net = Noting()
+    make_trainer(nb_sanity_val_steps=2, val_check_interval=1.0).fit(net)
+    assert net.calls == ["today's", "pre", "today's", "post"]
+
+
 def test_on_post_performance_check(model: Any, make_trainer: Any) -> None:
     assert count_calls(model, make_trainer, "on_post_performance_check", val_check_interval=0.5) == 2
 
