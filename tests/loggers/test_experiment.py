@@ -687,17 +687,22 @@ def test_rewind_takes_back_what_came_after_a_checkpoint(tmp_path):
 
     second = Experiment(tmp_path, version=0)
     assert len(second.metrics) == 6
+    second.log({"of_this_process": 1.0}, 2)
+    second.tag({"units": 8})
+    second.save()
     second.load_state_dict(state)
     second.rewind()
-    assert [row["step"] for row in second.metrics] == [0, 1, 2]
+    assert [row["step"] for row in second.metrics] == [0, 1, 2, 2]
     for step in range(3, 5):
         second.log({"loss": 1.0 - step / 10}, step)
     second.close()
-    assert [(row["step"], row["loss"]) for row in rows(second)] == [
-        ("0", "1.0"), ("1", "0.9"), ("2", "0.8"), ("3", "0.7"), ("4", "0.6"),
+    assert [(row["step"], row.get("loss")) for row in rows(second)] == [
+        ("0", "1.0"), ("1", "0.9"), ("2", "0.8"), ("2", None), ("3", "0.7"), ("4", "0.6"),
     ]  # fmt: skip
-    assert scalars(second) == {"loss": [(step, pytest.approx(1.0 - step / 10)) for step in range(5)]}
-    assert len(texts(second)) == 1
+    assert scalars(second) == {
+        "loss": [(step, pytest.approx(1.0 - step / 10)) for step in range(5)], "of_this_process": [(2, 1.0)],
+    }  # fmt: skip
+    assert "units | 8" in texts(second)[-1]
 
 
 def test_rewind_leaves_another_version_alone(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -59,12 +58,13 @@ def read_rows(path: PathLike) -> list[dict[str, Any]]:
         ]
 
 
-def keep_rows(path: str, count: int) -> None:
-    """Cut a table of metrics back to its first ``count`` rows, in one move."""
+def drop_rows(path: str, first: int, end: int) -> None:
+    """Take the rows from ``first`` to before ``end`` out of a table of metrics, in one move; rows are counted from 0."""
     with open(path, encoding="utf-8", newline="") as file:
-        kept = list(itertools.islice(csv.reader(file), count + 1))  # and the names of the columns
+        columns, *rows = csv.reader(file)
+    del rows[first:end]
     block = io.StringIO(newline="")
-    csv.writer(block).writerows(kept)
+    csv.writer(block).writerows([columns, *rows])
     replace_file(filesystem_of(path), path, [block.getvalue().encode()])
 
 

@@ -21,7 +21,7 @@ from torch.utils.tensorboard.writer import FileWriter
 
 from leyden.errors import MisconfigurationException
 from leyden.loggers.base import Logger, on_rank_zero, write_lock
-from leyden.loggers.cells import cell_text, keep_rows, read_pairs, read_rows, write_pairs
+from leyden.loggers.cells import cell_text, drop_rows, read_pairs, read_rows, write_pairs
 from leyden.loggers.csv import METRICS_FILE, ExperimentWriter
 from leyden.loggers.folder import append_file, filesystem_of, next_version, replace_file
 from leyden.loggers.git import git
@@ -121,7 +121,8 @@ class Experiment(SummaryWriter, Logger):
         self._lock: FolderLock | None = None
         self._rows: ExperimentWriter | None = None
         self._settle: weakref.finalize[..., Experiment] | None = None
-        self._reach: Mapping[str, Any] | None = None  # of the state that a checkpoint gave
+        self._reach: Mapping[str, Any] | None = None  # how far the files reached when a checkpoint was written
+        self._found: dict[str, Any] = {}  # how far they reached when this was opened
         marks_code = create_git_tag and self.may_write
         if marks_code:
             git("rev-parse", "--git-dir")  # before anything is written
@@ -356,14 +357,9 @@ class Experiment(SummaryWriter, Logger):
             raise
         self._lock = lock
         _WRITERS[self.log_dir] = self
-        self._begin_to_write()
-
-    def _begin_to_write(self) -> None:
-        """Open the events; see to it that nothing is lost if nobody closes this."""
+        self._found = self._lengths()
         self._get_file_writer()
-        if self._settle is not None:
-            self._settle.detach()
-        self._settle = weakref.finalize(self, _save_rest, self._lock, self._rows, self.tags, self.all_writers)
+        self._settle = weakref.finalize(self, _save_rest, lock, self._rows, self.tags, self.all_writers)
 
     # ------------------------------------------------------------------ in another process
 
@@ -373,7 +369,7 @@ class Experiment(SummaryWriter, Logger):
             state = {"name": self.name, "version": self.version, "save_dir": self.save_dir}
             if self.is_open:
                 self.save()
-                state["log"] = {"rows": len(self.metrics), "events": self._sizes_of_events()}
+                state["log"] = {**self._lengths(), "tags": dict(self._tags_shown)}
             return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -383,32 +379,31 @@ class Experiment(SummaryWriter, Logger):
 
     @_writes
     def rewind(self) -> None:
-        """Take back the rows and the events that came after the checkpoint: the run that goes on logs them again."""
-        reach, self._reach = self._reach, None
-        if reach is None or len(self.metrics) < reach["rows"]:
+        """Take back what came after the checkpoint, up to when this was opened: the run that goes on logs it again."""
+        (reach, self._reach), found = (self._reach, None), self._found
+        if reach is None or found["rows"] < reach["rows"]:
             return
-        self.save()
-        super().close()
-        self.file_writer = self.all_writers = None
-        for path, size in self._sizes_of_events().items():
+        for path, size in found["events"].items():
             kept, full = reach["events"].get(path, 0), os.path.join(self.get_logdir(), path)
             if kept == 0:
                 os.remove(full)
             elif kept < size:
                 os.truncate(full, kept)
-        if superseded := len(self.metrics) - reach["rows"]:
-            del self.metrics[reach["rows"] :]
+        self._tags_shown = dict(reach["tags"])
+        if superseded := found["rows"] - reach["rows"]:
+            self.save()
+            del self.metrics[reach["rows"] : found["rows"]]
             path = os.path.join(self.log_dir, METRICS_FILE)
-            keep_rows(path, reach["rows"])
-            self._rows = ExperimentWriter(self.log_dir)
+            drop_rows(path, reach["rows"], found["rows"])
             rank_zero_info(f"{path}: {superseded} rows after the checkpoint are taken out; the run logs them again.")
-        self._begin_to_write()
+        self._found = {**reach}
 
-    def _sizes_of_events(self) -> dict[str, int]:
-        """Return the sizes of TensorBoard's files, by their paths in ``tf/``."""
+    def _lengths(self) -> dict[str, Any]:
+        """Return how many rows there are, and the sizes of TensorBoard's files by their paths in ``tf/``."""
         folder = self.get_logdir()
         paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
-        return {os.path.relpath(path, folder): os.path.getsize(path) for path in paths}
+        sizes = {os.path.relpath(path, folder): os.path.getsize(path) for path in paths}
+        return {"rows": len(self.metrics), "events": sizes}
 
     def get_meta_copy(self) -> ExperimentMeta:
         """Save, close, and return plain data about this experiment, with which another process can go on with it."""

@@ -29,8 +29,10 @@ then runs once its imports say `leyden`:
     import leyden as ptl
     from leyden import Trainer, Experiment
 
+The import lines of then serve, too: after `leyden.compat.install()`, or under `leyden run script.py`.
+
 `ptl.LightningModel` is `ptl.LightningModule`. `Experiment`, `HyperOptArgumentParser` and `SlurmCluster` have kept their
-names. An old name and its new one mean the same thing: use either, and only one of them.
+names and those of their arguments. An old name and its new one mean the same thing: use either, and only one of them.
 
 This page is made from the tables in `leyden.vintage.tables`; a test holds the two together."""
 
