@@ -175,6 +175,11 @@ class ModelCheckpoint(Checkpoint):
         return tuple(self._ledger.files)
 
     @property
+    def ledger(self) -> Ledger:
+        """Which files are this run's own."""
+        return self._ledger
+
+    @property
     def mark(self) -> str:
         """A word that is in each file of this run, weights-only ones too."""
         return self._ledger.mark
@@ -450,6 +455,8 @@ class ModelCheckpoint(Checkpoint):
     def _save_checkpoint(self, trainer: TrainerView, filepath: str) -> None:
         """Write one file; the callback's own state in it already says so."""
         self._ledger.add(filepath)
+        if not self.save_weights_only:
+            self._ledger.supersede(trainer, filepath)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         trainer.save_checkpoint(filepath, self.save_weights_only)

@@ -99,15 +99,38 @@ def _precision_plugin(plugins: Any) -> Precision | None:
     items = plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
     found = None
     for item in items:
+        if _is_environment(item):
+            continue
         if not isinstance(item, Precision):
             raise MisconfigurationException(
-                f"Trainer(plugins={item!r}): on one device a plugin must be a Precision object, not"
+                f"Trainer(plugins={item!r}): on one device a plugin must be a Precision or a SLURMEnvironment object, not"
                 f" {type(item).__name__}."
             )
         if found is not None:
             raise MisconfigurationException(f"Trainer(plugins={plugins!r}): give one Precision, not several.")
         found = item
     return found
+
+
+def _is_environment(item: Any) -> bool:
+    return any(cls.__name__ == "ClusterEnvironment" for cls in type(item).__mro__)
+
+
+def cluster(plugins: Any) -> Any:
+    """Return what starts a job of a cluster anew, where this is one, and the user has not switched that off; else None.
+
+    Raises:
+        MisconfigurationException: for two of them.
+    """
+    items = plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
+    given = [item for item in items if _is_environment(item)]
+    if len(given) > 1:
+        raise MisconfigurationException(f"Trainer(plugins={plugins!r}): give one cluster environment, not several.")
+    if not os.environ.get("SLURM_JOB_ID"):
+        return None
+    slurm = load("leyden.runtime.cluster:SLURMEnvironment")
+    found = given[0] if given else slurm()
+    return found if isinstance(found, slurm) and found.auto_requeue and found.detect() else None
 
 
 def loggers(given: Any, root: str, config: TrainerConfig, quiet: bool) -> list[Any]:
