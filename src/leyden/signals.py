@@ -20,7 +20,13 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.received = False
+        self.error: BaseException | None = None
         self._former: Any = None
+
+    def fail(self, error: BaseException) -> None:
+        """Let the run end with ``error`` at the end of this batch; from any thread."""
+        self.error = error
+        self.received = True
 
     def __enter__(self) -> Interrupt:
         # signals can only be handled in the main thread, and somebody else's handler is theirs

@@ -86,7 +86,7 @@ class Trainer(TrainerFace):
         profiler: ``"simple"`` or a Profiler.
         detect_anomaly: Find the operation that made a NaN; slow.
         barebones: Everything off that costs time.
-        plugins: A Precision.
+        plugins: A Precision, a CheckpointIO, or a list of one of each.
         sync_batchnorm: Share batch statistics between several devices.
         reload_dataloaders_every_n_epochs: Ask for new loaders every n epochs; 0 is never.
         default_root_dir: Where logs and checkpoints go; None is the working directory.
@@ -373,6 +373,8 @@ class Trainer(TrainerFace):
         session.bind(self._callbacks, self._profiler)
         strategy.setup()
         if fitting:
+            # after the set-up: a callback may have asked for saving behind the training
+            strategy.checkpoint_io.listen(self._interrupt.fail)
             configure_optimizers(session)
             session.hooks.on_fit_start()
         if self.config.enable_autolog_hparams and not self.config.barebones:
@@ -449,6 +451,7 @@ class Trainer(TrainerFace):
         if fn is TrainerFn.FITTING:
             session.hooks.on_fit_end()
         session.tear_down(str(fn), self._callbacks)
+        self._strategy.checkpoint_io.settle()
         session.recorder.close("success")
         if self._profiler is not None:
             self._profiler.describe()
@@ -457,6 +460,7 @@ class Trainer(TrainerFace):
     def _fail(self, exception: BaseException) -> None:
         """Tell everybody that the run ends with ``exception``; what goes wrong on the way must not take its place."""
         self.state.status = TrainerStatus.INTERRUPTED
+        self._settle(exception)
         module = self.lightning_module
         told = [*self._callbacks, self._datamodule] if self._session is not None else []
         for listener in told:
@@ -471,6 +475,7 @@ class Trainer(TrainerFace):
                     f"{type(listener).__name__}.on_exception failed while {type(exception).__name__} ended the run:"
                     f" {type(error).__name__}: {error}"
                 )
+        self._settle(exception)
         if self._recorder is not None:
             self._recorder.close("failed", reraise=False)
         if self._session is not None:
@@ -478,9 +483,20 @@ class Trainer(TrainerFace):
             if self._profiler is not None:
                 self._profiler.teardown(stage=str(self.state.fn))
 
+    def _settle(self, exception: BaseException) -> None:
+        """Wait for checkpoints that are being written while ``exception`` ends the run."""
+        try:
+            self._strategy.checkpoint_io.settle()
+        except Exception as error:
+            if error is not exception:
+                rank_zero_warn(
+                    f"A checkpoint could not be written while {type(exception).__name__} ended the run: {error}"
+                )
+
     def _release(self) -> None:
         """Let go of the session: nothing that a run made outlives it."""
         session, self._session, self._recorder = self._session, None, None
+        self._strategy.checkpoint_io.listen(None)
         self.results.active = None
         self.results.train.clear()
         self.results.eval.clear()
@@ -496,6 +512,8 @@ class Trainer(TrainerFace):
     ) -> None:
         """Write a checkpoint of where the run stands: atomically, or not at all.
 
+        While a fit saves asynchronously, it returns as soon as a snapshot is taken; otherwise when the file is complete.
+
         Args:
             filepath: Where.
             weights_only: True leaves out optimizers, schedules, callbacks and generators.
@@ -507,6 +525,8 @@ class Trainer(TrainerFace):
         """
         if self.lightning_module is None:
             raise AttributeError("Trainer.save_checkpoint(): this Trainer has no module yet. Run fit first.")
+        checkpoint_io = self._strategy.checkpoint_io
+        checkpoint_io.settle()  # a failed save changes what the state of its callback says
         with self.results.inside("on_save_checkpoint"):
             checkpoint = snapshot.gather(
                 trainer=self,
@@ -521,6 +541,8 @@ class Trainer(TrainerFace):
                 name=os.path.basename(os.fspath(filepath)),
             )
         self._strategy.save_checkpoint(checkpoint, os.fspath(filepath), storage_options)
+        if self._session is None:
+            checkpoint_io.settle()  # no run that would wait for it
         self._strategy.barrier("Trainer.save_checkpoint")
 
     def record(self, metrics: Mapping[str, float], step: int) -> None:

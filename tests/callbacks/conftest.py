@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from leyden.checkpoint_io import TorchCheckpointIO
 from leyden.types import TrainerFn, TrainerState
 
 
@@ -25,6 +26,7 @@ class FakeStrategy:
 
     def __init__(self, trainer: FakeTrainer) -> None:
         self.trainer = trainer
+        self.checkpoint_io = TorchCheckpointIO()
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         return obj

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shutil
 import zipfile
@@ -15,8 +14,6 @@ from typing import Any
 from leyden.errors import CheckpointError
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.types import PathLike, TrainerView
-
-_FIELD = re.compile(r"\{([^{}:!]+)((?:![rsa])?(?::[^{}]*)?)\}")
 
 
 class Ledger:
@@ -179,21 +176,6 @@ def link(path: str, linkpath: str) -> None:
     if os.path.isdir(linkpath) and not os.path.islink(linkpath):
         shutil.rmtree(linkpath)  # a folder cannot be replaced in one move
     os.replace(fresh, linkpath)
-
-
-def fill_fields(template: str, values: Mapping[str, Any], label: str | None) -> str:
-    """Replace each ``{name:format}`` in ``template`` by the value of that name, 0 if there is none.
-
-    With a ``label``, such as ``"="``, ``{epoch}`` becomes ``epoch=3``. Names may contain what Python's own fields
-    cannot have, dots and slashes.
-    """
-
-    def fill(field: re.Match[str]) -> str:
-        name, form = field.groups()
-        value = f"{{0{form}}}".format(values.get(name, 0))
-        return value if label is None else f"{name}{label}{value}"
-
-    return _FIELD.sub(fill, template)
 
 
 def _filesystem(url: str) -> Any:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from leyden.callback import Callback
+from leyden.checkpoint_io.base import CheckpointIO
 from leyden.config import TrainerConfig, check_switch, parse_duration
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.precision import Precision, make_precision
@@ -68,7 +69,7 @@ def strategy(
             f"Trainer(devices={devices!r}, num_nodes={num_nodes!r}) asks for {len(chosen)} devices on {num_nodes} nodes;"
             " this version of Leyden trains on one device. Use devices=1, num_nodes=1."
         )
-    plugin = _precision_plugin(plugins)
+    plugin, checkpoint_io = _plugins(plugins)
     if plugin is not None and precision is not None:
         raise MisconfigurationException(
             f"Trainer(precision={precision!r}, plugins={plugins!r}): both say how numbers are stored. Give one of them."
@@ -77,6 +78,8 @@ def strategy(
     if isinstance(given, Strategy):
         if plugin is not None or precision is not None:
             given.precision = plugin or make_precision(precision, given.root_device)
+        if checkpoint_io is not None:
+            given.checkpoint_io = checkpoint_io
         fits = accelerator != "auto" or given.root_device.type == backend.name()
         return given, backend if fits else make_accelerator(given.root_device.type)
     name = str(given).lower()
@@ -92,22 +95,27 @@ def strategy(
             f"{did_you_mean(name, known)}"
         )
     cls = SingleDeviceStrategy if name == "auto" else load(STRATEGIES[name])
-    return cls(device, plugin or make_precision(precision, device)), backend
+    return cls(device, plugin or make_precision(precision, device), checkpoint_io), backend
 
 
-def _precision_plugin(plugins: Any) -> Precision | None:
-    items = plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
-    found = None
-    for item in items:
-        if not isinstance(item, Precision):
+def _plugins(given: Any) -> tuple[Precision | None, CheckpointIO | None]:
+    """Tell the plug-ins apart; at most one of each kind.
+
+    Raises:
+        MisconfigurationException: for something that is no plug-in, or two of a kind.
+    """
+    found: dict[type, Any] = {}
+    for item in given if isinstance(given, (list, tuple)) else [] if given is None else [given]:
+        kind = next((kind for kind in (Precision, CheckpointIO) if isinstance(item, kind)), None)
+        if kind is None:
             raise MisconfigurationException(
-                f"Trainer(plugins={item!r}): on one device a plugin must be a Precision object, not"
-                f" {type(item).__name__}."
+                f"Trainer(plugins={_shown(item)}): on one device a plugin must be a Precision or CheckpointIO object, not"
+                f" {'a class' if isinstance(item, type) else type(item).__name__}.{_made(item)}"
             )
-        if found is not None:
-            raise MisconfigurationException(f"Trainer(plugins={plugins!r}): give one Precision, not several.")
-        found = item
-    return found
+        if kind in found:
+            raise MisconfigurationException(f"Trainer(plugins={given!r}): give one {kind.__name__}, not several.")
+        found[kind] = item
+    return found.get(Precision), found.get(CheckpointIO)
 
 
 def loggers(given: Any, root: str, config: TrainerConfig, quiet: bool) -> list[Any]:

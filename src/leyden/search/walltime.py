@@ -82,3 +82,4 @@ class WalltimeCheckpoint(Callback):
 
 def _save(trainer: Any, path: Path) -> None:
     trainer.save_checkpoint(path)
+    trainer.strategy.checkpoint_io.settle()  # the job that goes on needs the whole file

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from leyden import files
+from leyden.checkpoint_io.base import CheckpointIO, TorchCheckpointIO
 from leyden.loading import apply_state_dict, clean_names
 from leyden.optim import LightningOptimizer
 from leyden.precision import Precision
@@ -24,13 +24,20 @@ class Strategy:
     Args:
         device: The device of this process.
         precision: The number format; None is 32-true.
+        checkpoint_io: Writes, reads and removes checkpoints; None keeps them in files.
     """
 
     strategy_name = "single"
 
-    def __init__(self, device: torch.device | str = "cpu", precision: Precision | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        precision: Precision | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+    ) -> None:
         self._root_device = torch.device(device)
         self.precision = precision or Precision()
+        self.checkpoint_io: CheckpointIO = checkpoint_io or TorchCheckpointIO()
         self.module: Any = None
         self.optimizers: list[Optimizer] = []
         self.lightning_optimizers: list[LightningOptimizer] = []
@@ -110,7 +117,12 @@ class Strategy:
             ]
 
     def teardown(self) -> None:
-        """Let go of what only the run needed; bring the module and the optimizer state back to the host."""
+        """Let go of what only the run needed; bring the module and the optimizer state back to the host.
+
+        Raises:
+            Exception: what a checkpoint that was still being written failed with.
+        """
+        self.checkpoint_io.teardown()
         for wrapped in self.lightning_optimizers:
             wrapped.release()  # user code may have kept it
         self._step = self._manual_backward = None
@@ -208,14 +220,13 @@ class Strategy:
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: PathLike, storage_options: Any = None) -> None:
         """Write a complete checkpoint, atomically."""
         if self.is_global_zero:
-            files.save(checkpoint, filepath, storage_options=storage_options)
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def load_checkpoint(self, filepath: PathLike, weights_only: bool | None = True) -> dict[str, Any]:
         """Read a checkpoint to host memory."""
-        loaded: dict[str, Any] = files.load(filepath, map_location="cpu", weights_only=weights_only is not False)
-        return loaded
+        return self.checkpoint_io.load_checkpoint(filepath, map_location="cpu", weights_only=weights_only is not False)
 
     def remove_checkpoint(self, filepath: PathLike) -> None:
         """Delete a checkpoint that this run wrote."""
         if self.is_global_zero:
-            files.remove(filepath)
+            self.checkpoint_io.remove_checkpoint(filepath)

@@ -113,6 +113,7 @@ class Walltime(Callback):
         self._saving = True
         try:
             trainer.save_checkpoint(self.cluster.checkpoint_file)
+            trainer.strategy.checkpoint_io.settle()  # the job that goes on needs the whole file
         finally:
             self._saving = False
 
