@@ -19,7 +19,6 @@ from typing import Any, TypeVar, cast
 import torch
 
 from leyden.callback import Callback
-from leyden.checkpoint_io.base import CheckpointIO
 from leyden.config import TrainerConfig, check_switch, parse_duration
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.precision import Precision, make_precision
@@ -69,7 +68,7 @@ def strategy(
             f"Trainer(devices={devices!r}, num_nodes={num_nodes!r}) asks for {len(chosen)} devices on {num_nodes} nodes;"
             " this version of Leyden trains on one device. Use devices=1, num_nodes=1."
         )
-    plugin, checkpoint_io = _plugins(plugins)
+    plugin, checkpoint_io = _plugins(plugins) if plugins is not None else (None, None)
     if plugin is not None and precision is not None:
         raise MisconfigurationException(
             f"Trainer(precision={precision!r}, plugins={plugins!r}): both say how numbers are stored. Give one of them."
@@ -98,14 +97,16 @@ def strategy(
     return cls(device, plugin or make_precision(precision, device), checkpoint_io), backend
 
 
-def _plugins(given: Any) -> tuple[Precision | None, CheckpointIO | None]:
-    """Tell the plug-ins apart; at most one of each kind.
+def _plugins(given: Any) -> tuple[Precision | None, Any]:
+    """Return the Precision and the CheckpointIO among the plug-ins; None for one that is not there.
 
     Raises:
         MisconfigurationException: for something that is no plug-in, or two of a kind.
     """
+    from leyden.checkpoint_io.base import CheckpointIO  # noqa: PLC0415 - for Trainers that get plug-ins
+
     found: dict[type, Any] = {}
-    for item in given if isinstance(given, (list, tuple)) else [] if given is None else [given]:
+    for item in given if isinstance(given, (list, tuple)) else [given]:
         kind = next((kind for kind in (Precision, CheckpointIO) if isinstance(item, kind)), None)
         if kind is None:
             raise MisconfigurationException(

@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from leyden.checkpoint_io.base import CheckpointIO, TorchCheckpointIO
 from leyden.loading import apply_state_dict, clean_names
 from leyden.optim import LightningOptimizer
 from leyden.precision import Precision
 from leyden.tree import move_to
 from leyden.types import PathLike
+
+if TYPE_CHECKING:
+    from leyden.checkpoint_io.base import CheckpointIO
 
 
 class Strategy:
@@ -37,7 +39,7 @@ class Strategy:
     ) -> None:
         self._root_device = torch.device(device)
         self.precision = precision or Precision()
-        self.checkpoint_io: CheckpointIO = checkpoint_io or TorchCheckpointIO()
+        self._checkpoint_io = checkpoint_io
         self.module: Any = None
         self.optimizers: list[Optimizer] = []
         self.lightning_optimizers: list[LightningOptimizer] = []
@@ -122,7 +124,8 @@ class Strategy:
         Raises:
             Exception: what a checkpoint that was still being written failed with.
         """
-        self.checkpoint_io.teardown()
+        if self._checkpoint_io is not None:
+            self._checkpoint_io.teardown()
         for wrapped in self.lightning_optimizers:
             wrapped.release()  # user code may have kept it
         self._step = self._manual_backward = None
@@ -200,6 +203,19 @@ class Strategy:
         return tensor
 
     # -- checkpoints
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """What writes, reads and removes checkpoints."""
+        if self._checkpoint_io is None:
+            from leyden.checkpoint_io.base import TorchCheckpointIO  # noqa: PLC0415 - in a run, not on import
+
+            self._checkpoint_io = TorchCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, checkpoint_io: CheckpointIO) -> None:
+        self._checkpoint_io = checkpoint_io
 
     def module_state_dict(self) -> dict[str, Any]:
         """The weights, under the names that they have when no layer is compiled."""
