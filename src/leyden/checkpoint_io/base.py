@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -93,3 +94,13 @@ class TorchCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: PathLike) -> None:
         """Remove the file, if it is there."""
         files.remove(path)
+
+
+def load_by(
+    plugin: CheckpointIO, path: PathLike, map_location: Any = None, weights_only: bool | None = None
+) -> dict[str, Any]:
+    """Let ``plugin`` read a checkpoint; it may be an older one that knows nothing of ``weights_only``."""
+    parameters = inspect.signature(plugin.load_checkpoint).parameters
+    knows = "weights_only" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    more = {"weights_only": weights_only} if knows else {}
+    return plugin.load_checkpoint(path, map_location=map_location, **more)

@@ -9,7 +9,7 @@ from functools import partial
 from threading import Thread, current_thread
 from typing import Any, NamedTuple
 
-from leyden.checkpoint_io.base import CheckpointIO, TorchCheckpointIO
+from leyden.checkpoint_io.base import CheckpointIO, TorchCheckpointIO, load_by
 from leyden.checkpoint_io.staging import Snapshot, Staging
 from leyden.types import PathLike
 
@@ -64,7 +64,7 @@ class AsyncCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Wait until all is written, and read the checkpoint at ``path``."""
         self.settle()
-        return self.checkpoint_io.load_checkpoint(path, map_location=map_location, weights_only=weights_only)
+        return load_by(self.checkpoint_io, path, map_location, weights_only)
 
     def remove_checkpoint(self, path: PathLike) -> None:
         """Wait until all is written, and remove the checkpoint at ``path``."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from leyden.errors import CheckpointError
 
 _COPIED_ALWAYS = 4096
-"""Bytes up to which a tensor is copied for each file: counters may change between two files of one moment."""
+"""Bytes up to which memory is copied for each file: counters may change between two files of one moment."""
 
 
 class _Slot:
@@ -67,6 +67,7 @@ class Staging:
         Raises:
             CheckpointError: if something in ``checkpoint`` cannot be pickled.
         """
+        self._twins = {key: twin for key, twin in self._twins.items() if key[2] > _COPIED_ALWAYS}
         buffer = io.BytesIO()
         pickler = _Pickler(buffer, self)
         try:
@@ -116,7 +117,7 @@ class Staging:
         """Return the copy of ``storage``, making it unless this moment has it already."""
         size = storage.nbytes()
         key = (storage.device, storage.data_ptr(), size)
-        if key in self._twins and size > _COPIED_ALWAYS:
+        if key in self._twins:
             return self._twins[key][0]
         memory = self._allocate(size, storage.device.type == "cuda")
         self._twins[key] = memory, storage

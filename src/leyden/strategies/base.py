@@ -240,7 +240,9 @@ class Strategy:
 
     def load_checkpoint(self, filepath: PathLike, weights_only: bool | None = True) -> dict[str, Any]:
         """Read a checkpoint to host memory."""
-        return self.checkpoint_io.load_checkpoint(filepath, map_location="cpu", weights_only=weights_only is not False)
+        from leyden.checkpoint_io.base import load_by  # noqa: PLC0415 - in a run, not on import
+
+        return load_by(self.checkpoint_io, filepath, "cpu", weights_only is not False)
 
     def remove_checkpoint(self, filepath: PathLike) -> None:
         """Delete a checkpoint that this run wrote."""
