@@ -17,6 +17,7 @@ from leyden.loops.predict import PredictLoop
 from leyden.loops.session import Session
 from leyden.progress import Progress
 from leyden.results import Results, to_floats
+from leyden.signals import Interrupt
 from leyden.strategies import Strategy
 from leyden.types import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from leyden.vintage import VintageTrainer
@@ -63,6 +64,7 @@ class TrainerFace(VintageTrainer):
     _accelerator: Any
     _datamodule: Any
     _session: Session | None
+    _interrupt: Interrupt
     _ckpt_path: Any
 
     accumulate_grad_batches = Knob[int]()
@@ -150,8 +152,8 @@ class TrainerFace(VintageTrainer):
 
     @property
     def received_sigterm(self) -> bool:
-        """Whether the process was asked to end."""
-        return False
+        """Whether a signal asked the process to end, in this run: SIGTERM, or SIGUSR1 or SIGUSR2, which announce it."""
+        return self._interrupt.terminates
 
     @property
     def global_step(self) -> int:

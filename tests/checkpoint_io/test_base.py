@@ -144,5 +144,7 @@ def test_plug_ins_that_cannot_be():
         trainer(plugins=[Shelf(), TorchCheckpointIO()])
     with pytest.raises(MisconfigurationException, match=r"not a class\. Did you mean Shelf\(\.\.\.\)\?"):
         trainer(plugins=Shelf)
-    with pytest.raises(MisconfigurationException, match="must be a Precision or CheckpointIO object, not str"):
+    with pytest.raises(
+        MisconfigurationException, match="must be a Precision, CheckpointIO or SLURMEnvironment object, not str"
+    ):
         trainer(plugins=["async"])

@@ -39,6 +39,7 @@ from leyden.types import STEP_OUTPUT, PathLike, TrainerFn, TrainerView
 from leyden.vintage import signature
 
 _RESUMES = ("_last_checkpoint_saved", "_last_global_step_saved", "_last_file_step", "_deferred")
+_BOOKS = ("_ledger", "_top", "_last", "_last_checkpoint_saved", "_last_global_step_saved")
 
 
 class Checkpoint(Callback):
@@ -179,6 +180,11 @@ class ModelCheckpoint(Checkpoint):
         return tuple(self._ledger.files)
 
     @property
+    def ledger(self) -> Ledger:
+        """Which files are this run's own."""
+        return self._ledger
+
+    @property
     def mark(self) -> str:
         """A word that is in each file of this run, weights-only ones too."""
         return self._ledger.mark
@@ -275,7 +281,7 @@ class ModelCheckpoint(Checkpoint):
             saves_last = self.save_last and (trainer.world_size == 1 or self.save_on_exception)
             if (saves_last or self.save_on_exception) and self._has_unsaved_steps(trainer):
                 self._save_what_is_reached(trainer, exception)
-            self._write_through(trainer)
+            trainer.strategy.checkpoint_io.settle()
         except Exception as error:
             rank_zero_warn(
                 f"The checkpoint that ModelCheckpoint saves when an exception ({type(exception).__name__}) ends the"
@@ -283,6 +289,7 @@ class ModelCheckpoint(Checkpoint):
             )
         finally:
             self._first_step = None
+            self._write_through(trainer)
 
     def _save_what_is_reached(self, trainer: TrainerView, exception: BaseException) -> None:
         candidates = self._monitor_candidates(trainer)
@@ -444,6 +451,8 @@ class ModelCheckpoint(Checkpoint):
     def _save_checkpoint(self, trainer: TrainerView, filepath: str) -> None:
         """Write one file, in whose state of this callback it is there already; loggers are told when it is complete."""
         self._ledger.add(filepath)
+        if not self.save_weights_only:
+            self._ledger.supersede(trainer, filepath)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         trainer.save_checkpoint(filepath, self.save_weights_only)
@@ -454,8 +463,8 @@ class ModelCheckpoint(Checkpoint):
     @contextmanager
     def _undone_on_failure(self, trainer: TrainerView) -> Iterator[None]:
         """Take back the bookkeeping if the file cannot be written, now or behind the training."""
-        mutable = (Policy, Ledger)
-        before = {name: value.copy() if isinstance(value, mutable) else value for name, value in vars(self).items()}
+        books: dict[str, Any] = {name: getattr(self, name) for name in _BOOKS}
+        before = {name: value.copy() if isinstance(value, (Policy, Ledger)) else value for name, value in books.items()}
         try:
             yield
             trainer.strategy.checkpoint_io.otherwise(lambda: vars(self).update(before))

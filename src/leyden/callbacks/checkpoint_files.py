@@ -7,7 +7,8 @@ import os
 import secrets
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ class Ledger:
         mark: A random word that is in each file of this run and of those that resume it.
         files: The paths that it wrote and has not deleted.
         doomed: The paths that it wrote and will delete as soon as what replaces them is written.
+        interrupted: The path of the file that a signal made it write, until another one is newer; empty if there is none.
     """
 
     def __init__(self) -> None:
         self.mark = secrets.token_hex(8)
         self.files: list[str] = []
         self.doomed: list[str] = []
+        self.interrupted = ""
         self._has_resumed = False
 
     def add(self, path: str) -> None:
@@ -54,6 +57,28 @@ class Ledger:
         if resumed_from is None or os.path.abspath(resumed_from) != os.path.abspath(path):
             self.doomed.append(path)
 
+    @contextmanager
+    def interrupt(self, trainer: TrainerView, folder: str, suffix: str) -> Iterator[str]:
+        """Give, and note, the path in ``folder`` for the state in which a signal ends the run, to be written inside."""
+        before = list(self.files), list(self.doomed), self.interrupted
+        former, path, version = self.interrupted, os.path.join(folder, f"interrupted{suffix}"), 1
+        while path != former and self.is_taken(trainer, path):
+            path, version = os.path.join(folder, f"interrupted-v{version}{suffix}"), version + 1
+        self.replace(trainer, former, path)
+        self.add(path)
+        self.interrupted = path
+        try:
+            yield path
+        except BaseException:
+            self.files, self.doomed, self.interrupted = before
+            raise
+        self.delete_doomed(trainer)
+
+    def supersede(self, trainer: TrainerView, successor: str) -> None:
+        """Give up the file that a signal made the run write, since ``successor`` is written."""
+        self.replace(trainer, self.interrupted, successor)
+        self.interrupted = ""
+
     def delete_doomed(self, trainer: TrainerView) -> None:
         """Delete the files whose successors are written by now."""
         while self.doomed:
@@ -73,13 +98,16 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain data for a checkpoint."""
-        return {"mark": self.mark, "files": list(self.files), "doomed": list(self.doomed)}
+        state = {"mark": self.mark, "files": list(self.files), "doomed": list(self.doomed)}
+        return {**state, "interrupted": self.interrupted} if self.interrupted else state
 
     def load_state_dict(self, state: Mapping[str, Any], folder: str | None = None) -> None:
         """Take back what ``state_dict`` returned; whatever it says, nothing outside ``folder`` is this run's."""
         self.mark = state.get("mark", self.mark)
         self.files = [path for path in state.get("files", ()) if folder is None or is_inside(path, folder)]
         self.doomed = [path for path in state.get("doomed", ()) if folder is None or is_inside(path, folder)]
+        interrupted = state.get("interrupted", "")
+        self.interrupted = interrupted if interrupted in self.files else ""
         self._has_resumed = True
 
 

@@ -135,7 +135,7 @@ class EvaluationLoop:
                     session.rows.write(row, seen[loader_idx])
                 seen[loader_idx] += 1
             if session.interrupt.received:
-                raise KeyboardInterrupt
+                session.interrupt.answer()
         outputs[current] = self._end_loader(session)
         return self._finish(session, names, outputs, modes)
 

@@ -107,16 +107,39 @@ def _plugins(given: Any) -> tuple[Precision | None, Any]:
 
     found: dict[type, Any] = {}
     for item in given if isinstance(given, (list, tuple)) else [given]:
+        if _is_environment(item):
+            continue
         kind = next((kind for kind in (Precision, CheckpointIO) if isinstance(item, kind)), None)
         if kind is None:
             raise MisconfigurationException(
-                f"Trainer(plugins={_shown(item)}): on one device a plugin must be a Precision or CheckpointIO object, not"
-                f" {'a class' if isinstance(item, type) else type(item).__name__}.{_made(item)}"
+                f"Trainer(plugins={_shown(item)}): on one device a plugin must be a Precision, CheckpointIO or"
+                f" SLURMEnvironment object, not {'a class' if isinstance(item, type) else type(item).__name__}.{_made(item)}"
             )
         if kind in found:
             raise MisconfigurationException(f"Trainer(plugins={given!r}): give one {kind.__name__}, not several.")
         found[kind] = item
     return found.get(Precision), found.get(CheckpointIO)
+
+
+def _is_environment(item: Any) -> bool:
+    return any(cls.__name__ == "ClusterEnvironment" for cls in type(item).__mro__)
+
+
+def cluster(plugins: Any) -> Any:
+    """Return what starts a job of a cluster anew, where this is one, and the user has not switched that off; else None.
+
+    Raises:
+        MisconfigurationException: for two of them.
+    """
+    items = plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
+    given = [item for item in items if _is_environment(item)]
+    if len(given) > 1:
+        raise MisconfigurationException(f"Trainer(plugins={plugins!r}): give one cluster environment, not several.")
+    if not os.environ.get("SLURM_JOB_ID"):
+        return None
+    slurm = load("leyden.runtime.cluster:SLURMEnvironment")
+    found = given[0] if given else slurm()
+    return found if isinstance(found, slurm) and found.auto_requeue and found.detect() else None
 
 
 def loggers(given: Any, root: str, config: TrainerConfig, quiet: bool) -> list[Any]:

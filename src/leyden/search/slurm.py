@@ -31,6 +31,7 @@ from leyden.search.parser import HyperOptNamespace
 from leyden.search.sbatch import Directive
 from leyden.search.trial_process import call
 from leyden.search.trials import at_least_one
+from leyden.signals import AnswersSignals
 
 TRIAL_VARIABLE = "LEYDEN_SLURM_TRIAL"
 """In a job: the path of its trial's file."""
@@ -38,7 +39,7 @@ TRIAL_VARIABLE = "LEYDEN_SLURM_TRIAL"
 _MOST_SECONDS = 65535  # of SLURM's --signal
 
 
-class SlurmCluster:
+class SlurmCluster(AnswersSignals):
     """Runs the trials of a search as SLURM jobs.
 
     Args:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from leyden.loading import apply_state_dict, clean_names
 from leyden.optim import LightningOptimizer
 from leyden.precision import Precision
+from leyden.signals import Interrupt
 from leyden.tree import move_to
 from leyden.types import PathLike
 
@@ -201,6 +202,13 @@ class Strategy:
     def all_gather(self, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:
         """Gather a tensor, or a tree of them, from all processes; with one process the input itself."""
         return tensor
+
+    def asked_to_stop(self, interrupt: Interrupt) -> None:
+        """Make ``interrupt.received`` true after the same batch in all processes; runs in a signal handler.
+
+        See ``Interrupt`` for how several processes agree without an exchange in an ordinary batch.
+        """
+        interrupt.received = True
 
     # -- checkpoints
 
