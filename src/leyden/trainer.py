@@ -433,7 +433,7 @@ class Trainer(TrainerFace):
 
     def _checkpoint_path(self, given: Any, provided: bool) -> Any:
         """Resolve ``"best"``, ``"last"``, a path, or what ``trainer.ckpt_path`` was set to."""
-        fn = self.state.fn
+        fn, named = self.state.fn, given or self._ckpt_path
         assert fn is not None
         if self._ckpt_path_set and given is not None:
             rank_zero_warn(
@@ -457,6 +457,7 @@ class Trainer(TrainerFace):
                     f"Trainer.{fn}() without a model takes the best weights. Pass the model for its weights as they are."
                 )
         self._ckpt_path = find_checkpoint(given, str(fn), self.checkpoint_callbacks, self.log_dir)
+        self._ckpt_path_named = self._ckpt_path == named
         return self._ckpt_path
 
     def _sanity_check(self, session: Session) -> None:

@@ -268,6 +268,9 @@ class TrainerView(Protocol):
     def ckpt_path(self) -> PathLike | None: ...
 
     @property
+    def named_ckpt_path(self) -> PathLike | None: ...
+
+    @property
     def logger(self) -> Any: ...
 
     @property

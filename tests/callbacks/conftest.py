@@ -110,6 +110,7 @@ class FakeTrainer:
         self.current_epoch, self.global_step, self.batches_that_stepped = 0, 0, 0
         self.log_every_n_steps = 50
         self.ckpt_path: str | None = None
+        self.named_ckpt_path: str | None = None
         self.events: list[str] = []
         self.fails: dict[str, BaseException] = {}
         self.failure: BaseException | None = None  # of a save on a thread
@@ -163,8 +164,10 @@ class FakeTrainer:
         }
         self.strategy.checkpoint_io.save_checkpoint(content, filepath)
 
-    def fit(self, ckpt_path: str | None = None) -> None:
+    def fit(self, ckpt_path: str | None = None, named: bool = False) -> None:
+        """``named``: the user gave the path; otherwise it was found, as by ``ckpt_path="last"``."""
         self.ckpt_path = ckpt_path
+        self.named_ckpt_path = ckpt_path if named else None
         self.call("setup", "fit")
         self.strategy.checkpoint_io.listen(lambda error: setattr(self, "failure", error))
         if ckpt_path is not None:

@@ -49,11 +49,11 @@ class Ledger:
         return bool(trainer.strategy.reduce_boolean_decision(is_taken, all=False))
 
     def replace(self, trainer: TrainerView, path: str, successor: str) -> None:
-        """Give up ``path`` for ``successor``: it is deleted later, unless it is the file that the run resumed from."""
+        """Give up ``path`` for ``successor``: it is deleted later, unless the user named it for the run to resume from."""
         if path == successor or path not in self.files:
             return
         self.files.remove(path)
-        resumed_from = trainer.ckpt_path
+        resumed_from = trainer.named_ckpt_path
         if resumed_from is None or os.path.abspath(resumed_from) != os.path.abspath(path):
             self.doomed.append(path)
 

@@ -45,6 +45,11 @@ class AsyncCheckpointIO(CheckpointIO):
         self._error: BaseException | None = None
         self._fail: Callable[[BaseException], None] | None = None
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether something that was saved is not complete yet."""
+        return self._tasks is not None or (self._thread is not None and self._thread.is_alive())
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any = None) -> None:
         """Take a snapshot and return; the rest happens on the thread.
 
