@@ -449,9 +449,7 @@ class Trainer(TrainerFace):
 
             given = leave.resume_point(self, given, self._cluster if fn is TrainerFn.FITTING else None)
         if given is None and fn is not TrainerFn.FITTING and not provided:
-            given = (
-                "best" if self.checkpoint_callback is not None and self.checkpoint_callback.best_model_path else None
-            )
+            given = "best" if getattr(self.checkpoint_callback, "best_model_path", "") else None
             if given is not None:
                 rank_zero_info(
                     f"Trainer.{fn}() without a model takes the best weights. Pass the model for its weights as they are."
