@@ -302,6 +302,33 @@ def test_files_of_one_step_share_one_copy_of_the_state(tmp_path):
     assert max(sizes) <= 1.05 * state
 
 
+@pytest.mark.parametrize("async_save", [False, True])
+def test_K1_C3_in_a_remote_folder(async_save, tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    folder = f"memory://{tmp_path.name}/ckpts"
+    callback = ModelCheckpoint(folder, every_n_train_steps=3, save_last=True, filename="{step}", async_save=async_save)
+    trainer = L.Trainer(
+        max_epochs=2, callbacks=callback, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(Model())
+    memory = fsspec.filesystem("memory")
+    names = sorted(path.rsplit("/", 1)[1] for path in memory.ls(folder, detail=False))
+    assert names == ["last.ckpt", "step=9.ckpt"]
+    for path, step in ((callback.last_model_path, 10), (callback.best_model_path, 9)):
+        with memory.open(path, "rb") as file:
+            assert step_of(file) == step
+    again = ModelCheckpoint(folder, every_n_train_steps=3, save_last=True, filename="{step}", async_save=async_save)
+    resumed = L.Trainer(
+        max_epochs=3, callbacks=again, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu",
+    )  # fmt: skip
+    resumed.fit(Model(), ckpt_path=callback.last_model_path)
+    names = sorted(path.rsplit("/", 1)[1] for path in memory.ls(folder, detail=False))
+    assert names == ["last.ckpt", "step=15.ckpt"]
+    assert set(again.files) == {again.best_model_path, again.last_model_path}
+
+
 MOMENTS = ["2:begin", "3:1000000", "3:end", "4:rename"]
 MORE = [
     "1:begin",

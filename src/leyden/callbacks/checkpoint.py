@@ -162,7 +162,7 @@ class ModelCheckpoint(Checkpoint):
         self._deferred = False  # a save is due that waits for the monitored metric
         self._first_step: int | None = None  # where this fit began; None outside of training
         self._has_validated = False
-        self._lent_io: Any = None  # the strategy's, while the one that writes behind the training is in its place
+        self._behind: Any = None  # what writes behind the training, while it stands before the strategy's plug-in
 
     @property
     def state_key(self) -> str:
@@ -209,7 +209,8 @@ class ModelCheckpoint(Checkpoint):
         if stage == "fit" and not trainer.fast_dev_run and self.async_save:
             from leyden.checkpoint_io.behind import write_behind  # noqa: PLC0415 - only for those who want it
 
-            self._lent_io = write_behind(trainer.strategy)
+            self._write_through(trainer)  # a fit that was cut short had no time to
+            self._behind = write_behind(trainer.strategy)
 
     def teardown(self, trainer: TrainerView, pl_module: Any, stage: str) -> None:
         """Wait until all is written."""
@@ -303,9 +304,9 @@ class ModelCheckpoint(Checkpoint):
 
     def _write_through(self, trainer: TrainerView) -> None:
         """Wait until all is written, and give the strategy its plug-in back."""
-        former, self._lent_io = self._lent_io, None
-        if former is not None:
-            behind, trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io, former
+        behind, self._behind = self._behind, None
+        if behind is not None and trainer.strategy.checkpoint_io is behind:
+            trainer.strategy.checkpoint_io = behind.checkpoint_io
             behind.settle()
 
     def _waits_for_metric(self, trainer: TrainerView, candidates: dict[str, Tensor]) -> bool:
@@ -345,7 +346,9 @@ class ModelCheckpoint(Checkpoint):
 
     def _validation_is_to_come(self, trainer: TrainerView) -> bool:
         """Whether this fit will validate, and has not yet."""
-        return not self._has_validated and trainer.enable_validation and sum(trainer.num_val_batches) > 0
+        # until the first epoch that validates, it is not known yet how many batches there are
+        batches = trainer.num_val_batches
+        return not self._has_validated and trainer.enable_validation and (not batches or sum(batches) > 0)
 
     def _monitor_candidates(self, trainer: TrainerView) -> dict[str, Tensor]:
         """Return what file names and ``monitor`` may refer to: the metrics, ``epoch`` and ``step``."""

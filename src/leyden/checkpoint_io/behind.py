@@ -160,10 +160,10 @@ class AsyncCheckpointIO(CheckpointIO):
                 return
 
 
-def write_behind(strategy: Any) -> CheckpointIO | None:
-    """Let ``strategy`` save asynchronously; return the plug-in to be given back to it, None if it did already."""
+def write_behind(strategy: Any) -> AsyncCheckpointIO | None:
+    """Let ``strategy`` save asynchronously; return what was put before its plug-in, None if it did already."""
     former: CheckpointIO = strategy.checkpoint_io
     if isinstance(former, AsyncCheckpointIO):
         return None
-    strategy.checkpoint_io = AsyncCheckpointIO(former)
-    return former
+    strategy.checkpoint_io = behind = AsyncCheckpointIO(former)
+    return behind
