@@ -5,9 +5,9 @@
 
 One fit trains a model whose weights and Adam state are ``--megabytes`` together, and saves by turns synchronously and
 asynchronously, with quiet steps in between. The stall of a save is the time from its beginning to the end of the first
-step at whose end the file is complete, less what as many steps take when nothing is saved (the median of the quiet steps
-right before): the call itself, and all by which steps are slower while the file is written. Printed are medians, with the
-smallest and the largest, and their ratio.
+step at whose end the file is complete, less what as many steps take when nothing is saved (the mean of the quiet steps
+before and after it): the call itself, and all by which steps are slower while the file is written. Printed are medians,
+with the smallest and the largest, and their ratio.
 
 The memory is that of fresh processes: the most that one which saves ever held, beyond one which only trains (Linux).
 """
@@ -64,7 +64,8 @@ class Saves(Callback):
 
     def __init__(self, folder: str, saves: int, ways: dict[str, Any]) -> None:
         self.folder, self.ways, self.left = folder, ways, [name for _ in range(saves) for name in ways]
-        self.rows: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+        self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+        self.row: dict[str, Any] = {}
         self.quiet: list[float] = []
         self.way, self.steps, self.began, self.call, self.last = "", 0, 0.0, 0.0, 0.0
 
@@ -79,13 +80,15 @@ class Saves(Callback):
         if self.way:
             self.steps += 1
             if self.steps >= STEPS_AFTER and not self.ways[self.way].is_writing:
-                usual = statistics.median(self.quiet)
-                row = {"stall": now - self.began - self.steps * usual, "call": self.call, "steps": self.steps}
-                self.rows[self.way].append({**row, "step": usual})
+                self.row = {"took": now - self.began, "call": self.call, "steps": self.steps, "before": self.quiet}
+                self.rows[self.way].append(self.row)
                 self.way, self.quiet = "", []
         else:
             self.quiet.append(now - self.last)
         if not self.way and len(self.quiet) >= QUIET_STEPS:
+            if self.row:
+                usual = statistics.mean([*self.row.pop("before"), *self.quiet])
+                self.row |= {"step": usual, "stall": self.row["took"] - self.row["steps"] * usual}
             if not self.left:
                 trainer.should_stop = True
                 return
@@ -117,7 +120,7 @@ def train(model: Wide, steps: int, *callbacks: Callback, plugins: Any = None) ->
     trainer.fit(model, train_dataloaders=torch.utils.data.DataLoader(batch.expand(steps, 1024), batch_size=1))
 
 
-def stalls(megabytes: int, saves: int, folder: str) -> dict[str, list[dict[str, float]]]:
+def stalls(megabytes: int, saves: int, folder: str) -> dict[str, list[dict[str, Any]]]:
     """Return for each way what its saves took, in seconds."""
     measured = Saves(folder, saves, {"sync": AtOnce(), "async": AsyncCheckpointIO()})
     train(Wide(megabytes), 10**6, measured)

@@ -2,7 +2,8 @@
 """A run that saves asynchronously, for tests that kill it: ``python async_checkpoint_script.py FOLDER MOMENT``.
 
 MOMENT is ``N:what``: in the N-th save, SIGKILL at the beginning of the write (``begin``), after so many bytes of the
-temporary file (a number), after it is complete but not renamed (``rename``), or after that (``end``).
+temporary file (a number), after it is complete but not renamed (``rename``), or after that (``end``). ``sigterm`` sends
+that signal at the beginning of the write, and takes its time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +55,15 @@ class Killed(TorchCheckpointIO):
         if self.left == 0:
             self.arm()
         super().save_checkpoint(checkpoint, path, storage_options)
-        if self.left == 0:
+        if self.left == 0 and self.what != "sigterm":
             os.kill(os.getpid(), signal.SIGKILL)
 
     def arm(self) -> None:
         if self.what == "begin":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.what == "sigterm":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.0)
         if self.what == "rename":
             os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
         if self.what.isdigit():

@@ -358,3 +358,17 @@ def test_C1_K4_killed_in_the_middle_of_a_write_the_one_before_is_there(moment, t
     async_checkpoint_script.main(folder, "99:begin")
     # K4: the same names as those of a run that was never killed
     assert files(folder) == {"last.ckpt": 15, "step=15.ckpt": 15}
+
+
+def test_P2_a_signal_waits_for_the_writer(tmp_path, recwarn):
+    folder = tmp_path / "ckpts"
+    command = [sys.executable, str(SCRIPT), str(folder), "3:sigterm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 143, done.stderr
+    found = files(folder)
+    assert found["step=6.ckpt"] == 6
+    stopped = found["last.ckpt"]
+    assert 6 <= stopped < 15
+    assert not list(folder.glob(".*"))
+    async_checkpoint_script.main(folder, "99:begin")
+    assert files(folder) == {"last.ckpt": 15, "step=15.ckpt": 15}
