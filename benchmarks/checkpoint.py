@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a save holds up the training, written at once and behind the training, and the memory that it takes.
 
-    python benchmarks/checkpoint.py [--megabytes 200] [--saves 15] [--threads 1] [--folder DIR] [--json results.json]
+    python benchmarks/checkpoint.py [--megabytes 200] [--saves 15] [--threads 1] [--batch-size 32] [--folder DIR]
 
 One fit trains a model whose weights and Adam state are ``--megabytes`` together, and saves by turns synchronously and
 asynchronously, with quiet steps in between. The stall of a save is the time from its beginning to the end of the first
@@ -110,20 +110,21 @@ class AtOnce(TorchCheckpointIO):
     is_writing = False
 
 
-def train(model: Wide, steps: int, *callbacks: Callback, plugins: Any = None) -> None:
+def train(model: Wide, steps: int, *callbacks: Callback, batch_size: int = 32, plugins: Any = None) -> None:
     """Run a fit."""
     batch = torch.randn(1, 1024)
     trainer = L.Trainer(
         max_epochs=1, callbacks=list(callbacks), logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, accelerator="cpu", plugins=plugins,
     )  # fmt: skip
-    trainer.fit(model, train_dataloaders=torch.utils.data.DataLoader(batch.expand(steps, 1024), batch_size=1))
+    rows = batch.expand(steps * batch_size, 1024)
+    trainer.fit(model, train_dataloaders=torch.utils.data.DataLoader(rows, batch_size=batch_size))
 
 
-def stalls(megabytes: int, saves: int, folder: str) -> dict[str, list[dict[str, Any]]]:
+def stalls(megabytes: int, saves: int, folder: str, batch_size: int = 32) -> dict[str, list[dict[str, Any]]]:
     """Return for each way what its saves took, in seconds."""
     measured = Saves(folder, saves, {"sync": AtOnce(), "async": AsyncCheckpointIO()})
-    train(Wide(megabytes), 10**6, measured)
+    train(Wide(megabytes), 10**6, measured, batch_size=batch_size)
     return {name: rows[1:] for name, rows in measured.rows.items()}
 
 
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=200, help="size of the state")
     parser.add_argument("--saves", type=int, default=15, help="saves in each way")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--batch-size", type=int, default=32, help="1: hardly anything but memory traffic")
     parser.add_argument("--folder", help="where to write; a temporary folder by default")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write the results there, too")
@@ -167,7 +169,7 @@ def main() -> None:
             print(train_for_peak(options.megabytes, options.peak, folder))
             return
         state = Wide(options.megabytes).nbytes
-        rows = stalls(options.megabytes, options.saves, folder)
+        rows = stalls(options.megabytes, options.saves, folder, options.batch_size)
         base = peak(options.megabytes, "none", folder)
         memory = {way: (peak(options.megabytes, way, folder) - base) / state for way in ("sync", "async")}
     stall = {way: summary([row["stall"] for row in rows[way]]) for way in rows}

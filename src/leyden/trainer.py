@@ -374,7 +374,9 @@ class Trainer(TrainerFace):
         fn, strategy = self.state.fn, self._strategy
         assert fn is not None
         fitting = fn is TrainerFn.FITTING
+        named = ckpt_path or self._ckpt_path
         path = self._checkpoint_path(ckpt_path, provided)
+        self._ckpt_path_named = path is not None and path == named
         if fitting:
             if model is not strategy.module:
                 if self.progress.batches:
@@ -433,7 +435,7 @@ class Trainer(TrainerFace):
 
     def _checkpoint_path(self, given: Any, provided: bool) -> Any:
         """Resolve ``"best"``, ``"last"``, a path, or what ``trainer.ckpt_path`` was set to."""
-        fn, named = self.state.fn, given or self._ckpt_path
+        fn = self.state.fn
         assert fn is not None
         if self._ckpt_path_set and given is not None:
             rank_zero_warn(
@@ -455,7 +457,6 @@ class Trainer(TrainerFace):
                     f"Trainer.{fn}() without a model takes the best weights. Pass the model for its weights as they are."
                 )
         self._ckpt_path = find_checkpoint(given, str(fn), self.checkpoint_callbacks, self.log_dir)
-        self._ckpt_path_named = self._ckpt_path == named
         return self._ckpt_path
 
     def _sanity_check(self, session: Session) -> None:
