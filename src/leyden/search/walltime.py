@@ -71,6 +71,7 @@ class WalltimeCheckpoint(Callback):
         self._saving = True
         try:
             trainer.save_checkpoint(self._path)
+            trainer.strategy.checkpoint_io.settle()  # the job that goes on needs the whole file
         finally:
             self._saving = False
 

@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from leyden import files
 from leyden.loading import apply_state_dict, clean_names
 from leyden.optim import LightningOptimizer
 from leyden.precision import Precision
 from leyden.signals import Interrupt
 from leyden.tree import move_to
 from leyden.types import PathLike
+
+if TYPE_CHECKING:
+    from leyden.checkpoint_io.base import CheckpointIO
 
 
 class Strategy:
@@ -25,13 +27,20 @@ class Strategy:
     Args:
         device: The device of this process.
         precision: The number format; None is 32-true.
+        checkpoint_io: Writes, reads and removes checkpoints; None keeps them in files.
     """
 
     strategy_name = "single"
 
-    def __init__(self, device: torch.device | str = "cpu", precision: Precision | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        precision: Precision | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+    ) -> None:
         self._root_device = torch.device(device)
         self.precision = precision or Precision()
+        self._checkpoint_io = checkpoint_io
         self.module: Any = None
         self.optimizers: list[Optimizer] = []
         self.lightning_optimizers: list[LightningOptimizer] = []
@@ -111,7 +120,13 @@ class Strategy:
             ]
 
     def teardown(self) -> None:
-        """Let go of what only the run needed; bring the module and the optimizer state back to the host."""
+        """Let go of what only the run needed; bring the module and the optimizer state back to the host.
+
+        Raises:
+            Exception: what a checkpoint that was still being written failed with.
+        """
+        if self._checkpoint_io is not None:
+            self._checkpoint_io.teardown()
         for wrapped in self.lightning_optimizers:
             wrapped.release()  # user code may have kept it
         self._step = self._manual_backward = None
@@ -197,6 +212,19 @@ class Strategy:
 
     # -- checkpoints
 
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """What writes, reads and removes checkpoints."""
+        if self._checkpoint_io is None:
+            from leyden.checkpoint_io.base import TorchCheckpointIO  # noqa: PLC0415 - in a run, not on import
+
+            self._checkpoint_io = TorchCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, checkpoint_io: CheckpointIO) -> None:
+        self._checkpoint_io = checkpoint_io
+
     def module_state_dict(self) -> dict[str, Any]:
         """The weights, under the names that they have when no layer is compiled."""
         return clean_names(self.module.state_dict())
@@ -216,14 +244,15 @@ class Strategy:
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: PathLike, storage_options: Any = None) -> None:
         """Write a complete checkpoint, atomically."""
         if self.is_global_zero:
-            files.save(checkpoint, filepath, storage_options=storage_options)
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def load_checkpoint(self, filepath: PathLike, weights_only: bool | None = True) -> dict[str, Any]:
         """Read a checkpoint to host memory."""
-        loaded: dict[str, Any] = files.load(filepath, map_location="cpu", weights_only=weights_only is not False)
-        return loaded
+        from leyden.checkpoint_io.base import load_by  # noqa: PLC0415 - in a run, not on import
+
+        return load_by(self.checkpoint_io, filepath, "cpu", weights_only is not False)
 
     def remove_checkpoint(self, filepath: PathLike) -> None:
         """Delete a checkpoint that this run wrote."""
         if self.is_global_zero:
-            files.remove(filepath)
+            self.checkpoint_io.remove_checkpoint(filepath)
