@@ -87,8 +87,7 @@ def earlier_session(trainer: Any, wishes: Any) -> Any:
     if getattr(trainer.logger, "metrics", None):
         # the version has a history: what lies in the folders of the callbacks is its own
         folders += [callback.dirpath for callback in trainer.checkpoint_callbacks if getattr(callback, "dirpath", None)]
-    found = [path for folder in folders if (path := files.newest(folder)) is not None]
-    return max(found, key=lambda path: files.recorded_step(path) or 0, default=None)
+    return files.newest(folders)
 
 
 def writes_2019(module: Any) -> bool:
