@@ -193,7 +193,7 @@ def _opened(path: PathLike, storage_options: Mapping[str, Any] | None = None) ->
     """Give the local path of a checkpoint that exists, or a copy of a remote one."""
     if not is_remote(path):
         try:
-            yield _existing(local_path(path))
+            yield require_file(local_path(path))
         except PermissionError as error:
             raise CheckpointError(
                 f"The checkpoint {str(path)!r} cannot be read: {error}. Change its permissions, or those of its folder."
@@ -211,7 +211,7 @@ def _opened(path: PathLike, storage_options: Mapping[str, Any] | None = None) ->
         yield copy
 
 
-def _existing(path: Path) -> Path:
+def require_file(path: Path) -> Path:
     """Return where the checkpoint ``path`` is.
 
     Raises:

@@ -29,7 +29,13 @@ import torch.distributed.checkpoint as dcp
 from leyden import atomic, files, folders
 from leyden.errors import CheckpointError
 
-MODES = {"count": 0, "kill": 1, "kill-after": 2, "kill-half": 3, **{n: 100 + getattr(errno, n) for n in ("ENOSPC", "EIO")}}
+MODES = {
+    "count": 0,
+    "kill": 1,
+    "kill-after": 2,
+    "kill-half": 3,
+    **{n: 100 + getattr(errno, n) for n in ("ENOSPC", "EIO")},
+}
 RAISED = 3
 warnings.simplefilter("ignore")
 disk = ctypes.CDLL(None)
