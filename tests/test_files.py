@@ -390,7 +390,9 @@ def test_remote(monkeypatch):
     fs = fsspec.filesystem("memory")
     assert [p.rpartition("/")[2] for p in fs.ls("/folder/deep", detail=False)] == ["a.ckpt"]
     monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError(errno.EIO, "cut")))
-    with pytest.raises(CheckpointError, match="memory://folder/deep/a.ckpt' could not be written: the disk failed.*cut"):
+    with pytest.raises(
+        CheckpointError, match="memory://folder/deep/a.ckpt' could not be written: the disk failed.*cut"
+    ):
         files.save(STATE, path)
     monkeypatch.undo()
     assert files.load(path)["global_step"] == 4

@@ -80,9 +80,13 @@ def explained(path: PathLike) -> Iterator[None]:
     """Turn what goes wrong in the block, which writes ``path``, into a CheckpointError with the cause and the remedy."""
     try:
         yield
-    except (CheckpointError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except CheckpointError:
         raise
-    except BaseException as error:  # torch.distributed.checkpoint's own are no Exceptions
+    except BaseException as error:
+        if not isinstance(error, Exception) and not hasattr(
+            error, "failures"
+        ):  # as torch.distributed.checkpoint's have
+            raise
         raise CheckpointError(f"The checkpoint {str(path)!r} could not be written: {atomic.explain(error)}") from error
 
 

@@ -43,10 +43,11 @@ def save_weights(
     """
     write = _safetensors("torch").save_file
     state = clean_names(dict(model.state_dict() if isinstance(model, nn.Module) else model))
-    others = [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, Tensor)]
+    kinds = {name: value.layout if isinstance(value, Tensor) else type(value).__name__ for name, value in state.items()}
+    others = [f"{name} ({str(kind).removeprefix('torch.')})" for name, kind in kinds.items() if kind != torch.strided]
     if others:
         raise CheckpointError(
-            f"The weights {str(path)!r} could not be written: safetensors holds tensors only, and these are none:"
+            f"The weights {str(path)!r} could not be written: safetensors holds dense tensors only, and these are none:"
             f" {', '.join(others[:5])}. Save a checkpoint instead, or pass a dict without them."
         )
     tensors, aliases = _untied({name: value.detach() for name, value in state.items()})
@@ -134,7 +135,7 @@ def _untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
     tensors: dict[str, Tensor] = {}
     storages: set[Any] = set()
     for name, value in state.items():
-        if value.layout is torch.strided and value.numel() and value.device.type != "meta":
+        if value.numel() and value.device.type != "meta":
             storage = (value.device, value.untyped_storage().data_ptr())
             place = (*storage, value.storage_offset(), value.dtype, value.shape, value.stride())
             if (first := kept.setdefault(place, name)) != name:
@@ -143,7 +144,7 @@ def _untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
             if storage in storages:  # a view of a part of another one: a copy is all that can be kept of it
                 value = value.clone()
             storages.add(storage)
-        tensors[name] = value.contiguous() if value.layout is torch.strided else value
+        tensors[name] = value.contiguous()
     return tensors, aliases
 
 

@@ -145,6 +145,8 @@ def look(place: Path, path: Path, status: int, removes: bool, hit: str, persiste
     left = [entry.name for entry in place.iterdir() if not entry.name.endswith(".ckpt")]
     if not all(atomic.is_temporary(name) for name in left):
         wrong.append(f"left behind under a name that is not ours: {left}")
+    if persistent and hit == "rename":  # no rename works, so that the former one cannot get its name back
+        left = [name for name in left if not name.endswith(".old")]
     if left and status >= 0 and hit not in ("unlink", "unlinkat", "rmdir"):
         wrong.append(f"left behind without need: {left}")
     return wrong

@@ -263,8 +263,8 @@ def _differences(place: str, one: Any, other: Any, tolerance: float) -> Iterator
         for index, (mine, theirs) in enumerate(zip(one, other, strict=True)):
             yield from _differences(f"{place}[{index}]", mine, theirs, tolerance)
     elif type(one) is not type(other) or (one != other and not (one != one and other != other)):
-        near = isinstance(one, (int, float)) and isinstance(other, (int, float)) and abs(one - other) <= tolerance
-        if not near:
+        numbers = type(one) in (int, float) and type(other) in (int, float)
+        if not (numbers and abs(one - other) <= tolerance):
             yield differ(f"{_short(one)} in the first, {_short(other)} in the second")
 
 
