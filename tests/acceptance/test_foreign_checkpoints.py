@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -205,3 +207,36 @@ def test_B4_a_newer_format_is_refused_by_load_from_checkpoint_too(tmp_path: Path
     files.save({"state_dict": Model().state_dict(), "leyden": {"format": 99}}, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match=r"format 99; this version of Leyden reads up to format 1. Update Leyden"):
         Model.load_from_checkpoint(tmp_path / "a.ckpt")
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def test_C5_a_run_goes_on_from_a_folder_as_from_a_file(tmp_path: Path) -> None:
+    def fit(epochs: int, ckpt_path: Any = None, folder: Path = tmp_path) -> Model:
+        torch.manual_seed(1)
+        model = Model()
+        saver = ModelCheckpoint(folder, filename="saved", save_top_k=1)
+        L.Trainer(**{**QUIET, "enable_checkpointing": True}, max_epochs=epochs, callbacks=saver).fit(
+            model, ckpt_path=ckpt_path
+        )
+        return model
+
+    def write(folder: Path) -> None:
+        content = files.load(tmp_path / "saved.ckpt")
+        sharded = {"model": content.pop("state_dict")}
+        sharded |= {f"optimizer_{index}": state for index, state in enumerate(content.pop("optimizer_states"))}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that there is one process
+            dcp.save(sharded, checkpoint_id=folder, no_dist=True)
+        torch.save(content, folder / "meta.pt")
+
+    whole = fit(4, folder=tmp_path / "whole")
+    fit(2)
+    files.save_folder(tmp_path / "folder" / "last.ckpt", write, {"global_step": 4, "epoch": 1})
+    with pytest.warns(LeydenWarning, match="holds 1 checkpoint|The checkpoint folder has changed"):
+        resumed = fit(4, "last", tmp_path / "folder")
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+    loaded = Model.load_from_checkpoint(tmp_path / "folder" / "last.ckpt")
+    assert loaded.hparams.width == 2
