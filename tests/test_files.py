@@ -382,6 +382,18 @@ def test_remove_takes_no_folders(tmp_path):
     assert tmp_path.exists()
 
 
+def test_C5_newest_in_a_remote_folder():
+    fs = fsspec.filesystem("memory")
+    for name, step in (("z", 5), ("a", 20), ("m", 7)):
+        files.save({**STATE, "global_step": step}, f"memory://runs/one/{name}.ckpt")
+    assert files.newest("memory://runs/one") == "memory://runs/one/a.ckpt"
+    fs.pipe("/runs/one/a.ckpt", fs.cat("/runs/one/a.ckpt")[:-9])
+    with pytest.warns(LeydenWarning, match="a.ckpt' is cut off.*runs/one/m.ckpt', of step 7, is taken instead"):
+        assert files.newest(["memory://runs/one/", "memory://nowhere"]) == "memory://runs/one/m.ckpt"
+    assert files.newest("memory://nowhere") is None
+    fs.rm("/runs", recursive=True)
+
+
 def test_remote(monkeypatch):
     path = "memory://folder/deep/a.ckpt"
     files.save(STATE, path)

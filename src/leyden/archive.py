@@ -6,6 +6,7 @@ from __future__ import annotations
 import pickle
 import re
 import tarfile
+import threading
 import zipfile
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
@@ -63,8 +64,7 @@ def read(
         try:
             if start is not None and not isinstance(source, Path):
                 source.seek(start)
-            with safe_globals([(value, key) for key, value in stand_ins.items()]):
-                loaded = torch.load(source, **options)
+            loaded = _load_with(stand_ins, source, options) if stand_ins else torch.load(source, **options)
         except (MemoryError, torch.OutOfMemoryError):
             raise  # says all there is to say, and nothing is wrong with the file
         except Exception as error:
@@ -77,6 +77,15 @@ def read(
             stand_ins[wanted] = stand_in
         else:
             return _without_classes(loaded) if stand_ins else loaded
+
+
+_lock = threading.Lock()
+
+
+def _load_with(stand_ins: Mapping[str, Any], source: Source, options: Mapping[str, Any]) -> Any:
+    # torch keeps the names that it may read in one list for all threads
+    with _lock, safe_globals([(value, key) for key, value in stand_ins.items()]):
+        return torch.load(source, **options)
 
 
 def _unreadable(source: Source, name: str, error: Exception, weights_only: bool) -> CheckpointError:
@@ -218,6 +227,15 @@ def check(source: Source, name: str, *, tensors: bool = True) -> bool:
     Raises:
         CheckpointDamagedError: if it is cut off, damaged or no checkpoint at all.
     """
+    start = None if isinstance(source, Path) else source.tell()
+    try:
+        return _check(source, name, tensors)
+    finally:
+        if start is not None and not isinstance(source, Path):
+            source.seek(start)
+
+
+def _check(source: Source, name: str, tensors: bool) -> bool:
     if not _is_zip(source, name):
         return False
     try:
@@ -230,7 +248,9 @@ def check(source: Source, name: str, *, tensors: bool = True) -> bool:
                     with archive.open(entry) as record:
                         while record.read(1 << 20):  # raises at the end, if the checksum is wrong
                             pass
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile and what it uses raise a dozen kinds for damage of a dozen kinds
         raise CheckpointDamagedError(f"The checkpoint {name} is damaged: {error}. Use another one.") from error
     return True
 

@@ -97,12 +97,14 @@ def _write(obj: Any, path: Path) -> None:
 
 def _torch_save(obj: Any, file: IO[bytes]) -> None:
     """Write with checksums, whatever the user has set: a resume relies on them."""
-    wanted = get_crc32_options()
+    if get_crc32_options():
+        torch.save(obj, file)
+        return
     set_crc32_options(True)
     try:
         torch.save(obj, file)
     finally:
-        set_crc32_options(wanted)
+        set_crc32_options(False)
 
 
 def _save_remote(obj: Any, path: str, verify: bool, storage_options: dict[str, Any]) -> None:
@@ -164,10 +166,7 @@ def _load(source: Path | IO[bytes], name: str, map_location: Any, weights_only: 
 
         return sharded.load(source, map_location, weights_only, verify=verify)
     if verify:
-        start = None if isinstance(source, Path) else source.tell()
         archive.check(source, name)
-        if start is not None and not isinstance(source, Path):
-            source.seek(start)
     loaded = archive.read(source, name, map_location, weights_only)
     if verify:
         archive.warn_of_changes(loaded, name)
@@ -211,6 +210,8 @@ def _opened(path: PathLike, storage_options: Mapping[str, Any] | None = None) ->
                 shutil.copyfileobj(file, copy, 1 << 20)
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(f"There is no checkpoint {str(path)!r}.") from error
+        except OSError as error:
+            raise CheckpointError(f"The checkpoint {str(path)!r} cannot be fetched: {error}.") from error
         copy.seek(0)
         yield copy
 
@@ -262,12 +263,15 @@ def _names(folder: Path) -> str:
 # --------------------------------------------------------------------------------------------- find and remove
 
 
-def newest(folder: PathLike | Iterable[PathLike], suffix: str = SUFFIX) -> Path | None:
+def newest(folder: PathLike | Iterable[PathLike], suffix: str = SUFFIX) -> Path | str | None:
     """Return the good checkpoint with the highest ``global_step`` in a folder, or in several; None if there is none.
 
     The step is the one recorded inside; names do not count, and the time of writing only between equals. The one that
     is returned was compared with its checksums. One that is damaged, or that cannot be opened without running its code,
-    is passed over with a warning that names it and the one that is taken.
+    is passed over with a warning that names it and the one that is taken. Of a remote folder, every file is fetched.
+
+    Returns:
+        The path; a URL, if the folder is remote.
 
     Raises:
         CheckpointDamagedError: if there are checkpoints, and all of them are damaged.
@@ -288,20 +292,20 @@ def newest(folder: PathLike | Iterable[PathLike], suffix: str = SUFFIX) -> Path 
 
 def _newest(
     places: Iterable[PathLike], suffix: str, but: Path | None = None
-) -> tuple[Path | None, list[CheckpointError]]:
+) -> tuple[Path | str | None, list[CheckpointError]]:
     """Return the newest good checkpoint, and why others, that might be newer, are not."""
-    found: list[tuple[int, int, str, Path]] = []
+    found: list[tuple[int, float, str, Path | str]] = []
     passed_over: list[CheckpointError] = []
-    for path in dict.fromkeys(path for place in places for path in _checkpoints_in(local_path(place), suffix)):
+    for path in dict.fromkeys(path for place in places for path in _checkpoints_in(place, suffix)):
         if path == but:
             continue
         try:
             step = recorded_step(path)
             if step is not None:
-                found.append((step, path.stat().st_mtime_ns, path.name, path))
+                found.append((step, path.stat().st_mtime_ns if isinstance(path, Path) else 0, str(path), path))
         except (CheckpointError, OSError) as error:
             passed_over.append(error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: {error}."))
-    for *_, path in sorted(found, reverse=True):
+    for *_, path in sorted(found, key=lambda each: each[:3], reverse=True):
         try:
             verify(path)
         except CheckpointError as error:
@@ -311,14 +315,26 @@ def _newest(
     return None, passed_over
 
 
-def _checkpoints_in(folder: Path, suffix: str) -> list[Path]:
-    if not folder.is_dir():
-        return []
+def _checkpoints_in(place: PathLike, suffix: str) -> list[Path | str]:
+    if is_remote(place):
+        fs, target = _filesystem(place, None)
+        entries = fs.ls(target, detail=False) if fs.isdir(target) else []
+        names = [str(entry).rstrip("/").rpartition("/")[2] for entry in entries]
+        return [f"{str(place).rstrip('/')}/{name}" for name in names if name.endswith(suffix) and name[0] != "."]
     from leyden import folders  # noqa: PLC0415  # only who looks for a checkpoint
 
-    entries = [entry for entry in folder.iterdir() if entry.name.endswith(suffix) and not entry.name.startswith(".")]
-    found = [entry for entry in entries if entry.is_file() or folders.is_committed(entry)]
-    return found + [entry for entry in folders.stand_ins(folder) if folders.manifest(entry)["name"].endswith(suffix)]
+    folder = local_path(place)
+    try:
+        if not folder.is_dir():
+            return []
+        entries = [
+            entry for entry in folder.iterdir() if entry.name.endswith(suffix) and not entry.name.startswith(".")
+        ]
+        found: list[Path | str] = [entry for entry in entries if entry.is_file() or folders.is_committed(entry)]
+        found += [entry for entry in folders.stand_ins(folder) if folders.manifest(entry)["name"].endswith(suffix)]
+    except PermissionError as error:
+        raise CheckpointError(f"The folder {str(folder)!r} cannot be read: {error}. Change its permissions.") from error
+    return found
 
 
 def _alternative(path: PathLike) -> str:
@@ -334,7 +350,7 @@ def _alternative(path: PathLike) -> str:
 
 
 def recorded_step(path: PathLike) -> int | None:
-    """Return the ``global_step`` that a local checkpoint records, None if it records none; reads no tensors.
+    """Return the ``global_step`` that a checkpoint records, None if it records none; reads no tensors.
 
     Raises:
         CheckpointError: if the checkpoint cannot be read.

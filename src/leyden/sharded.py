@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -123,10 +124,12 @@ def load(folder: Path, map_location: Any = None, weights_only: bool = True, *, v
     Raises:
         CheckpointError: if the folder is damaged, incomplete, or would run code.
     """
-    result = _rest(folder, map_location, weights_only)
-    if folders.is_committed(folder) or "leyden" in result:  # ours: without a manifest it is not complete
+    if folders.is_committed(folder):
         (folders.check if verify else folders.manifest)(folder)
-    else:
+    result = _rest(folder, map_location, weights_only)
+    if not folders.is_committed(folder):
+        if "leyden" in result:
+            folders.manifest(folder)  # ours: without a manifest it is not complete
         rank_zero_warn(f"The checkpoint {str(folder)!r} has no manifest: whether it is complete cannot be known.")
     if not (folder / ".metadata").is_file():
         return result
@@ -141,7 +144,9 @@ def load(folder: Path, map_location: Any = None, weights_only: bool = True, *, v
     reader.set_up_storage_reader(contents, True)
     plan = reader.prepare_global_plan([reader.prepare_local_plan(planner.create_local_plan())])[0]
     reader.read_data(planner.finish_plan(plan), planner).wait()
-    if map_location is not None:
+    if isinstance(map_location, (str, torch.device)):
+        flat = {name: value.to(map_location) if isinstance(value, Tensor) else value for name, value in flat.items()}
+    elif map_location is not None:
         flat = _moved(flat, map_location)
     return {**result, **_as_file(_nested(flat, contents.planner_data))}
 
