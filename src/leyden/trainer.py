@@ -85,7 +85,7 @@ class Trainer(TrainerFace):
         profiler: ``"simple"`` or a Profiler.
         detect_anomaly: Find the operation that made a NaN; slow.
         barebones: Everything off that costs time.
-        plugins: A Precision, a SLURMEnvironment, or a list of both.
+        plugins: A Precision, a CheckpointIO, a SLURMEnvironment, or a list of one of each.
         sync_batchnorm: Share batch statistics between several devices.
         reload_dataloaders_every_n_epochs: Ask for new loaders every n epochs; 0 is never.
         default_root_dir: Where logs and checkpoints go; None is the working directory.
@@ -364,7 +364,9 @@ class Trainer(TrainerFace):
         fn, strategy = self.state.fn, self._strategy
         assert fn is not None
         fitting = fn is TrainerFn.FITTING
+        named = ckpt_path or self._ckpt_path
         path = self._checkpoint_path(ckpt_path, provided)
+        self._ckpt_path_named = path is not None and path == named
         if fitting:
             if model is not strategy.module:
                 if self.progress.batches:
@@ -392,6 +394,8 @@ class Trainer(TrainerFace):
         session.bind(self._callbacks, self._profiler)
         strategy.setup()
         if fitting:
+            # after the set-up: a callback may have asked for saving behind the training
+            strategy.checkpoint_io.listen(self._interrupt.fail)
             configure_optimizers(session)
             session.hooks.on_fit_start()
         if self.config.enable_autolog_hparams and not self.config.barebones:
@@ -437,9 +441,7 @@ class Trainer(TrainerFace):
 
             given = leave.resume_point(self, given, self._cluster if fn is TrainerFn.FITTING else None)
         if given is None and fn is not TrainerFn.FITTING and not provided:
-            given = (
-                "best" if self.checkpoint_callback is not None and self.checkpoint_callback.best_model_path else None
-            )
+            given = "best" if getattr(self.checkpoint_callback, "best_model_path", "") else None
             if given is not None:
                 rank_zero_info(
                     f"Trainer.{fn}() without a model takes the best weights. Pass the model for its weights as they are."
@@ -472,6 +474,7 @@ class Trainer(TrainerFace):
         if fn is TrainerFn.FITTING:
             session.hooks.on_fit_end()
         session.tear_down(str(fn), self._callbacks)
+        self._strategy.checkpoint_io.settle()
         session.recorder.close("success")
         if self._profiler is not None:
             self._profiler.describe()
@@ -499,6 +502,7 @@ class Trainer(TrainerFace):
     def _release(self) -> None:
         """Let go of the session: nothing that a run made outlives it."""
         session, self._session, self._recorder = self._session, None, None
+        self._strategy.checkpoint_io.listen(None)
         self.results.active = None
         self.results.train.clear()
         self.results.eval.clear()
@@ -514,6 +518,8 @@ class Trainer(TrainerFace):
     ) -> None:
         """Write a checkpoint of where the run stands: atomically, or not at all.
 
+        While a fit saves asynchronously, it returns as soon as a snapshot is taken; otherwise when the file is complete.
+
         Args:
             filepath: Where.
             weights_only: True leaves out optimizers, schedules, callbacks and generators.
@@ -525,6 +531,8 @@ class Trainer(TrainerFace):
         """
         if self.lightning_module is None:
             raise AttributeError("Trainer.save_checkpoint(): this Trainer has no module yet. Run fit first.")
+        checkpoint_io = self._strategy.checkpoint_io
+        checkpoint_io.settle()  # a failed save changes what the state of its callback says
         with self.results.inside("on_save_checkpoint"):
             checkpoint = snapshot.gather(
                 trainer=self,
@@ -541,6 +549,8 @@ class Trainer(TrainerFace):
         if self._cluster is not None:
             checkpoint["leyden"]["job"] = self._cluster.name_of_fit
         self._strategy.save_checkpoint(checkpoint, os.fspath(filepath), storage_options)
+        if self._session is None or self.state.stopped:
+            checkpoint_io.settle()  # nothing goes on that could use the time
         self._strategy.barrier("Trainer.save_checkpoint")
 
     def record(self, metrics: Mapping[str, float], step: int) -> None:

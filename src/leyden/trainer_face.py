@@ -187,6 +187,7 @@ class TrainerFace(VintageTrainer):
 
     _bounds_known = False
     _ckpt_path_set = False
+    _ckpt_path_named = False
 
     @property
     def max_steps(self) -> int:
@@ -445,6 +446,11 @@ class TrainerFace(VintageTrainer):
     @ckpt_path.setter
     def ckpt_path(self, path: Any) -> None:
         self._ckpt_path, self._ckpt_path_set = path, bool(path)
+
+    @property
+    def named_ckpt_path(self) -> Any:
+        """``ckpt_path``, if it is a path that the user gave; None if the Trainer looked for it (``"last"``, ``"best"``)."""
+        return self._ckpt_path if self._ckpt_path_named else None
 
     # ------------------------------------------------------------------ devices
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shutil
 import zipfile
@@ -16,8 +15,6 @@ from typing import Any
 from leyden.errors import CheckpointError
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.types import PathLike, TrainerView
-
-_FIELD = re.compile(r"\{([^{}:!]+)((?:![rsa])?(?::[^{}]*)?)\}")
 
 
 class Ledger:
@@ -52,11 +49,11 @@ class Ledger:
         return bool(trainer.strategy.reduce_boolean_decision(is_taken, all=False))
 
     def replace(self, trainer: TrainerView, path: str, successor: str) -> None:
-        """Give up ``path`` for ``successor``: it is deleted later, unless it is the file that the run resumed from."""
+        """Give up ``path`` for ``successor``: it is deleted later, unless the user named it for the run to resume from."""
         if path == successor or path not in self.files:
             return
         self.files.remove(path)
-        resumed_from = trainer.ckpt_path
+        resumed_from = trainer.named_ckpt_path
         if resumed_from is None or os.path.abspath(resumed_from) != os.path.abspath(path):
             self.doomed.append(path)
 
@@ -207,21 +204,6 @@ def link(path: str, linkpath: str) -> None:
     if os.path.isdir(linkpath) and not os.path.islink(linkpath):
         shutil.rmtree(linkpath)  # a folder cannot be replaced in one move
     os.replace(fresh, linkpath)
-
-
-def fill_fields(template: str, values: Mapping[str, Any], label: str | None) -> str:
-    """Replace each ``{name:format}`` in ``template`` by the value of that name, 0 if there is none.
-
-    With a ``label``, such as ``"="``, ``{epoch}`` becomes ``epoch=3``. Names may contain what Python's own fields
-    cannot have, dots and slashes.
-    """
-
-    def fill(field: re.Match[str]) -> str:
-        name, form = field.groups()
-        value = f"{{0{form}}}".format(values.get(name, 0))
-        return value if label is None else f"{name}{label}{value}"
-
-    return _FIELD.sub(fill, template)
 
 
 def _filesystem(url: str) -> Any:

@@ -33,7 +33,11 @@ _SUFFIX = ".ckpt"
 
 
 def tell(trainer: Any, exception: BaseException, interrupt: Interrupt) -> None:
-    """Call ``on_exception`` of all callbacks and the data module; what fails there must not take the exception's place."""
+    """Call ``on_exception`` of all callbacks and the data module; what fails there must not take the exception's place.
+
+    Checkpoints that are still being written are waited for, before and after.
+    """
+    _settle(trainer, exception)
     told = [*trainer.callbacks, trainer.datamodule]
     if interrupt.forced:  # in the middle of a step: what is written there is nothing to go on from
         told = [listener for listener in told if listener not in trainer.checkpoint_callbacks]
@@ -49,6 +53,15 @@ def tell(trainer: Any, exception: BaseException, interrupt: Interrupt) -> None:
                 f"{type(listener).__name__}.on_exception failed while {type(exception).__name__} ended the run:"
                 f" {type(error).__name__}: {error}"
             )
+    _settle(trainer, exception)
+
+
+def _settle(trainer: Any, exception: BaseException) -> None:
+    try:
+        trainer.strategy.checkpoint_io.settle()
+    except Exception as error:
+        if error is not exception:
+            rank_zero_warn(f"A checkpoint could not be written while {type(exception).__name__} ended the run: {error}")
 
 
 def ending(trainer: Any, session: Session | None, error: BaseException, interrupt: Interrupt) -> BaseException:
