@@ -25,7 +25,6 @@ from leyden.loops.start import (
     check,
     configure_optimizers,
     epoch_bounds,
-    find_checkpoint,
     log_hyperparams,
     make_session,
     unwrap,
@@ -382,6 +381,7 @@ class Trainer(TrainerFace):
                 checkpoint, str(path), strategy=strategy, progress=self.progress, results=self.results,
                 max_epochs=self.fit_loop.max_epochs,
             )  # fmt: skip
+            self._rewind()
         if path is not None:
             rank_zero_info(f"{'Restored the run' if fitting else 'Loaded the weights'} from {path}.")
         model.zero_grad()
@@ -404,13 +404,13 @@ class Trainer(TrainerFace):
         """Resolve ``"best"``, ``"last"``, a path, or what ``trainer.ckpt_path`` was set to."""
         fn = self.state.fn
         assert fn is not None
-        if self._ckpt_path_set and given is not None:
+        if self._ckpt_wish and given is not None:
             rank_zero_warn(
-                f"trainer.ckpt_path is {self._ckpt_path!r}, but {fn}(ckpt_path={given!r}) was called: that one is taken."
+                f"trainer.ckpt_path is {self._ckpt_wish!r}, but {fn}(ckpt_path={given!r}) was called: that one is taken."
             )
-            self._ckpt_path_set = False
-        elif self._ckpt_path_set:
-            given = self._ckpt_path
+            self._ckpt_wish = None
+        elif self._ckpt_wish:
+            given = self._ckpt_wish
         if given is None and fn is TrainerFn.FITTING:
             given = vintage.earlier_session(self, self._vintage)
         if given is None and fn is not TrainerFn.FITTING and not provided:
@@ -421,8 +421,23 @@ class Trainer(TrainerFace):
                 rank_zero_info(
                     f"Trainer.{fn}() without a model takes the best weights. Pass the model for its weights as they are."
                 )
-        self._ckpt_path = find_checkpoint(given, str(fn), self.checkpoint_callbacks, self.log_dir)
-        return self._ckpt_path
+        if given is None:
+            self._ckpt_path = None
+            return None
+        from leyden.loops import resume  # noqa: PLC0415  # only a run that goes on with another
+
+        self._ckpt_path = path = resume.find_checkpoint(given, self)
+        if fn is TrainerFn.FITTING:
+            if path is not None:
+                resume.continue_runs(self._loggers, path)
+            else:
+                resume.set_aside(self._loggers)
+        return path
+
+    def _rewind(self) -> None:
+        from leyden.loops import resume  # noqa: PLC0415  # only a run that goes on with another
+
+        resume.rewind(self._loggers)
 
     def _sanity_check(self, session: Session) -> None:
         """Run a few validation batches ahead of training; they leave no trace in metrics, loggers or generators."""
@@ -507,6 +522,8 @@ class Trainer(TrainerFace):
         """
         if self.lightning_module is None:
             raise AttributeError("Trainer.save_checkpoint(): this Trainer has no module yet. Run fit first.")
+        if self._recorder is not None and not weights_only:
+            self._recorder.settle()  # the checkpoint says how far the logs reach
         with self.results.inside("on_save_checkpoint"):
             checkpoint = snapshot.gather(
                 trainer=self,

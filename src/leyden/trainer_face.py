@@ -184,7 +184,8 @@ class TrainerFace(VintageTrainer):
         return self.fit_loop.min_epochs if self._bounds_known else self.config.min_epochs
 
     _bounds_known = False
-    _ckpt_path_set = False
+    _ckpt_wish: Any = None
+    """What ``ckpt_path`` was set to; it holds until it is reset."""
 
     @property
     def max_steps(self) -> int:
@@ -442,7 +443,7 @@ class TrainerFace(VintageTrainer):
 
     @ckpt_path.setter
     def ckpt_path(self, path: Any) -> None:
-        self._ckpt_path, self._ckpt_path_set = path, bool(path)
+        self._ckpt_path = self._ckpt_wish = path
 
     # ------------------------------------------------------------------ devices
 
