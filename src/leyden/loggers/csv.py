@@ -104,17 +104,21 @@ class CSVLogger(FolderLogger):
         """Whether ``metrics.csv`` in ``folder`` begins with the rows that ``state`` tells of."""
         return "log" not in state or _rows_until(os.path.join(folder, METRICS_FILE), state["log"]) is not None
 
+    def close(self) -> None:
+        """Bring all rows to disk; the next one opens the file again."""
+        self.save()
+        self._experiment = None
+
     def rewind(self) -> None:
         """Cut ``metrics.csv`` back to the rows that the checkpoint knows of, in one move."""
         if self._state is None or "log" not in self._state:
             return
-        self.save()
+        self.close()
         path = os.path.join(self.log_dir, METRICS_FILE)
         kept, beyond, superseded = _rows_until(path, self._state["log"]) or (b"", False, 0)
         if beyond:
             replace_file(filesystem_of(path), path, [kept])
             rank_zero_info(f"{path}: {superseded} rows after the checkpoint are taken out; the run logs them again.")
-        self._experiment = None
 
     def set_aside(self) -> None:
         """Rename ``metrics.csv`` to ``metrics.superseded.csv``."""
@@ -122,10 +126,10 @@ class CSVLogger(FolderLogger):
             return
         path = os.path.join(self.log_dir, METRICS_FILE)
         filesystem = filesystem_of(path)
+        self.close()
         if filesystem.isfile(path):
             move_file(filesystem, path, os.path.join(self.log_dir, SUPERSEDED_FILE))
             rank_zero_info(f"{path} is of a run that left no checkpoint: it is put aside as {SUPERSEDED_FILE}.")
-        self._experiment = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_experiment": None}

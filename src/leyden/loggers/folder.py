@@ -82,9 +82,9 @@ class FolderLogger(Logger):
     def folders(self) -> list[str]:
         """Return the folders of the runs with which this logger may go on, the highest number first; none is made.
 
-        That is the one of the version where the user named it, or a run of this object has ended in it.
+        Where the user named the version, that is its folder.
         """
-        if self._version is not None and (self._named or self._ended):
+        if self._version is not None and self._named:
             return [self._folder(self._version)]
         numbers = _version_numbers(filesystem_of(self.root_dir), self.root_dir)
         return [self._folder(number) for number in sorted(numbers, reverse=True)]
@@ -106,9 +106,9 @@ class FolderLogger(Logger):
         version = state.get("version")
         if not self._resume or state.get("name") != self.name or not isinstance(version, (int, str)):
             return
-        if version != self._version and (self._named or self._ended):
+        if version != self._version and self._named:
             return
-        folder, mine = self._folder(version), self._version is not None and not self._named
+        folder = self._folder(version)
         there = bool(filesystem_of(folder).isdir(folder))
         if there and not self.holds(state, folder):
             rank_zero_warn(
@@ -121,7 +121,8 @@ class FolderLogger(Logger):
             return
         if not there and state.get("save_dir") != _absolute(self._save_dir):
             return  # a checkpoint that came from elsewhere, without its logs
-        if mine and version != self._version:
+        if self._version is not None and version != self._version:
+            self.close()
             with suppress(OSError):  # it is not empty: somebody has put something there
                 os.rmdir(self.log_dir)
         self._version, self._state = version, state
@@ -133,6 +134,10 @@ class FolderLogger(Logger):
     def begins_anew(self) -> bool:
         """Whether what is in the folder of this version was written before this object, into a version of that name."""
         return self._named and not self._ended
+
+    def close(self) -> None:
+        """Bring everything to disk and close the files; the next call of any verb opens them again."""
+        self.save()
 
     def holds(self, state: Mapping[str, Any], folder: str) -> bool:
         """Whether ``folder`` holds the log of the run of ``state``, at least as far as ``state`` says."""

@@ -176,9 +176,10 @@ class TensorBoardLogger(FolderLogger):
     def finalize(self, status: str) -> None:
         """Bring everything to disk and close the event file; the next call of any verb opens another."""
         super().finalize(status)
-        self._close()
+        self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Bring all events to disk and close their file; the next one opens another."""
         if self._experiment is not None:
             self._experiment.close()
             self._experiment = None
@@ -218,7 +219,7 @@ class TensorBoardLogger(FolderLogger):
         if not is_local(self.log_dir):
             self.experiment.purge_step = self._last_step + 1
             return
-        self._close()
+        self.close()
         superseded = 0
         for path, size in event_files(self.log_dir).items():
             kept, full = known["files"].get(path, 0), os.path.join(self.log_dir, path)
@@ -235,7 +236,7 @@ class TensorBoardLogger(FolderLogger):
         if not self.begins_anew:
             return
         if is_local(self.log_dir) and (files := event_files(self.log_dir)):
-            self._close()
+            self.close()
             for path in files:
                 full = os.path.join(self.log_dir, path)
                 os.rename(full, os.path.join(os.path.dirname(full), f"superseded.{full.rpartition('tfevents.')[2]}"))

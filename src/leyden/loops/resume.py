@@ -13,6 +13,8 @@ from typing import IO, Any
 from leyden import files
 from leyden.callbacks.checkpoint_files import default_folder, paths_in
 from leyden.errors import CheckpointError, MisconfigurationException, PossibleUserWarning
+from leyden.hooks import is_written
+from leyden.loggers.base import Logger
 from leyden.loops.session import TrainerCore
 from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
 
@@ -87,6 +89,8 @@ class _Places:
         self.looked: list[str] = list(self.named)
         logger = trainer.loggers[0] if trainer.loggers else None
         known = getattr(logger, "folders", None)
+        if trainer.progress.batches:
+            known = logger = None  # this Trainer has trained already: its own run is meant
         if logger is not None and callable(known):
             inside = [part for path in self.named if (part := logger.within(path))]
             parts = list(dict.fromkeys(["checkpoints", *inside]))
@@ -94,6 +98,10 @@ class _Places:
             self.looked.append(
                 os.path.join(logger.root_dir, "version_*", "checkpoints") if len(runs) != 1 else runs[0][0]
             )
+        elif logger is not None and is_written(logger, "load_state_dict", Logger):
+            versions = os.path.dirname(os.path.dirname(default_folder(trainer)))
+            runs = [[os.path.join(path, "checkpoints")] for path in sorted(paths_in(versions), reverse=True)]
+            self.looked.append(os.path.join(versions, "*", "checkpoints"))
         else:
             runs = [[default_folder(trainer)]]
             if trainer.log_dir:
