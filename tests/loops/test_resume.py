@@ -17,6 +17,7 @@ import leyden as L
 from leyden.callbacks import ModelCheckpoint
 from leyden.errors import CheckpointError, MisconfigurationException, PossibleUserWarning
 from leyden.loggers import CSVLogger
+from leyden.loggers.cells import read_rows
 from leyden.loops.resume import skim
 
 DATA = DataLoader(TensorDataset(torch.ones(8, 2)), batch_size=2)
@@ -140,8 +141,8 @@ def test_C5_a_validation_ahead_of_the_fit_does_not_hide_the_run(tmp_path: Path) 
     assert run.logger.version == 1
     run.fit(model, DATA, DATA, ckpt_path="last")
     assert run.logger.version == 0
-    rows = (tmp_path / "leyden_logs" / "version_0" / "metrics.csv").read_text().splitlines()
-    assert [row.rpartition(",")[2] for row in rows] == ["step", "0", "1", "2", "3", "3", "4", "5", "6"]
+    rows = read_rows(tmp_path / "leyden_logs" / "version_0" / "metrics.csv")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3, 4, 5, 6]
     assert "val" in (tmp_path / "leyden_logs" / "version_1" / "metrics.csv").read_text()
 
 
