@@ -17,6 +17,7 @@ from leyden.loops.predict import PredictLoop
 from leyden.loops.session import Session
 from leyden.progress import Progress
 from leyden.results import Results, to_floats
+from leyden.runtime.ranks import say
 from leyden.strategies import Strategy
 from leyden.types import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from leyden.vintage import VintageTrainer
@@ -341,6 +342,39 @@ class TrainerFace(VintageTrainer):
         first = self._loggers[0]
         found = getattr(first, "log_dir", None)
         return found if found is not None else getattr(first, "save_dir", None)
+
+    # ------------------------------------------------------------------ what the run can stand
+
+    def verify_resume(
+        self,
+        model: Any,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        steps: int = 10,
+    ) -> Any:
+        """Prove that this fit can be resumed: print and return a report that is true if it can, bit for bit.
+
+        Copies of everything run in other processes: one for ``steps`` training batches, with a checkpoint halfway, and a
+        fresh one that goes on from there. Here nothing changes, nothing is logged, and no file stays behind. What cannot
+        be pickled can be verified by ``leyden verify-resume script.py``.
+
+        Args:
+            model: As in ``fit``, like the other three.
+            train_dataloaders: Without ``__main__`` classes, or with cloudpickle installed, or in a guarded script.
+            val_dataloaders: See ``train_dataloaders``.
+            datamodule: See ``train_dataloaders``.
+            steps: Training batches; at least 2.
+
+        Raises:
+            MisconfigurationException: if something cannot be pickled, or the fit fails or is too short.
+        """
+        from leyden.loops.verify import verify_objects  # noqa: PLC0415  # only who asks for a proof
+
+        loaders = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
+        report = verify_objects(self, steps, model=model, datamodule=datamodule, **loaders)
+        say(str(report))
+        return report
 
     # ------------------------------------------------------------------ parts
 
