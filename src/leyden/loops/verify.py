@@ -95,7 +95,13 @@ def verify(launch: Launch, steps: int) -> Report:
             found: dict[str, Any] = torch.load(task.record, weights_only=True)
             return found
 
-        whole, resumed = run("whole"), run("resumed")
+        whole = run("whole")
+        if whole["batches"] < 2:
+            raise CouldNotRun(f"The fit ended after {whole['batches']} batches: there is no middle to go on from.")
+        if whole["batches"] < steps // 2 + 1:
+            steps = whole["batches"]  # it is shorter than what was asked for: all of it, then
+            whole = run("whole")
+        resumed = run("resumed")
         report = compare(whole, resumed)
         if report.exact or report.hint:
             return report
@@ -160,14 +166,21 @@ def verify_objects(trainer: Any, steps: int, **arguments: Any) -> Report:
 
 
 def _pickled(trainer: Any, arguments: dict[str, Any]) -> bytes:
-    loggers, callbacks = trainer.loggers, trainer.callbacks
+    """Pickle a copy of everything as it is before a fit: it logs nowhere, shows nothing, and has trained nothing."""
     try:
         dumps = import_module("cloudpickle").dumps
     except ImportError:
         dumps = pickle.dumps
+    without: list[tuple[Any, str, Any]] = [
+        (trainer, "loggers", []),
+        (trainer, "callbacks", [each for each in trainer.callbacks if not _shows(each)]),
+        *((trainer.strategy, name, []) for name in ("optimizers", "lightning_optimizers", "lr_scheduler_configs")),
+        (trainer.strategy, "module", None),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in without]
     try:
-        # the copies log nowhere and show nothing
-        trainer.loggers, trainer.callbacks = [], [each for each in callbacks if not _shows(each)]
+        for owner, name, value in without:
+            setattr(owner, name, value)
         packed: bytes = dumps((trainer, arguments, rng_state(include_cuda=False)))
     except Exception as error:
         raise CouldNotRun(
@@ -175,7 +188,8 @@ def _pickled(trainer: Any, arguments: dict[str, Any]) -> bytes:
             f" {type(error).__name__}: {error}. {_SCRIPT_FORM}"
         ) from error
     finally:
-        trainer.loggers, trainer.callbacks = loggers, callbacks
+        for owner, name, value in before:
+            setattr(owner, name, value)
     return packed
 
 
@@ -195,6 +209,7 @@ def child(task: str, payload: str, main: str) -> None:
         sys.modules["__main__"] = sys.modules["__mp_main__"] = module
         vars(module).update(runpy.run_path(main, run_name="__mp_main__"))
         trainer, arguments, generators = pickle.loads(Path(payload).read_bytes())
+    trainer.progress.reset()
     job = Task.read(task)
     if not job.resume:
         set_rng_state(generators)
@@ -211,14 +226,18 @@ def compare(whole: Mapping[str, Any], resumed: Mapping[str, Any]) -> Report:
         for kind, values in here["seen"].items():
             found = _first(values, there["seen"].get(kind, {}))
             if found is not None:
-                first = ", the first after the checkpoint" if index == 0 else ""
+                first = ", the first after the checkpoint" if index == 1 else ""
                 when = f"at batch {here['batch'] + 1} (epoch {here['epoch']}, batch_idx {here['batch_idx']}){first}"
+                if index == 0:
+                    when = "right after the checkpoint was restored"
+                if kind == "logged value":
+                    when = f"after batch {here['batch']}"
                 difference = _describe(kind, found[0], found[1], found[2], when)
-                return Report(len(theirs), difference, _hint(kind, here["aside"], there["aside"], whole))
+                return Report(len(theirs) - 2, difference, _hint(kind, here["aside"], there["aside"], whole))
     if len(ours) != len(theirs):
         return Report(
-            len(theirs),
-            f"the unbroken fit made {len(ours) - 1} batches after the checkpoint, the resumed {len(theirs) - 1}.",
+            len(theirs) - 2,
+            f"the unbroken fit made {len(ours) - 2} batches after the checkpoint, the resumed {len(theirs) - 2}.",
         )
     return Report(sum("batch" in record["seen"] for record in ours))
 
