@@ -14,6 +14,7 @@ import torch
 from leyden import vintage
 from leyden.data.loaders import says_workers_are_gone
 from leyden.errors import MisconfigurationException
+from leyden.loggers.base import keeps_position
 from leyden.loggers.history import History
 from leyden.loops import resolve, snapshot
 from leyden.loops.evaluate import EvaluationLoop
@@ -522,7 +523,7 @@ class Trainer(TrainerFace):
         """
         if self.lightning_module is None:
             raise AttributeError("Trainer.save_checkpoint(): this Trainer has no module yet. Run fit first.")
-        if self._recorder is not None and not weights_only:
+        if self._recorder is not None and not weights_only and any(map(keeps_position, self._loggers)):
             self._recorder.settle()  # the checkpoint says how far the logs reach
         with self.results.inside("on_save_checkpoint"):
             checkpoint = snapshot.gather(

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from threading import RLock
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from leyden.hooks import is_written
+from leyden.plain import plain_hparams
 from leyden.runtime.ranks import rank_zero_only, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -132,6 +134,11 @@ def run_ids(logger: Any) -> dict[str, Any]:
     }
 
 
+def keeps_position(logger: Any) -> bool:
+    """Whether a logger can take back rows, so that its rows must be written before it says how far its log reaches."""
+    return is_written(logger, "rewind", Logger)
+
+
 def run_states(loggers: Iterable[Any]) -> list[dict[str, Any]]:
     """Return the state of each logger for a checkpoint, with the name of its class.
 
@@ -142,6 +149,9 @@ def run_states(loggers: Iterable[Any]) -> list[dict[str, Any]]:
         take = getattr(logger, "state_dict", None)
         try:
             state = take() if callable(take) else run_ids(logger)
+            _, other = plain_hparams(state)
+            if other:
+                raise TypeError(f"{', '.join(other)}: only plain data can be in a checkpoint")
         except Exception as error:
             rank_zero_warn(
                 f"{type(logger).__name__}.state_dict() failed while a checkpoint was written; a run that goes on from it"

@@ -123,8 +123,9 @@ class FolderLogger(Logger):
             return  # a checkpoint that came from elsewhere, without its logs
         if self._version is not None and version != self._version:
             self.close()
-            with suppress(OSError):  # it is not empty: somebody has put something there
-                os.rmdir(self.log_dir)
+            if on_rank_zero():
+                with suppress(OSError):  # it is not empty: somebody has put something there
+                    os.rmdir(self.log_dir)
         self._version, self._state = version, state
         if there:
             self.hparams = self.read_hyperparams()

@@ -244,7 +244,7 @@ class TensorBoardLogger(FolderLogger):
                 f"{self.log_dir} is of a run that left no checkpoint: its events are put aside (superseded.*)."
             )
         elif not is_local(self.log_dir):
-            self.experiment.purge_step = 0
+            self._kwargs = {**self._kwargs, "purge_step": 0}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_experiment": None}

@@ -15,6 +15,7 @@ from leyden.callbacks.checkpoint_files import default_folder, paths_in
 from leyden.errors import CheckpointError, MisconfigurationException, PossibleUserWarning
 from leyden.hooks import is_written
 from leyden.loggers.base import Logger
+from leyden.loggers.folder import FolderLogger
 from leyden.loops.session import TrainerCore
 from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
 
@@ -88,13 +89,12 @@ class _Places:
         self.named = list(dict.fromkeys(path for each in trainer.checkpoint_callbacks for path in _folders(each)))
         self.looked: list[str] = list(self.named)
         logger = trainer.loggers[0] if trainer.loggers else None
-        known = getattr(logger, "folders", None)
         if trainer.progress.batches:
-            known = logger = None  # this Trainer has trained already: its own run is meant
-        if logger is not None and callable(known):
+            logger = None  # this Trainer has trained already: its own run is meant
+        if isinstance(logger, FolderLogger):
             inside = [part for path in self.named if (part := logger.within(path))]
             parts = list(dict.fromkeys(["checkpoints", *inside]))
-            runs = [[os.path.join(folder, part) for part in parts] for folder in known()]
+            runs = [[os.path.join(folder, part) for part in parts] for folder in logger.folders()]
             self.looked.append(
                 os.path.join(logger.root_dir, "version_*", "checkpoints") if len(runs) != 1 else runs[0][0]
             )
