@@ -175,8 +175,14 @@ def test_H4_a_run_killed_three_times_ends_as_one_never_killed(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
-@pytest.mark.parametrize("logger", ["both", "default", "named", "none"])
-@pytest.mark.parametrize("seed", range(5))
-def test_H4_a_run_killed_20_times_ends_as_one_never_killed(tmp_path: Path, seed: int, logger: str) -> None:
-    soak(tmp_path, seed, 20, ["--steps", "300", "--logger", logger], most=24, start=Started, longest_start=6.0)
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("seed", "logger"),
+    [*((seed, "both") for seed in range(5)), (5, "default"), (6, "named"), (7, "none"), (8, "default"), (9, "named")],
+)
+def test_H4_a_run_killed_20_times_ends_as_one_never_killed(
+    tmp_path: Path, seed: int, logger: str, workers: int
+) -> None:
+    options = ["--steps", "300", "--logger", logger, "--workers", str(workers)]
+    soak(tmp_path, seed, 20, options, most=24, start=Started, longest_start=6.0)
