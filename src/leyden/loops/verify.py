@@ -69,12 +69,13 @@ class CouldNotRun(MisconfigurationException):
 # --------------------------------------------------------------------------------------------- two processes
 
 
-def verify(launch: Launch, steps: int) -> Report:
+def verify(launch: Launch, steps: int, environment: Mapping[str, str] | None = None) -> Report:
     """Run a fit for ``steps`` batches, go on from the middle in a fresh process, and compare.
 
     Args:
         launch: Returns the command of a process that does a task.
         steps: Training batches; at least 2.
+        environment: What its environment has besides that of this process.
 
     Raises:
         MisconfigurationException: for fewer steps, or inside a verification.
@@ -89,9 +90,9 @@ def verify(launch: Launch, steps: int) -> Report:
         )
     with tempfile.TemporaryDirectory(prefix="leyden-verify-") as folder:
 
-        def run(name: str, **environment: str) -> dict[str, Any]:
+        def run(name: str, **fixed: str) -> dict[str, Any]:
             task = Task(folder, name, middle=steps // 2, stop=steps, resume=name != "whole")
-            _run(launch(task), task, environment)
+            _run(launch(task), task, {**(environment or {}), **fixed})
             found: dict[str, Any] = torch.load(task.record, weights_only=True)
             return found
 
@@ -126,8 +127,7 @@ def verify(launch: Launch, steps: int) -> Report:
 
 
 def _run(command: list[str], task: Task, environment: Mapping[str, str]) -> None:
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    inherited = {**os.environ, "PYTHONPATH": path, **environment, INSIDE: task.name}
+    inherited = {**os.environ, **environment, INSIDE: task.name}
     done = subprocess.run(
         command, env=inherited, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", check=False,
@@ -152,17 +152,9 @@ def verify_objects(trainer: Any, steps: int, **arguments: Any) -> Report:
         payload.write_bytes(_pickled(trainer, arguments))
         main = getattr(sys.modules.get("__main__"), "__file__", None) or ""
         code = "import sys; from leyden.loops.verify import child; child(*sys.argv[1:])"
-        return verify(
-            lambda task: [
-                sys.executable,
-                "-c",
-                code,
-                str(task.write()),
-                str(payload),
-                os.path.abspath(main) if main else "",
-            ],
-            steps,
-        )
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # what can be imported here, can be there
+        rest = [str(payload), os.path.abspath(main) if main else ""]
+        return verify(lambda task: [sys.executable, "-c", code, str(task.write()), *rest], steps, {"PYTHONPATH": path})
 
 
 def _pickled(trainer: Any, arguments: dict[str, Any]) -> bytes:
