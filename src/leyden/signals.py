@@ -33,7 +33,8 @@ class Interrupt:
 
     Handlers that were there before are called as well, and are back afterwards. A signal that is ignored stays ignored,
     one with a handler outside of Python (``faulthandler.register``) is left alone, and so is one that is answered by an
-    ``AnswersSignals``. In a forked process the handlers that were there before act, as if there were no run.
+    ``AnswersSignals``. In a forked process the handlers that were there before act, as if there were no run; a worker of a
+    DataLoader does nothing.
 
     With several processes, all must stop after the same batch, and no ordinary batch may pay for the agreement. So it is
     the strategy that turns "asked" into ``received``, by the function that this gets. One process decides at once.
@@ -117,7 +118,8 @@ class Interrupt:
     def _note(self, number: int, frame: FrameType | None) -> None:
         former = self._former[number]
         if os.getpid() != self._pid:
-            _act(former, number, frame)
+            if not _starts_worker(frame):
+                _act(former, number, frame)
             return
         first = number not in self._seen and self._seen.issubset(_WARNINGS)
         self._seen.add(number)
@@ -157,6 +159,15 @@ def _act(former: Any, number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     os._exit(128 + number)  # the first process of a container has no default action
+
+
+def _starts_worker(frame: FrameType | None) -> bool:
+    """Whether this is a DataLoader's worker, which ends when the main process does: a fork keeps the callers' frames."""
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.data.dataloader" and frame.f_code.co_name == "__init__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _below_python(number: int) -> int | None:

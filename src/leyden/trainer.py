@@ -6,14 +6,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from leyden import vintage
-from leyden.data.loaders import says_workers_are_gone
 from leyden.errors import MisconfigurationException
+from leyden.loggers.base import keeps_position
 from leyden.loggers.history import History
 from leyden.loops import resolve, snapshot
 from leyden.loops.evaluate import EvaluationLoop
@@ -25,7 +25,6 @@ from leyden.loops.start import (
     check,
     configure_optimizers,
     epoch_bounds,
-    find_checkpoint,
     log_hyperparams,
     make_session,
     unwrap,
@@ -328,30 +327,21 @@ class Trainer(TrainerFace):
                     yield
                     self.state.status = TrainerStatus.FINISHED
                 except BaseException as exception:
-                    ending = exception
-                    # signals go to worker processes too: those that end at once are no error of its own then
-                    if self._interrupt.received and says_workers_are_gone(exception):
-                        ending, self._interrupt.answered = self._interrupt.exception(), True
-                    self._fail(ending)
+                    ending = self._fail(exception)
                     if not self._returns_after(ending):
                         if ending is exception:
                             raise
                         raise ending from exception
                 else:
                     if self._interrupt.received:  # while everybody was told that the run is over
+                        from leyden.loops import leave  # noqa: PLC0415  # few runs end so
+
                         self._interrupt.answered = True
-                        self._leave()
+                        leave.leave(self, self._session, self._cluster, self._interrupt)
                         if not self._returns_after(self._interrupt.exception()):
                             raise self._interrupt.exception()
         finally:
             self._release()
-
-    def _leave(self) -> None:
-        """Save what a signal has ended; under SLURM, have the job started anew."""
-        if self._interrupt.answered and self._interrupt.number is not None:
-            from leyden.loops import leave  # noqa: PLC0415  # few runs end so
-
-            leave.leave(self, self._session, self._cluster, self._interrupt.number)
 
     def _returns_after(self, exception: BaseException) -> bool:
         """Whether a run that ends with ``exception`` returns to its caller: after Ctrl-C, and inside another run."""
@@ -415,6 +405,7 @@ class Trainer(TrainerFace):
                 checkpoint, str(path), strategy=strategy, progress=self.progress, results=self.results,
                 max_epochs=self.fit_loop.max_epochs,
             )  # fmt: skip
+            self._rewind()
         if path is not None:
             rank_zero_info(f"{'Restored the run' if fitting else 'Loaded the weights'} from {path}.")
         model.zero_grad()
@@ -437,13 +428,13 @@ class Trainer(TrainerFace):
         """Resolve ``"best"``, ``"last"``, a path, or what ``trainer.ckpt_path`` was set to."""
         fn = self.state.fn
         assert fn is not None
-        if self._ckpt_path_set and given is not None:
+        if self._ckpt_wish and given is not None:
             rank_zero_warn(
-                f"trainer.ckpt_path is {self._ckpt_path!r}, but {fn}(ckpt_path={given!r}) was called: that one is taken."
+                f"trainer.ckpt_path is {self._ckpt_wish!r}, but {fn}(ckpt_path={given!r}) was called: that one is taken."
             )
-            self._ckpt_path_set = False
-        elif self._ckpt_path_set:
-            given = self._ckpt_path
+            self._ckpt_wish = None
+        elif self._ckpt_wish:
+            given = self._ckpt_wish
         if given is None and fn is TrainerFn.FITTING:
             given = vintage.earlier_session(self, self._vintage)
         if given == "hpc" or (self._cluster is not None and fn is TrainerFn.FITTING):
@@ -456,8 +447,23 @@ class Trainer(TrainerFace):
                 rank_zero_info(
                     f"Trainer.{fn}() without a model takes the best weights. Pass the model for its weights as they are."
                 )
-        self._ckpt_path = find_checkpoint(given, str(fn), self.checkpoint_callbacks, self.log_dir)
-        return self._ckpt_path
+        if given is None:
+            self._ckpt_path = None
+            return None
+        from leyden.loops import resume  # noqa: PLC0415  # only a run that goes on with another
+
+        self._ckpt_path = path = resume.find_checkpoint(given, self)
+        if fn is TrainerFn.FITTING:
+            if path is not None:
+                resume.continue_runs(self._loggers, path)
+            else:
+                resume.set_aside(self._loggers)
+        return path
+
+    def _rewind(self) -> None:
+        from leyden.loops import resume  # noqa: PLC0415  # only a run that goes on with another
+
+        resume.rewind(self._loggers)
 
     def _sanity_check(self, session: Session) -> None:
         """Run a few validation batches ahead of training; they leave no trace in metrics, loggers or generators."""
@@ -490,15 +496,16 @@ class Trainer(TrainerFace):
             self._profiler.describe()
             self._profiler.teardown(stage=str(fn))
 
-    def _fail(self, exception: BaseException) -> None:
-        """Tell everybody that the run ends with ``exception``; what goes wrong on the way must not take its place."""
+    def _fail(self, exception: BaseException) -> BaseException:
+        """Tell everybody what the run ends with, and return that: ``exception``, or what it stands for."""
         from leyden.loops import leave  # noqa: PLC0415  # few runs end so
 
         self.state.status = TrainerStatus.INTERRUPTED
+        ending = leave.ending(self, self._session, exception, self._interrupt)
         try:
             if self._session is not None:
-                leave.tell(self, exception, self._interrupt)
-            self._leave()
+                leave.tell(self, ending, self._interrupt)
+            leave.leave(self, self._session, self._cluster, self._interrupt)
         finally:
             if self._recorder is not None:
                 self._recorder.close("failed", reraise=False)
@@ -506,6 +513,7 @@ class Trainer(TrainerFace):
                 self._strategy.teardown()
                 if self._profiler is not None:
                     self._profiler.teardown(stage=str(self.state.fn))
+        return ending
 
     def _release(self) -> None:
         """Let go of the session: nothing that a run made outlives it."""
@@ -541,6 +549,8 @@ class Trainer(TrainerFace):
             raise AttributeError("Trainer.save_checkpoint(): this Trainer has no module yet. Run fit first.")
         checkpoint_io = self._strategy.checkpoint_io
         checkpoint_io.settle()  # a failed save changes what the state of its callback says
+        if self._recorder is not None and not weights_only and any(map(keeps_position, self._loggers)):
+            self._recorder.settle()  # the checkpoint says how far the logs reach
         with self.results.inside("on_save_checkpoint"):
             checkpoint = snapshot.gather(
                 trainer=self,
@@ -561,16 +571,6 @@ class Trainer(TrainerFace):
             checkpoint_io.settle()  # nothing goes on that could use the time
         self._strategy.barrier("Trainer.save_checkpoint")
 
-    def record(self, metrics: Mapping[str, float], step: int) -> None:
-        """Send a row of a callback's own to all loggers, without waiting for them.
-
-        Args:
-            metrics: Numbers by name; not to be changed afterwards.
-            step: The row's place on the x-axis.
-        """
-        if self._recorder is not None and self._loggers:
-            self._recorder.put(metrics, step)
-
     @contextlib.contextmanager
     def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
         """Build a module directly on the device and in the number format of this Trainer.
@@ -584,13 +584,3 @@ class Trainer(TrainerFace):
             if empty_init:
                 stack.enter_context(WithoutInit())
             yield
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print on rank 0, without disturbing the progress bar."""
-        if not self.is_global_zero:
-            return
-        bar = self.progress_bar_callback
-        if bar is not None and getattr(bar, "is_enabled", True):
-            bar.print(*args, **kwargs)
-        else:
-            print(*args, **kwargs)

@@ -541,7 +541,7 @@ class ModelCheckpoint(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what ``state_dict`` returned; in another folder only ``best_model_path``."""
-        self.best_model_path = state_dict["best_model_path"]
+        self.best_model_path = state_dict.get("best_model_path", "")
         before = state_dict.get("dirpath", self.dirpath)
         if before != self.dirpath:
             rank_zero_warn(
@@ -549,7 +549,7 @@ class ModelCheckpoint(Checkpoint):
                 " ModelCheckpoint only `best_model_path` is taken over, the top k start anew."
             )
             return
-        self.best_model_score = state_dict["best_model_score"]
+        self.best_model_score = state_dict.get("best_model_score")
         self.current_score = state_dict.get("current_score", self.current_score)
         self.best_k_models = dict(state_dict.get("best_k_models", self.best_k_models))
         self.kth_best_model_path = state_dict.get("kth_best_model_path", self.kth_best_model_path)

@@ -21,6 +21,7 @@ import torch
 
 from leyden import files
 from leyden.callbacks.checkpoint_files import is_url, paths_in
+from leyden.data.loaders import says_workers_are_gone
 from leyden.errors import CheckpointNotFoundError
 from leyden.loops.session import Session
 from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
@@ -63,12 +64,38 @@ def _settle(trainer: Any, exception: BaseException) -> None:
             rank_zero_warn(f"A checkpoint could not be written while {type(exception).__name__} ended the run: {error}")
 
 
-def leave(trainer: Any, session: Session | None, cluster: Any, number: int) -> None:
-    """Save what signal ``number`` has ended; have the job started anew, where that is what the signal means.
+def ending(trainer: Any, session: Session | None, error: BaseException, interrupt: Interrupt) -> BaseException:
+    """Return what a run ends with that ``error`` has ended: the signal, where that has ended its workers before."""
+    if not (interrupt.received and says_workers_are_gone(error)):
+        return error
+    interrupt.answered = is_whole(trainer, session, error)
+    return interrupt.exception()
+
+
+def is_whole(trainer: Any, session: Session | None, error: BaseException) -> bool:
+    """Whether ``error``, of a loader, came while a loop asked for a batch: between two steps then, not inside one."""
+    trace, ours, asked = error.__traceback__, False, False
+    while trace is not None:
+        home = trace.tb_frame.f_globals.get("__name__", "")
+        if home.startswith("leyden.loops.") and not home.startswith("leyden.loops.batches"):
+            ours, asked = True, False
+        elif ours:  # the first frame below our loops tells
+            ours, asked = False, home.startswith(("torch.utils.data.", "leyden.data.", "leyden.loops.batches"))
+        trace = trace.tb_next
+    evaluation = trainer.fit_loop.validation
+    inside = session is not None and (trainer.validating or trainer.sanity_checking)
+    return asked and (not inside or evaluation.cuts(session))
+
+
+def leave(trainer: Any, session: Session | None, cluster: Any, interrupt: Interrupt) -> None:
+    """Save what a signal has ended between two steps; have the job started anew, where that is what the signal means.
 
     Raises:
         CheckpointError: when it cannot be saved.
     """
+    number = interrupt.number
+    if number is None or not interrupt.answered:
+        return
     name = signal.Signals(number).name
     if trainer.state.fn is not TrainerFn.FITTING or session is None:
         rank_zero_info(f"{name}: Trainer.{trainer.state.fn} stops here.")
@@ -89,18 +116,17 @@ def leave(trainer: Any, session: Session | None, cluster: Any, number: int) -> N
 
 def _in_folder(trainer: Any) -> str:
     """Save in the folder of the callback that saves checkpoints, unless that step is there; return the path."""
-    for callback in trainer.checkpoint_callbacks:
+    callbacks, step = trainer.checkpoint_callbacks, trainer.global_step
+    written = [path for callback in callbacks for path in getattr(callback, "files", ())]
+    current = trainer.strategy.broadcast(next((path for path in written if _resumes_at(path, step)), ""))
+    if current:
+        return str(current)
+    for callback in callbacks:
         ledger, folder = getattr(callback, "ledger", None), getattr(callback, "dirpath", None)
-        if ledger is None or not folder:
-            continue
-        step = trainer.global_step
-        current = next((path for path in callback.files if _resumes_at(path, step)), "")
-        current = trainer.strategy.broadcast(current)
-        if current:
-            return str(current)
-        with ledger.interrupt(trainer, folder, _SUFFIX) as path:
-            trainer.save_checkpoint(path)
-        return str(path)
+        if ledger is not None and folder:
+            with ledger.interrupt(trainer, folder, _SUFFIX) as path:
+                trainer.save_checkpoint(path)
+            return str(path)
     return ""
 
 

@@ -19,16 +19,13 @@ import inspect
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from types import MethodType
 from typing import Any, Generic, TypeVar, cast
 
 from leyden import files
-from leyden.errors import CheckpointError
 from leyden.hooks import is_written
 from leyden.hparams import AttributeDict, constructor_kwargs, load_hparams_from_tags_csv, running_arguments
 from leyden.loading import apply_state_dict
-from leyden.runtime.ranks import rank_zero_warn
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -90,22 +87,13 @@ def earlier_session(trainer: Any, wishes: Any) -> Any:
     savers = [each for each in trainer.checkpoint_callbacks if not getattr(each, "save_weights_only", False)]
     if trainer.checkpoint_callbacks and not savers:
         return None  # training cannot go on from weights alone
-    began = getattr(trainer.logger, "began", math.inf)
-    found = [files.newest(f"{trainer.log_dir}/checkpoints")]
-    found += [_newest_since(began, folder) for each in savers if (folder := getattr(each, "dirpath", None))]
+    folders = [folder for each in savers if (folder := getattr(each, "dirpath", None))]
+    # several versions may share a callback's folder
+    found = [
+        files.newest(f"{trainer.log_dir}/checkpoints"),
+        files.newest(folders, since=getattr(trainer.logger, "began", math.inf)),
+    ]
     return max((path for path in found if path), key=lambda path: files.recorded_step(path) or 0, default=None)
-
-
-def _newest_since(began: float, folder: str) -> Path | None:
-    """Return the newest of the checkpoints in a folder that were written after ``began``: several versions may share it."""
-    steps: dict[Path, int] = {}
-    for path in Path(folder).glob(f"*{files.SUFFIX}"):
-        try:
-            if path.stat().st_mtime >= began:
-                steps[path] = files.recorded_step(path) or 0
-        except (CheckpointError, FileNotFoundError) as error:
-            rank_zero_warn(f"Passed over while looking for the session to restore: {error}")
-    return max(steps, key=lambda path: steps[path], default=None)
 
 
 def writes_2019(module: Any) -> bool:
