@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Generic, TypeVar, overload
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from leyden.loops.session import Session
 from leyden.progress import Progress
 from leyden.results import Results, to_floats
 from leyden.runtime.ranks import say
+from leyden.signals import Interrupt
 from leyden.strategies import Strategy
 from leyden.types import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from leyden.vintage import VintageTrainer
@@ -64,6 +66,8 @@ class TrainerFace(VintageTrainer):
     _accelerator: Any
     _datamodule: Any
     _session: Session | None
+    _recorder: Any
+    _interrupt: Interrupt
     _ckpt_path: Any
 
     accumulate_grad_batches = Knob[int]()
@@ -151,8 +155,8 @@ class TrainerFace(VintageTrainer):
 
     @property
     def received_sigterm(self) -> bool:
-        """Whether the process was asked to end."""
-        return False
+        """Whether a signal asked the process to end, in this run: SIGTERM, or SIGUSR1 or SIGUSR2, which announce it."""
+        return self._interrupt.terminates
 
     @property
     def global_step(self) -> int:
@@ -185,6 +189,7 @@ class TrainerFace(VintageTrainer):
         return self.fit_loop.min_epochs if self._bounds_known else self.config.min_epochs
 
     _bounds_known = False
+    _ckpt_path_named = False
     _ckpt_wish: Any = None
     """What ``ckpt_path`` was set to; it holds until it is reset."""
 
@@ -478,6 +483,33 @@ class TrainerFace(VintageTrainer):
     @ckpt_path.setter
     def ckpt_path(self, path: Any) -> None:
         self._ckpt_path = self._ckpt_wish = path
+
+    @property
+    def named_ckpt_path(self) -> Any:
+        """``ckpt_path``, if it is a path that the user gave; None if the Trainer looked for it (``"last"``, ``"best"``)."""
+        return self._ckpt_path if self._ckpt_path_named else None
+
+    # ------------------------------------------------------------------ what callbacks may say
+
+    def record(self, metrics: Mapping[str, float], step: int) -> None:
+        """Send a row of a callback's own to all loggers, without waiting for them.
+
+        Args:
+            metrics: Numbers by name; not to be changed afterwards.
+            step: The row's place on the x-axis.
+        """
+        if self._recorder is not None and self._loggers:
+            self._recorder.put(metrics, step)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on rank 0, without disturbing the progress bar."""
+        if not self.is_global_zero:
+            return
+        bar = self.progress_bar_callback
+        if bar is not None and getattr(bar, "is_enabled", True):
+            bar.print(*args, **kwargs)
+        else:
+            print(*args, **kwargs)
 
     # ------------------------------------------------------------------ devices
 

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from leyden import files
 from leyden.callbacks.checkpoint_files import default_folder, paths_in
-from leyden.errors import CheckpointError, MisconfigurationException, PossibleUserWarning
+from leyden.errors import CheckpointDamagedError, CheckpointError, MisconfigurationException, PossibleUserWarning
 from leyden.hooks import is_written
 from leyden.loggers.base import Logger
 from leyden.loggers.folder import FolderLogger
@@ -120,8 +120,16 @@ class _Places:
             CheckpointError: when there are files and none of them can be used: to begin anew would be a surprise.
         """
         folders = list(dict.fromkeys([*self.named, *(self.runs[0] if self.runs else [])]))
-        found = [path for folder in folders if (path := _newest(folder)) is not None]
+        found, damaged = [], []
+        for folder in folders:
+            try:
+                if (path := files.newest(folder)) is not None:
+                    found.append(path)
+            except CheckpointDamagedError as error:  # another folder may have a good one
+                damaged.append(error)
         if not found:
+            if damaged:
+                raise damaged[0]
             if any(_last_written(folder) for folder in folders):
                 raise CheckpointError(
                     f"ckpt_path='last': none of the checkpoints in {[f for f in folders if _last_written(f)]} can be used;"
@@ -137,13 +145,6 @@ class _Places:
 def _folders(callback: Any) -> list[str]:
     last, folder = getattr(callback, "last_model_path", ""), getattr(callback, "dirpath", None)
     return [os.path.dirname(str(last))] * bool(last) + [str(folder)] * bool(folder)
-
-
-def _newest(folder: str) -> Any:
-    if not files.is_remote(folder):
-        return files.newest(folder)
-    paths = [path for path in paths_in(folder) if path.endswith(files.SUFFIX)]
-    return max((path for path in paths if skim(path)), key=_step, default=None)
 
 
 def _step(path: Any) -> int:
