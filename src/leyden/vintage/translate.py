@@ -69,6 +69,7 @@ def arguments(old: Mapping[str, Any], given: dict[str, Any], hint: Callable[[str
     _precision(old, given)
     _callbacks(old, given)
     _defaults(given)
+    given["semantics"] = given["semantics"] or "leyden"  # what a program imports changes nothing for 2019's arguments
     every = old.get("log_save_interval", 0)
     if not isinstance(every, int) or isinstance(every, bool) or every < 0:
         raise MisconfigurationException(
