@@ -15,8 +15,9 @@ from leyden.errors import MisconfigurationException
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what python itself takes: a script, or ``-m`` and a module, and the program's own arguments."""
     parser.usage = "leyden run script.py [arguments]\n       leyden run -m package.module [arguments]"
-    parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="a module, and its arguments")
-    parser.add_argument("script", nargs=argparse.REMAINDER, help="a script, and its arguments")
+    parser.prefix_chars = "\0"  # no word is an option of ours: all belong to python and to the program
+    parser.add_argument("program", nargs=argparse.REMAINDER, help="what would follow python on the command line")
+    parser.set_defaults(print_help=parser.print_help)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -28,9 +29,15 @@ def main(options: argparse.Namespace) -> int:
     Raises:
         MisconfigurationException: if nothing is named, or this python ignores its environment.
     """
-    program = ["-m", *options.module] if options.module is not None else list(options.script)
-    if program in ([], ["-m"]):
-        raise MisconfigurationException("What is to run? Name a script, or -m and a module; its arguments follow.")
+    program = list(options.program)
+    if program in (["-h"], ["--help"]):
+        options.print_help()
+        return 0
+    if not program or program == ["-m"] or (program[0].startswith("-") and program[0][:2] not in ("-m", "-c")):
+        raise MisconfigurationException(
+            "What is to run? Name a script, or -m and a module; its arguments follow. Options of python itself go to python:"
+            " python -O -m leyden run script.py."
+        )
     if sys.flags.ignore_environment or sys.flags.no_site:
         raise MisconfigurationException(
             "This python was started with -E, -I or -S, and would ignore what tells it of the import names (PYTHONPATH)."
