@@ -21,6 +21,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) -e '.[dev]'
+# alone and without what it asks for: its own pin of torch would fetch another build. Only its MNIST is used, in a test
+	$(PIP) --no-deps "$$(grep '^torchvision==' constraints.txt)"
 	@touch $@
 
 demo: $(READY)
