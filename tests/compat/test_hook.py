@@ -77,7 +77,7 @@ def test_star_imports_give_the_names_of_the_module() -> None:
     assert scope["ModelCheckpoint"] is leyden.callbacks.ModelCheckpoint
 
 
-def test_names_of_2019() -> None:
+def test_old_import_lines_of_2019() -> None:
     import pytorch_lightning as ptl
     import test_tube
     from pytorch_lightning.callbacks.pt_callbacks import ModelCheckpoint

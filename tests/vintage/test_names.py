@@ -46,7 +46,9 @@ PAGE = (TESTS / "page.md").read_text(encoding="utf-8")
 
 
 def written_tests() -> set[str]:
-    files = [*TESTS.glob("test_*.py"), ROOT / "tests" / "acceptance" / "test_article_listing.py"]
+    others = ("acceptance/test_article_listing.py", "loggers/test_experiment.py", "compat/test_hook.py")
+    files = [*TESTS.glob("test_*.py"), *(ROOT / "tests" / other for other in others)]
+    files += [path for folder in ("search", "slurm") for path in (ROOT / "tests" / folder).glob("test_*.py")]
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
     return {
         node.name
