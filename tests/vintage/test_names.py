@@ -18,7 +18,7 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent.parent
 SOURCE = ROOT / "src" / "leyden"
 
-HOMES = ("vintage/", "loggers/experiment.py", "search/", "compat/")
+HOMES = ("vintage/", "loggers/experiment.py", "loggers/git.py", "search/", "compat/")
 ALSO_TODAY = {
     # words that the core uses for things of its own
     "experiment", "checkpoint_callback", "progress_bar",
