@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import pickle
 import pkgutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -182,6 +184,39 @@ def test_a_checkpoint_that_names_old_classes_opens(tmp_path: Path) -> None:
     read_back = torch.load(path, weights_only=False)
     assert type(read_back["hparams"]) is type(written["hparams"])
     assert read_back["hparams"].width == 3
+
+
+def test_a_function_that_uses_a_module_travels() -> None:
+    cloudpickle = pytest.importorskip("cloudpickle")
+    scope: dict[str, object] = {}
+    exec("import lightning.pytorch as pl\ndef make():\n    return pl.Trainer", scope)
+    assert cloudpickle.loads(cloudpickle.dumps(scope["make"]))() is leyden.Trainer
+    assert copy.copy(scope["pl"]) is copy.deepcopy(scope["pl"]) is scope["pl"]
+
+
+def test_a_function_brings_the_names_to_another_process() -> None:
+    cloudpickle = pytest.importorskip("cloudpickle")
+    scope: dict[str, object] = {}
+    exec("import lightning.pytorch as pl\ndef make():\n    return pl.__version__", scope)
+    script = f"import cloudpickle; print(cloudpickle.loads({cloudpickle.dumps(scope['make'])!r})())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "2.6.6\n"
+
+
+def test_threads_that_import_at_once_get_the_same() -> None:
+    found: list[object] = []
+
+    def look() -> None:
+        from lightning.pytorch.callbacks import Timer
+
+        found.append(Timer)
+
+    threads = [threading.Thread(target=look) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [leyden.callbacks.Timer] * 8
 
 
 def test_mock_reaches_the_classes() -> None:

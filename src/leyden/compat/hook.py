@@ -42,6 +42,10 @@ class ForeignModule(ModuleType):
     def __dir__(self) -> list[str]:
         return sorted({*self.__dict__, *members(self.__name__, _finder.modules)})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to another process by name: cloudpickle knows modules by their exact type only."""
+        return arrive, (self.__name__,)
+
 
 _TRAINER = Target("leyden", "Trainer")
 
@@ -113,6 +117,12 @@ def install() -> None:
         _finder.modules = read()
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
+
+
+def arrive(name: str) -> ModuleType:
+    """Return the module of that name, in a process to which it was sent: the names are installed there, too."""
+    install()
+    return importlib.import_module(name)
 
 
 def uninstall() -> None:
