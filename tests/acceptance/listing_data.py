@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
 import types
 import warnings
@@ -14,6 +16,8 @@ import torch
 from torch.utils.data import Dataset
 
 FILES = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"
+BESIDE = Path(sys.prefix) / "beside"
+_loaded: dict[str, types.ModuleType] = {}
 OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # it takes them back when it is collected
 
 
@@ -50,18 +54,35 @@ def stand_in() -> dict[str, types.ModuleType]:
     return parts
 
 
-def import_torchvision() -> None:
-    """Import the real torchvision; beside a torch of another build, the two operators that it then misses are defined."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own parts that it does without
-        try:
-            import torchvision
-        except RuntimeError as error:
-            if "torchvision::nms" not in str(error):
-                raise
-            for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-                del sys.modules[name]
-            for name in ("nms", "qnms"):
-                OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision.datasets
-        import torchvision.transforms  # noqa: F401
+def has_torchvision() -> bool:
+    """Whether it is installed, as ``make`` does it or as usual."""
+    return (BESIDE / "torchvision").is_dir() or importlib.util.find_spec("torchvision") is not None
+
+
+def torchvision() -> dict[str, types.ModuleType]:
+    """Return the modules of the real torchvision, imported once; they are not left in ``sys.modules``.
+
+    Beside a torch of another build, the two operators that it then misses are defined.
+    """
+    if not _loaded:
+        sys.path.append(str(BESIDE))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own parts that it does without
+            try:
+                importlib.import_module("torchvision")
+            except RuntimeError as error:
+                if "torchvision::nms" not in str(error):
+                    raise
+                _take()
+                for name in ("nms", "qnms"):
+                    OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            importlib.import_module("torchvision.datasets")
+            importlib.import_module("torchvision.transforms")
+        sys.path.remove(str(BESIDE))
+        _loaded.update(_take())
+    return _loaded
+
+
+def _take() -> dict[str, types.ModuleType]:
+    names = [name for name in sys.modules if name.partition(".")[0] == "torchvision"]
+    return {name: sys.modules.pop(name) for name in names}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import importlib.util
 import os
 import runpy
 import subprocess
@@ -32,7 +31,7 @@ BATCHES = 187  # a tenth of 1,875
 pytestmark = pytest.mark.timeout(600)  # 60,000 images are decoded one by one, on a machine that others share
 no_files = pytest.mark.skipif(not FILES.is_dir(), reason=f"The files of MNIST are not in {FILES}.")
 no_torchvision = pytest.mark.skipif(
-    importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed: run `make`."
+    not listing_data.has_torchvision(), reason="torchvision is not installed: run `make`."
 )
 
 
@@ -47,16 +46,15 @@ def cases(daily: int) -> list[Any]:
 def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """The name of the data, and a folder in which the listing finds them; torchvision is imported, or what stands in."""
     folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "mnist":
+        raw = folder / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        for path in FILES.glob("*.gz"):
+            (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "synthetic":
-            for name, module in listing_data.stand_in().items():
-                patch.setitem(sys.modules, name, module)
-        else:
-            raw = folder / "MNIST" / "raw"
-            raw.mkdir(parents=True)
-            for path in FILES.glob("*.gz"):
-                (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-            listing_data.import_torchvision()
+        modules = listing_data.stand_in() if request.param == "synthetic" else listing_data.torchvision()
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
         yield request.param, folder
 
 

@@ -18,9 +18,7 @@ if "LISTING_WEIGHTS" in os.environ:
     import listing_data
 
     sys.path.pop()
-    if os.environ["LISTING_DATA"] == "synthetic":
-        sys.modules.update(listing_data.stand_in())
-    else:
-        listing_data.import_torchvision()
+    real = os.environ["LISTING_DATA"] == "mnist"
+    sys.modules.update(listing_data.torchvision() if real else listing_data.stand_in())
     torch.manual_seed(int(os.environ["LISTING_SEED"]))
     atexit.register(_save)
