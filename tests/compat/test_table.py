@@ -45,13 +45,13 @@ def paths_in(text: str) -> set[str]:
 
 
 def test_no_other_file_mentions_the_paths_of_lightning() -> None:
-    """The registries may; today none does. 2019 wrote its logs into a folder named after its tracker."""
+    """But the registries: ``archive.py`` lists whose pickled classes a checkpoint may name."""
     source = ROOT / "src" / "leyden"
     known = {}
     for path in source.rglob("*.py"):
         relative = path.relative_to(source).as_posix()
         found = paths_in(path.read_text(encoding="utf-8"))
-        if found and not relative.startswith("compat/"):
+        if found and not relative.startswith(("compat/", "archive.py")):
             known[relative] = found
     assert known == {}
 

@@ -27,7 +27,7 @@ ALSO_TODAY = {
     "on_save_checkpoint", "on_load_checkpoint", "on_before_zero_grad", "on_after_backward", "current_epoch",
     "global_step", "example_input_array", "freeze", "unfreeze", "fit", "summarize", "check_val_every_n_epoch",
     "fast_dev_run", "accumulate_grad_batches", "val_check_interval", "monitor", "min_delta", "patience", "verbose",
-    "mode", "save_weights_only", "process_position",
+    "mode", "save_weights_only", "process_position", "cluster",
     # callbacks had hooks of these names later, and are told what they are called today
     "on_epoch_start", "on_epoch_end", "on_batch_start", "on_batch_end",
 }  # fmt: skip

@@ -18,6 +18,7 @@ from leyden.version import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "compat": ("leyden.cli.compat", "what of Lightning a code base uses, and what of it Leyden lacks"),
     "run": ("leyden.cli.run", "run a script written for Lightning, or for 2019, on Leyden, unchanged"),
+    "ckpt": ("leyden.cli.ckpt", "look into checkpoints, check them, compare two"),
 }
 """Name of each subcommand, the module that has it, and one line of help."""
 
