@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import IO, Any
+from typing import Any
 
 from leyden import files
 from leyden.callbacks.checkpoint_files import default_folder, paths_in
@@ -215,57 +212,12 @@ def set_aside(loggers: Iterable[Any]) -> None:
 
 
 def skim(path: Any) -> dict[str, Any]:
-    """Return the plain data of a checkpoint, without its tensors; nothing of the file is run, nothing else is read.
+    """Return what is in a checkpoint, without its tensors and without running anything of it.
 
-    Whatever is not plain data is an empty object. Empty for a file that is not there or no checkpoint: what is wrong
-    with it is said when it is read.
+    Empty for a file that is not there or is no checkpoint: what is wrong with it is said when it is read.
     """
     try:
-        with _opened(str(path)) as stream, zipfile.ZipFile(stream) as archive:
-            name = next(name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl")
-            with archive.open(name) as data:
-                found = _Skimmer(data).load()
-    except Exception:
+        found = files.look(path)
+    except (CheckpointError, OSError):
         return {}
     return dict(found) if isinstance(found, Mapping) else {}
-
-
-def _opened(path: str) -> IO[bytes]:
-    if not files.is_remote(path):
-        return open(files.local_path(path), "rb")
-    import fsspec  # noqa: PLC0415  # only for remote files
-
-    opened: IO[bytes] = fsspec.open(path, "rb").open()
-    return opened
-
-
-class _Skimmer(pickle.Unpickler):
-    """Builds containers and numbers, and a placeholder for everything else: no class of the file is looked up."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Placeholder
-
-    def persistent_load(self, pid: Any) -> Any:
-        return None
-
-
-class _Placeholder:
-    """Stands for what is not plain data; accepts all that a pickle may do to it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, item: Any) -> None:
-        """Accept an item of a list."""
-
-    def extend(self, items: Any) -> None:
-        """Accept items of a list."""
-
-    def add(self, item: Any) -> None:
-        """Accept an item of a set."""
