@@ -52,7 +52,7 @@ _NAMES = {
     "rank_zero_warn": "leyden.runtime.ranks",
 }
 _ALIASES = {"LightningModel": "LightningModule"}
-_MODULES = ("callbacks", "loggers", "profilers", "strategies", "precision", "search")
+_MODULES = ("callbacks", "checkpoint_io", "loggers", "profilers", "strategies", "precision", "search")
 
 __all__ = ["__version__", *_NAMES]
 

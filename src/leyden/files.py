@@ -263,12 +263,15 @@ def _names(folder: Path) -> str:
 # --------------------------------------------------------------------------------------------- find and remove
 
 
-def newest(folder: PathLike | Iterable[PathLike], suffix: str = SUFFIX) -> Path | str | None:
+def newest(
+    folder: PathLike | Iterable[PathLike], suffix: str = SUFFIX, *, since: float = -math.inf
+) -> Path | str | None:
     """Return the good checkpoint with the highest ``global_step`` in a folder, or in several; None if there is none.
 
     The step is the one recorded inside; names do not count, and the time of writing only between equals. The one that
     is returned was compared with its checksums. One that is damaged, or that cannot be opened without running its code,
     is passed over with a warning that names it and the one that is taken. Of a remote folder, every file is fetched.
+    What was written before ``since`` (seconds since 1970) does not count; nor does a remote file then.
 
     Returns:
         The path; a URL, if the folder is remote.
@@ -277,7 +280,7 @@ def newest(folder: PathLike | Iterable[PathLike], suffix: str = SUFFIX) -> Path 
         CheckpointDamagedError: if there are checkpoints, and all of them are damaged.
     """
     places = [folder] if isinstance(folder, (str, os.PathLike)) else list(folder)
-    found, passed_over = _newest(places, suffix)
+    found, passed_over = _newest(places, suffix, since=since)
     if found is None and any(isinstance(error, CheckpointDamagedError) for error in passed_over):
         reasons = " ".join(map(str, passed_over))
         raise CheckpointDamagedError(
@@ -291,7 +294,7 @@ def newest(folder: PathLike | Iterable[PathLike], suffix: str = SUFFIX) -> Path 
 
 
 def _newest(
-    places: Iterable[PathLike], suffix: str, but: Path | None = None
+    places: Iterable[PathLike], suffix: str, but: Path | None = None, since: float = -math.inf
 ) -> tuple[Path | str | None, list[CheckpointError]]:
     """Return the newest good checkpoint, and why others, that might be newer, are not."""
     found: list[tuple[int, float, str, Path | str]] = []
@@ -300,6 +303,8 @@ def _newest(
         if path == but:
             continue
         try:
+            if since > -math.inf and (not isinstance(path, Path) or path.stat().st_mtime < since):
+                continue
             step = recorded_step(path)
             if step is not None:
                 found.append((step, path.stat().st_mtime_ns if isinstance(path, Path) else 0, str(path), path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,12 @@ from leyden.errors import CheckpointError
 from leyden.loading import apply_state_dict, clean_names
 from leyden.optim import LightningOptimizer
 from leyden.precision import Precision
+from leyden.signals import Interrupt
 from leyden.tree import move_to
 from leyden.types import PathLike
+
+if TYPE_CHECKING:
+    from leyden.checkpoint_io.base import CheckpointIO
 
 T = TypeVar("T")
 
@@ -28,13 +32,20 @@ class Strategy:
     Args:
         device: The device of this process.
         precision: The number format; None is 32-true.
+        checkpoint_io: Writes, reads and removes checkpoints; None keeps them in files.
     """
 
     strategy_name = "single"
 
-    def __init__(self, device: torch.device | str = "cpu", precision: Precision | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        precision: Precision | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+    ) -> None:
         self._root_device = torch.device(device)
         self.precision = precision or Precision()
+        self._checkpoint_io = checkpoint_io
         self.module: Any = None
         self.optimizers: list[Optimizer] = []
         self.lightning_optimizers: list[LightningOptimizer] = []
@@ -114,7 +125,13 @@ class Strategy:
             ]
 
     def teardown(self) -> None:
-        """Let go of what only the run needed; bring the module and the optimizer state back to the host."""
+        """Let go of what only the run needed; bring the module and the optimizer state back to the host.
+
+        Raises:
+            Exception: what a checkpoint that was still being written failed with.
+        """
+        if self._checkpoint_io is not None:
+            self._checkpoint_io.teardown()
         for wrapped in self.lightning_optimizers:
             wrapped.release()  # user code may have kept it
         self._step = self._manual_backward = None
@@ -191,7 +208,27 @@ class Strategy:
         """Gather a tensor, or a tree of them, from all processes; with one process the input itself."""
         return tensor
 
+    def asked_to_stop(self, interrupt: Interrupt) -> None:
+        """Make ``interrupt.received`` true after the same batch in all processes; runs in a signal handler.
+
+        See ``Interrupt`` for how several processes agree without an exchange in an ordinary batch.
+        """
+        interrupt.received = True
+
     # -- checkpoints
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """What writes, reads and removes checkpoints."""
+        if self._checkpoint_io is None:
+            from leyden.checkpoint_io.base import TorchCheckpointIO  # noqa: PLC0415 - in a run, not on import
+
+            self._checkpoint_io = TorchCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, checkpoint_io: CheckpointIO) -> None:
+        self._checkpoint_io = checkpoint_io
 
     def module_state_dict(self) -> dict[str, Any]:
         """The weights, under the names that they have when no layer is compiled."""
@@ -215,7 +252,9 @@ class Strategy:
         Raises:
             CheckpointError: on every process, if that one could not.
         """
-        self.on_rank_zero(lambda: files.save(checkpoint, filepath, storage_options=storage_options))
+        self.on_rank_zero(
+            lambda: self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options), filepath
+        )
 
     def save_folder(
         self, path: PathLike, write: Callable[[Path], None], record: Mapping[str, Any] | None = None
@@ -277,10 +316,11 @@ class Strategy:
 
     def load_checkpoint(self, filepath: PathLike, weights_only: bool | None = True) -> dict[str, Any]:
         """Read a checkpoint to host memory, and compare it with its checksums."""
-        loaded: dict[str, Any] = files.load(filepath, map_location="cpu", weights_only=weights_only is not False)
-        return loaded
+        from leyden.checkpoint_io.base import load_by  # noqa: PLC0415 - in a run, not on import
+
+        return load_by(self.checkpoint_io, filepath, "cpu", weights_only is not False)
 
     def remove_checkpoint(self, filepath: PathLike) -> None:
         """Delete a checkpoint that this run wrote."""
         if self.is_global_zero:
-            files.remove(filepath)
+            self.checkpoint_io.remove_checkpoint(filepath)
