@@ -10,8 +10,8 @@ on_*_epoch_end, a row with the values of the epoch, on_*_end, on_*_model_train
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,8 +20,13 @@ from leyden.data.combined import CombinedLoader
 from leyden.loops import batches
 from leyden.loops.dispatch import Calls
 from leyden.loops.session import Session
+from leyden.progress import Progress
 from leyden.results import to_floats
+from leyden.runtime.seed import rng_state
 from leyden.types import RunningStage, TrainerFn
+
+if TYPE_CHECKING:
+    from leyden.data.position import Supply
 
 
 class EvaluationLoop:
@@ -36,6 +41,9 @@ class EvaluationLoop:
         self.prefix = "test" if stage is RunningStage.TESTING else "val"
         self.verbose = False
         self.loader: CombinedLoader | None = None
+        self.supply: Supply | None = None
+        self.load_rng: dict[str, Any] | None = None
+        """State of the random generators when the loaders were asked for."""
         self.max_batches: list[int | float] = []
         self.batch_idx = 0
 
@@ -51,7 +59,9 @@ class EvaluationLoop:
         due = progress.reload_due(progress.last_val_reload, config.reload_dataloaders_every_n_epochs)
         if fitting and self.loader is not None and not due:
             return
+        self.load_rng = rng_state() if fitting else None
         self.loader = batches.request(session, self.prefix, "sequential")
+        self.supply = batches.supply(session, self.loader)
         limit = config.limit_test_batches if self.prefix == "test" else config.limit_val_batches
         self.max_batches = batches.limits(self.loader, str(self.stage), limit, f"limit_{self.prefix}_batches")
         if fitting:
@@ -59,6 +69,11 @@ class EvaluationLoop:
                 progress.last_val_reload = progress.epoch
             if len(progress.val_batches) != len(self.max_batches):
                 progress.val_batches = [0] * len(self.max_batches)
+
+    def snapshot(self, progress: Progress) -> dict[str, Any]:
+        """Return what a checkpoint holds that is written while this loop runs inside fit: a resume begins it anew."""
+        val = None if self.supply is None else self.supply.state_dict(None)
+        return {"rng": rng_state(), "val": val, "val_batches": list(progress.val_batches)}
 
     def limits(self, session: Session) -> list[int | float]:
         """How many batches of each loader run now: fewer in a sanity check."""
@@ -86,13 +101,14 @@ class EvaluationLoop:
     def _run(
         self, session: Session, names: _Names, step: Callable[..., Any], limits: list[int | float]
     ) -> list[dict[str, float]]:
-        loader, results, store = self.loader, session.results, session.results.eval
+        loader, supply, results, store = self.loader, self.supply, session.results, session.results.eval
         assert loader is not None
-        if session.trainer.state.fn is TrainerFn.FITTING:
-            batches.start_epoch(loader, session.progress.epoch)
+        assert supply is not None
+        fitting, progress = session.trainer.state.fn is TrainerFn.FITTING, session.progress
+        supply.start_epoch(*(self.prefix, progress.epoch, progress.batches) if fitting else (self.prefix, None))
         loader.limits = limits
         several = len(limits) > 1 and loader.mode == "sequential"
-        iterator: Iterator[tuple[Any, int, int]] = iter(loader)
+        iterator = supply.triples()
         draws = batches.takes(step, "dataloader_iter")
         if draws:
             iterator = batches.DataLoaderIter(
