@@ -368,6 +368,9 @@ class Feed:
             for name, value in state["attributes"].items():
                 object.__setattr__(part, name, copy.copy(value))
                 changed.add(name)
+            for name in state.get("absent", ()):
+                vars(part).pop(name, None)
+                changed.add(name)
 
     def own(self) -> Any:
         """Return the state of a loader or data set that keeps one, as of the batch that comes next; else None."""
@@ -385,6 +388,7 @@ class Feed:
 
     def now(self) -> dict[str, Any]:
         """Return, as plain data, what must be put back wherever the loader stands."""
+        self.settle()
         kept = self.workers > 0 and self.loader.persistent_workers
         parts = self.states()
         return {
@@ -549,4 +553,8 @@ def _attributes(part: Any) -> dict[str, Any]:
 def _only(state: dict[str, Any], names: set[str]) -> dict[str, Any]:
     if "attributes" not in state:
         return state
-    return {"attributes": {name: value for name, value in state["attributes"].items() if name in names}}
+    found = state["attributes"]
+    return {
+        "attributes": {name: value for name, value in found.items() if name in names},
+        "absent": sorted(names - found.keys()),
+    }

@@ -19,6 +19,7 @@ from torch import nn
 from leyden.data.combined import CombinedLoader
 from leyden.loops import batches
 from leyden.loops.dispatch import Calls
+from leyden.loops.metric_state import metrics_of
 from leyden.loops.session import Session
 from leyden.progress import Progress
 from leyden.results import to_floats
@@ -70,10 +71,15 @@ class EvaluationLoop:
             if len(progress.val_batches) != len(self.max_batches):
                 progress.val_batches = [0] * len(self.max_batches)
 
-    def snapshot(self, progress: Progress) -> dict[str, Any]:
+    def snapshot(self, progress: Progress, module: nn.Module) -> dict[str, Any]:
         """Return what a checkpoint holds that is written while this loop runs inside fit: a resume begins it anew."""
-        val = None if self.supply is None else self.supply.state_dict(None)
-        return {"rng": rng_state(), "val": val, "val_batches": list(progress.val_batches)}
+        return {
+            "rng": rng_state(),
+            "val": None if self.supply is None else self.supply.state_dict(None),
+            "val_batches": list(progress.val_batches),
+            # metric objects that the validation fills
+            "idle": {name for name, metric in metrics_of(module).items() if not metric.update_count},
+        }
 
     def limits(self, session: Session) -> list[int | float]:
         """How many batches of each loader run now: fewer in a sanity check."""

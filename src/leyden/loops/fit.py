@@ -181,8 +181,11 @@ class FitLoop:
             resumed.load(self, session)
         data = self.load_data(session)
         if resumed is None and data.iterator is None:
+            data.supply.start_epoch("train", progress.epoch)
             data.begin(session)
         if self.finished(session):
+            if resumed is not None:
+                resumed.settle(data.supply)
             return False
         validated = resumed is not None and resumed.validated
         if trainer.enable_validation and not self.validation.ready and (
@@ -232,7 +235,8 @@ class FitLoop:
         begun = progress.batch_idx > 0 or bool(progress.tail)
         data = self.load_data(session)
         place = None if resumed is None else resumed.arrive(self, progress, begun)
-        data.supply.start_epoch("train", progress.epoch)
+        if data.iterator is None:
+            data.supply.start_epoch("train", progress.epoch)
         self.last = False
         if progress.cut or not (begun or place):
             session.hooks.on_train_epoch_start()
@@ -383,7 +387,7 @@ class FitLoop:
                 session.hooks.on_validation_model_zero_grad()
             else:
                 session.module.zero_grad()
-        self.before_validation = self.validation.snapshot(session.progress)
+        self.before_validation = self.validation.snapshot(session.progress, session.module)
         self.validation.run(session)
         self.before_validation = {}
         session.enter(RunningStage.TRAINING)

@@ -76,8 +76,8 @@ def gather(
         "state_dict": strategy.module_state_dict(),
         "loops": to_lightning(progress, loaders, fit_loop.last),
     }
-    counters = progress.state_dict()
-    counters["val_batches"] = position.unfinished(fit_loop, progress).get("val_batches", progress.val_batches)
+    unfinished = position.unfinished(fit_loop, progress)
+    counters = {**progress.state_dict(), "val_batches": list(unfinished.get("val_batches", progress.val_batches))}
     ours: dict[str, Any] = {"format": FORMAT, "version": version, "progress": counters}
     ours["file"] = name
     ours["marks"] = [mark for callback in callbacks if isinstance(mark := getattr(callback, "mark", None), str)]
@@ -89,15 +89,16 @@ def gather(
         checkpoint["lr_schedulers"] = [schedule.scheduler.state_dict() for schedule in strategy.lr_scheduler_configs]
         if state := strategy.precision.state_dict():
             checkpoint[type(strategy.precision).__qualname__] = state
-        ours["rng"] = position.unfinished(fit_loop, progress).get("rng") or rng_state()
+        ours["rng"] = unfinished.get("rng") or rng_state()
         ours["data"] = data
         ours["last"], ours["steps"] = fit_loop.last, fit_loop.steps
         metrics = metrics_of(module)
         ours["results"] = trainer.results.state_dict({id(metric): name for name, metric in metrics.items()})
-        ours["metrics"] = gather_metrics(metrics)
+        idle = unfinished.get("idle", ())
+        ours["metrics"] = gather_metrics({name: metric for name, metric in metrics.items() if name not in idle})
         inside = progress.batch_idx > 0 and not progress.epoch_done
-        # by hand, only the module knows whether its gradients are still wanted
-        if optimization is not None and inside and not (fit_loop.steps and optimization.automatic):
+        # by hand, only the module knows whether its gradients are still wanted; after the end of an epoch too
+        if optimization is not None and (not optimization.automatic or (inside and not fit_loop.steps)):
             ours["window"] = optimization.state_dict()
     checkpoint["leyden"] = ours
     for owner in (module, datamodule):
