@@ -429,8 +429,8 @@ class Trainer(TrainerFace):
         steps = self.config.num_sanity_val_steps
         if not self.enable_validation or not steps:
             return
-        if session.position is not None:
-            return  # the run that goes on has had it
+        if session.position is not None and (self.progress.batch_idx or self.progress.tail):
+            return
         with isolate_rng(), self.results.aside():
             self.state.stage = RunningStage.SANITY_CHECKING
             session.hooks.on_sanity_check_start()

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import chain, count, islice, repeat
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
@@ -130,12 +131,14 @@ class Feed:
         self._mute = False
         self._undo: dict[str, Any] | None = None
         self._used = False
+        self._alone: bool | None = None
+        self._begun: Iterator[Any] | None = None
         self._copy: Any = None
         self._in_main: Any = None
         if seeding == "sample" and isinstance(loader, DataLoader) and loader.num_workers == 0:
             from leyden.data.workers import InMain  # noqa: PLC0415  # only runs that ask for streams of samples need it
 
-            ordered = {id(generator) for generator in find(ordering).values()}
+            ordered = {id(generator) for generator in find(ordering, apart=loader.dataset).values()}
             held = [generator for generator in find(using).values() if id(generator) not in ordered]
             self._in_main = InMain(self.streams, held)
 
@@ -161,7 +164,9 @@ class Feed:
         self._used, self._undo = False, None
         # workers that are kept from one pass to the next cost a random number when they are started. Those of a resumed
         # run are started once more: that number is given back
-        self._mute, self.warm = bool(kept and run.warm and not alive), False
+        alone = self.seeding == "sample"  # nothing may depend on the workers then
+        self._mute, self.warm = bool(kept and run.warm and not alive and not alone), False
+        self._alone, self._begun = (alive, None) if alone else (None, None)
         if self.how == "sequence":
             return _from(loader, done)
         if not isinstance(loader, DataLoader):
@@ -286,8 +291,15 @@ class Feed:
             self.streams.put(self._undo)
             self._undo = None
         self._used = True
-        drawn = iter(sampler)
-        return chain.from_iterable(self._parts_of(drawn))
+        if self._begun is not None:
+            return self._begun
+        drawn = chain.from_iterable(self._parts_of(iter(sampler)))
+        if self._alone is not None:
+            # the loader asks twice where it starts workers, and draws a seed unless it keeps them: once, and always
+            self._begun = drawn
+            if self._alone:
+                torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
+        return drawn
 
     def _parts_of(self, drawn: Iterator[Any]) -> Iterator[Iterator[Any]]:
         """Yield what is to be handed on, in one or more pieces; runs when the first index is asked for."""

@@ -97,10 +97,13 @@ def is_generator(value: Any) -> bool:
     )
 
 
-def find(roots: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the generators that ``roots`` hold as attributes, directly or some levels down, each once, by its path."""
+def find(roots: Mapping[str, Any], apart: Any = None) -> dict[str, Any]:
+    """Return the generators that ``roots`` hold as attributes, directly or some levels down, each once, by its path.
+
+    ``apart`` is an object that is not looked into.
+    """
     found: dict[str, Any] = {}
-    seen: set[int] = set()
+    seen: set[int] = {id(apart)}
     level = list(roots.items())
     for _ in range(DEPTH + 1):
         deeper: list[tuple[str, Any]] = []
@@ -171,7 +174,7 @@ def digest(*key: Any) -> int:
 def seed(number: int, held: Iterable[Any]) -> None:
     """Seed the global generators of this process, and those in ``held``, from one number of 63 bits."""
     torch.default_generator.manual_seed(number)  # not torch.manual_seed, which would reach for other devices
-    random.seed(number)
+    random.seed(~number)  # numpy's is the same algorithm, which would give the same numbers for the same seed
     words = [number & 0xFFFFFFFF, number >> 32]
     numpy = sys.modules.get("numpy")
     if numpy is not None:
