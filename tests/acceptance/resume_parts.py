@@ -168,6 +168,7 @@ class Batches:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.asked: list[int] = []
 
     def __len__(self) -> int:
         return self.size
@@ -175,6 +176,7 @@ class Batches:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if index >= self.size:
             raise IndexError
+        self.asked.append(index)
         return torch.tensor([index]), torch.full((1, 4), float(index)) + torch.rand(4)
 
 

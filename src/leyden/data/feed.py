@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
-from leyden.data.generators import Streams, differs, digest, find, plain
+from leyden.data.generators import Streams, differs, digest, find, plain, raw
 from leyden.runtime.ranks import rank_zero_only, rank_zero_warn
 from leyden.types import Stateful
 
@@ -63,6 +63,15 @@ class Pass:
             "journal": {number: plain(state) for number, state in self.journal.items()},
             **{name: getattr(self, name) for name in ("forgotten", "warm", "seed", "number", "mark")},
         }
+
+    @staticmethod
+    def of(state: Mapping[str, Any]) -> Pass:
+        """Return the pass that ``plain`` was called on."""
+        found = Pass(**state)
+        found.begin = None if found.begin is None else raw(found.begin)
+        found.first = None if found.first is None else raw(found.first)
+        found.journal = {int(number): raw(generators) for number, generators in found.journal.items()}
+        return found
 
 
 class Indices:

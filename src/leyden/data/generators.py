@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leyden.runtime.seed import plain_numpy, put_numpy, put_python
+from leyden.runtime.seed import as_numpy, plain_numpy, put_numpy, put_python
 
 DEPTH = 6
 """How many attributes deep a generator is looked for: data set, subset, its data set, transforms, one of them, its own."""
@@ -71,6 +71,17 @@ def plain(state: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, tuple) and len(value) == 3:  # python's
             return [value[0], list(value[1]), value[2]]
         return plain_numpy(value) if isinstance(value, Mapping) else value
+
+    return {name: convert(value) for name, value in state.items()}
+
+
+def raw(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state that ``plain`` made, or part of one, as the generators give it."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return (value[0], tuple(value[1]), value[2])
+        return value.cpu() if isinstance(value, Tensor) else as_numpy(value)
 
     return {name: convert(value) for name, value in state.items()}
 

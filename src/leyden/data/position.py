@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from leyden.data.combined import CombinedLoader
 from leyden.data.feed import Feed, Pass
-from leyden.data.generators import Streams, plain
+from leyden.data.generators import Streams, plain, raw
 from leyden.data.loaders import length, set_epoch
 from leyden.errors import CheckpointError
 from leyden.runtime.ranks import rank_zero_warn
@@ -132,7 +132,9 @@ class Supply:
             for feed, own in zip(self.feeds, state["own"], strict=True):
                 feed.put_own(own)
             return None
-        found = Place(**{**place, "passes": [Pass(**run) for run in place["passes"]]})
+        found = Place(
+            **{**place, "passes": [Pass.of(run) for run in place["passes"]], "ahead": [raw(s) for s in place["ahead"]]}
+        )
         if any(changed) and not self.single:
             raise CheckpointError(
                 "The batch size of a loader has changed inside an epoch that draws from several loaders together: their"

@@ -66,7 +66,7 @@ class EvaluationLoop:
         limit = config.limit_test_batches if self.prefix == "test" else config.limit_val_batches
         self.max_batches = batches.limits(self.loader, str(self.stage), limit, f"limit_{self.prefix}_batches")
         if fitting:
-            if due:
+            if due and session.position is None:  # a run that goes on has to catch up with the former loaders first
                 progress.last_val_reload = progress.epoch
             if len(progress.val_batches) != len(self.max_batches):
                 progress.val_batches = [0] * len(self.max_batches)

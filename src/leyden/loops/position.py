@@ -85,7 +85,10 @@ class Position:
         self._put(self.rng if due else self.data.get("load_rng"))
         loop.load_data(session)
         if due:
+            # these are new loaders, to which nothing of the former ones applies
             self.rng = rng_state()
+            self.data = {name: value for name, value in self.data.items() if name != "train"}
+            self.loaders = []
         self._put(self.data.get("val_load_rng"))
 
     def arrive(self, loop: FitLoop, progress: Progress, begun: bool) -> Place | None:

@@ -173,18 +173,18 @@ def put_numpy(generator: Any, state: Mapping[str, Any]) -> None:
     if (numpy := _numpy()) is None:
         return
     if generator is None:
-        numpy.random.set_state(_arrays(state))
+        numpy.random.set_state(as_numpy(state))
     elif hasattr(generator, "set_state"):
-        generator.set_state(_arrays(state))
+        generator.set_state(as_numpy(state))
     else:
-        getattr(generator, "bit_generator", generator).state = _arrays(state)
+        getattr(generator, "bit_generator", generator).state = as_numpy(state)
 
 
 def plain_numpy(tree: Any) -> Any:
     """Turn the state of a generator of numpy into plain data and tensors."""
     if isinstance(tree, Mapping):
         return {key: plain_numpy(value) for key, value in tree.items()}
-    if not hasattr(tree, "tolist"):
+    if isinstance(tree, Tensor) or not hasattr(tree, "tolist"):
         return tree
     if getattr(tree, "ndim", 0) == 0:
         return tree.item()
@@ -193,12 +193,13 @@ def plain_numpy(tree: Any) -> Any:
     return {tree.dtype.name: values} if tree.dtype.itemsize > 4 else torch.tensor(values, dtype=torch.int64)
 
 
-def _arrays(tree: Any) -> Any:
+def as_numpy(tree: Any) -> Any:
+    """Turn what :func:`plain_numpy` made back into the state of a generator of numpy."""
     if isinstance(tree, Mapping):
         for name in ("uint64", "int64"):
             if list(tree) == [name]:
                 numpy = _numpy()
                 assert numpy is not None
                 return numpy.array(tree[name], dtype=name)
-        return {key: _arrays(value) for key, value in tree.items()}
+        return {key: as_numpy(value) for key, value in tree.items()}
     return tree.cpu().numpy().astype("uint32") if isinstance(tree, Tensor) else tree
