@@ -179,7 +179,7 @@ class FitLoop:
             self.close_epoch(session)
         if resumed is not None:
             resumed.load(self, session)
-        data = self.load_data(session)
+        data = self.data or self.load_data(session)
         if resumed is None and data.iterator is None:
             data.supply.start_epoch("train", progress.epoch)
             data.begin(session)
@@ -233,8 +233,8 @@ class FitLoop:
         if resumed is None:
             progress.batch_idx, progress.tail, progress.cut = 0, "", False
         begun = progress.batch_idx > 0 or bool(progress.tail)
-        data = self.load_data(session)
         place = None if resumed is None else resumed.arrive(self, progress, begun)
+        data = self.load_data(session)
         if data.iterator is None:
             data.supply.start_epoch("train", progress.epoch)
         self.last = False

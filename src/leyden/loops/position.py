@@ -12,7 +12,7 @@ from leyden.loops.fit import FitLoop
 from leyden.loops.session import Session
 from leyden.progress import Progress
 from leyden.runtime.ranks import rank_zero_warn
-from leyden.runtime.seed import rng_state, set_rng_state
+from leyden.runtime.seed import set_rng_state
 
 
 def gather(loop: FitLoop, progress: Progress) -> dict[str, Any]:
@@ -77,18 +77,17 @@ class Position:
         return "val" in self.data
 
     def load(self, loop: FitLoop, session: Session) -> None:
-        """Ask for the loaders; hooks that draw random numbers then draw those that they drew the first time."""
-        progress, every = session.progress, session.config.reload_dataloaders_every_n_epochs
-        if every:
+        """Ask for the loaders; hooks that draw random numbers then draw those that they drew the first time.
+
+        Where they are due to be reloaded, that comes later, as it did in the run that was not interrupted.
+        """
+        progress = session.progress
+        if session.config.reload_dataloaders_every_n_epochs:
             loop.data = None  # they may depend on the epoch, which was not known if they have been asked for already
-        due = progress.reload_due(progress.last_train_reload, every)
-        self._put(self.rng if due else self.data.get("load_rng"))
+        last = progress.last_train_reload
+        self._put(self.data.get("load_rng"))
         loop.load_data(session)
-        if due:
-            # these are new loaders, to which nothing of the former ones applies
-            self.rng = rng_state()
-            self.data = {name: value for name, value in self.data.items() if name != "train"}
-            self.loaders = []
+        progress.last_train_reload = last
         self._put(self.data.get("val_load_rng"))
 
     def arrive(self, loop: FitLoop, progress: Progress, begun: bool) -> Place | None:
