@@ -43,6 +43,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/imports.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/checkpoint.py
 
 gpu:
 	@if ! $(PYTHON) -c "import torch" 2>/dev/null; then \

@@ -17,6 +17,7 @@ from leyden.loops.predict import PredictLoop
 from leyden.loops.session import Session
 from leyden.progress import Progress
 from leyden.results import Results, to_floats
+from leyden.signals import Interrupt
 from leyden.strategies import Strategy
 from leyden.types import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from leyden.vintage import VintageTrainer
@@ -63,6 +64,7 @@ class TrainerFace(VintageTrainer):
     _accelerator: Any
     _datamodule: Any
     _session: Session | None
+    _interrupt: Interrupt
     _ckpt_path: Any
 
     accumulate_grad_batches = Knob[int]()
@@ -150,8 +152,8 @@ class TrainerFace(VintageTrainer):
 
     @property
     def received_sigterm(self) -> bool:
-        """Whether the process was asked to end."""
-        return False
+        """Whether a signal asked the process to end, in this run: SIGTERM, or SIGUSR1 or SIGUSR2, which announce it."""
+        return self._interrupt.terminates
 
     @property
     def global_step(self) -> int:
@@ -185,6 +187,7 @@ class TrainerFace(VintageTrainer):
 
     _bounds_known = False
     _ckpt_path_set = False
+    _ckpt_path_named = False
 
     @property
     def max_steps(self) -> int:
@@ -443,6 +446,11 @@ class TrainerFace(VintageTrainer):
     @ckpt_path.setter
     def ckpt_path(self, path: Any) -> None:
         self._ckpt_path, self._ckpt_path_set = path, bool(path)
+
+    @property
+    def named_ckpt_path(self) -> Any:
+        """``ckpt_path``, if it is a path that the user gave; None if the Trainer looked for it (``"last"``, ``"best"``)."""
+        return self._ckpt_path if self._ckpt_path_named else None
 
     # ------------------------------------------------------------------ devices
 

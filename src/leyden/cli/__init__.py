@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from leyden.errors import LeydenError, did_you_mean
 from leyden.version import __version__
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "ckpt": ("leyden.cli.ckpt", "look into checkpoints, check them, compare two"),
+}
 """Name of each subcommand, the module that has it, and one line of help."""
 
 

@@ -21,9 +21,8 @@ from leyden.loops import batches
 from leyden.loops.dispatch import Calls
 from leyden.loops.metric_state import metrics_of
 from leyden.loops.session import Session
-from leyden.progress import Progress
 from leyden.results import to_floats
-from leyden.runtime.seed import rng_state
+from leyden.runtime.seed import rng_state, set_rng_state
 from leyden.types import RunningStage, TrainerFn
 
 if TYPE_CHECKING:
@@ -47,6 +46,8 @@ class EvaluationLoop:
         """State of the random generators when the loaders were asked for."""
         self.max_batches: list[int | float] = []
         self.batch_idx = 0
+        self.before: Before | None = None
+        """While a validation of a fit runs: what it changes, as it was before."""
 
     @property
     def ready(self) -> bool:
@@ -71,16 +72,6 @@ class EvaluationLoop:
             if len(progress.val_batches) != len(self.max_batches):
                 progress.val_batches = [0] * len(self.max_batches)
 
-    def snapshot(self, progress: Progress, module: nn.Module) -> dict[str, Any]:
-        """Return what a checkpoint holds that is written while this loop runs inside fit: a resume begins it anew."""
-        return {
-            "rng": rng_state(),
-            "val": None if self.supply is None else self.supply.state_dict(None),
-            "val_batches": list(progress.val_batches),
-            # metric objects that the validation fills
-            "idle": {name for name, metric in metrics_of(module).items() if not metric.update_count},
-        }
-
     def limits(self, session: Session) -> list[int | float]:
         """How many batches of each loader run now: fewer in a sanity check."""
         if session.trainer.sanity_checking:
@@ -91,8 +82,10 @@ class EvaluationLoop:
     def run(self, session: Session, stage: RunningStage | None = None) -> list[dict[str, float]]:
         """Evaluate; return the logged values of each loader."""
         session.enter(stage or self.stage)
+        fitting = session.trainer.state.fn is TrainerFn.FITTING
+        self.before = Before(session, self) if fitting and not session.trainer.sanity_checking else None
         # inside fit tensors of a validation may be wanted by training later: inference tensors could not
-        inference = session.config.inference_mode and session.trainer.state.fn is not TrainerFn.FITTING
+        inference = session.config.inference_mode and not fitting
         with torch.inference_mode() if inference else torch.no_grad():
             self.load_data(session)
             assert self.loader is not None
@@ -102,7 +95,9 @@ class EvaluationLoop:
             names = _names(session, self.prefix)
             step = getattr(session.module, names.step)
             batches.check_several(step, names.step, len(limits))
-            return self._run(session, names, step, limits)
+            outputs = self._run(session, names, step, limits)
+        self.before = None
+        return outputs
 
     def _run(
         self, session: Session, names: _Names, step: Callable[..., Any], limits: list[int | float]
@@ -156,10 +151,24 @@ class EvaluationLoop:
                 if row:
                     session.rows.write(row, seen[loader_idx])
                 seen[loader_idx] += 1
-            if session.interrupt.received:
-                raise KeyboardInterrupt
+            if session.interrupt.received and self.cuts(session):
+                session.interrupt.answer()
         outputs[current] = self._end_loader(session)
         return self._finish(session, names, outputs, modes)
+
+    def cuts(self, session: Session) -> bool:
+        """Whether this evaluation can be cut short; inside fit it is then as if it had not begun, and is run as a whole
+        when the fit goes on.
+
+        It cannot where somebody does something of his own when a validation begins, such as to exchange the weights for
+        averages: what he undoes when it ends would be left, and saved.
+        """
+        if session.trainer.state.fn is TrainerFn.FITTING:
+            if _is_prepared(session):
+                return False
+            if self.before is not None:
+                self.before.restore(session)
+        return True
 
     def _end_loader(self, session: Session) -> dict[str, Any]:
         """The values of the loader that has just ended."""
@@ -190,6 +199,36 @@ class EvaluationLoop:
             for module, training in modes.items():
                 module.training = training
         return [to_floats(output) for output in outputs]
+
+
+class Before:
+    """What a validation changes, as it was before: a run that is saved after a part of it begins it anew, exactly."""
+
+    def __init__(self, session: Session, loop: EvaluationLoop) -> None:
+        results, progress = session.results, session.progress
+        self.rng, self.load_rng = rng_state(), loop.load_rng
+        self.loaders = None if loop.supply is None else loop.supply.state_dict(None)
+        self.counters = {"val_batches": list(progress.val_batches), "last_val_reload": progress.last_val_reload}
+        self.views = {"callback": dict(results.callback), "logged": dict(results.logged), "bar": dict(results.bar)}
+        self.idle = {name: metric for name, metric in metrics_of(session.module).items() if not metric.update_count}
+
+    def restore(self, session: Session) -> None:
+        """Make it so again."""
+        results = session.results
+        results.eval.reset()
+        results.callback, results.logged, results.bar = self.views.values()
+        for metric in self.idle.values():
+            metric.reset()
+        session.progress.load_state_dict(self.counters)
+        set_rng_state(self.rng)
+        session.enter(RunningStage.TRAINING)
+
+
+def _is_prepared(session: Session) -> bool:
+    hooks = ("on_validation_model_eval", "on_validation_start", "on_validation_epoch_start")
+    owners = (session.module, *session.trainer.callbacks)
+    homes = [str(getattr(getattr(owner, hook, None), "__module__", "leyden.")) for owner in owners for hook in hooks]
+    return not all(home.startswith("leyden.") for home in homes)
 
 
 class _Names:

@@ -59,8 +59,6 @@ class FitLoop:
         """Whether the batch that runs now ends with an update."""
         self.due: float = 0
         """The number of batches at which something may be due: the only thing an ordinary step compares."""
-        self.before_validation: dict[str, Any] = {}
-        """While a validation runs: what a checkpoint holds that is written now."""
         self.told = False
         """Whether somebody has been told of a loader that cannot be resumed."""
 
@@ -204,7 +202,6 @@ class FitLoop:
 
     def release(self) -> None:
         """Let go of iterators; the loaders stay, for those who look at them after a run, and so does their place."""
-        self.before_validation = {}
         for part in (self.data, self.validation.supply):
             if part is not None:
                 part.release()
@@ -369,7 +366,7 @@ class FitLoop:
         progress.batches_that_stepped += counts
         progress.tail = ""
         if session.interrupt.received:
-            raise KeyboardInterrupt
+            session.interrupt.answer()
         self.due = self.next_due(session)
         if self.last or (config.max_steps >= 0 and progress.global_step >= config.max_steps):
             return False
@@ -387,8 +384,6 @@ class FitLoop:
                 session.hooks.on_validation_model_zero_grad()
             else:
                 session.module.zero_grad()
-        self.before_validation = self.validation.snapshot(session.progress, session.module)
         self.validation.run(session)
-        self.before_validation = {}
         session.enter(RunningStage.TRAINING)
         self.last_val_time = time.monotonic()

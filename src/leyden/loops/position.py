@@ -8,6 +8,7 @@ from typing import Any
 
 from leyden.data.feed import Pass
 from leyden.data.position import Place, Supply
+from leyden.loops.evaluate import Before
 from leyden.loops.fit import FitLoop
 from leyden.loops.session import Session
 from leyden.progress import Progress
@@ -17,7 +18,8 @@ from leyden.runtime.seed import set_rng_state
 
 def gather(loop: FitLoop, progress: Progress) -> dict[str, Any]:
     """Return the state of the loaders of a fit, training and validation, as plain data; warns, once, of those without."""
-    state: dict[str, Any] = {"load_rng": None, "val_load_rng": loop.validation.load_rng}
+    before, validation = unfinished(loop, progress), loop.validation
+    state: dict[str, Any] = {"load_rng": None, "val_load_rng": validation.load_rng}
     if loop.data is not None:
         # all batches are done where the tail of the last one is what is left of the epoch
         inside = progress.batch_idx > 0 and not progress.epoch_done and not (loop.last and progress.tail)
@@ -28,14 +30,16 @@ def gather(loop: FitLoop, progress: Progress) -> dict[str, Any]:
             for why in loop.data.supply.why_not():
                 loop.told = True
                 rank_zero_warn(f"This checkpoint is inside an epoch that cannot be gone on with exactly: {why}.")
-    if loop.validation.supply is not None:
-        state["val"] = unfinished(loop, progress).get("val") or loop.validation.supply.state_dict(None)
+    if before is not None and before.loaders is not None:
+        state["val"], state["val_load_rng"] = before.loaders, before.load_rng
+    elif validation.supply is not None:
+        state["val"] = validation.supply.state_dict(None)
     return state
 
 
-def unfinished(loop: FitLoop, progress: Progress) -> dict[str, Any]:
-    """What was noted before a validation that runs now, and that a resume begins anew; empty if none runs."""
-    return loop.before_validation if progress.tail == "validate" else {}
+def unfinished(loop: FitLoop, progress: Progress) -> Before | None:
+    """What was there before the validation that runs now, which a resume begins anew; None if none runs."""
+    return loop.validation.before if progress.tail == "validate" else None
 
 
 def lightning_states(train: Mapping[str, Any] | None, supply: Supply | None) -> list[Any]:

@@ -15,7 +15,7 @@ from leyden.datamodule import LightningDataModule
 from leyden.errors import CheckpointError, MisconfigurationException
 from leyden.hooks import is_written
 from leyden.hparams import hparams_name, pack, plain_hparams
-from leyden.loading import PICKLED, require_checkpoint
+from leyden.loading import FORMAT, PICKLED, modernized, require_checkpoint
 from leyden.loops.fit import FitLoop
 from leyden.loops.lightning_loops import from_lightning, to_lightning
 from leyden.loops.metric_state import gather_metrics, metrics_of, restore_metrics
@@ -30,8 +30,6 @@ from leyden.strategies.base import Strategy
 if TYPE_CHECKING:
     from leyden.loops.position import Position
 
-FORMAT = 1
-"""Version of what is under the key ``leyden``; raised when older versions of Leyden could not read it."""
 LIGHTNING_VERSION = "2.6.6"
 """The version of Lightning whose checkpoint layout this is; its own reader asks for it."""
 
@@ -76,8 +74,8 @@ def gather(
         "state_dict": strategy.module_state_dict(),
         "loops": to_lightning(progress, loaders, fit_loop.last),
     }
-    unfinished = position.unfinished(fit_loop, progress)
-    counters = {**progress.state_dict(), "val_batches": list(unfinished.get("val_batches", progress.val_batches))}
+    before = position.unfinished(fit_loop, progress)
+    counters = progress.state_dict() if before is None else {**progress.state_dict(), **before.counters}
     ours: dict[str, Any] = {"format": FORMAT, "version": version, "progress": counters}
     ours["file"] = name
     ours["marks"] = [mark for callback in callbacks if isinstance(mark := getattr(callback, "mark", None), str)]
@@ -89,13 +87,15 @@ def gather(
         checkpoint["lr_schedulers"] = [schedule.scheduler.state_dict() for schedule in strategy.lr_scheduler_configs]
         if state := strategy.precision.state_dict():
             checkpoint[type(strategy.precision).__qualname__] = state
-        ours["rng"] = unfinished.get("rng") or rng_state()
+        ours["rng"] = rng_state() if before is None else before.rng
         ours["data"] = data
         ours["last"], ours["steps"] = fit_loop.last, fit_loop.steps
         metrics = metrics_of(module)
         ours["results"] = trainer.results.state_dict({id(metric): name for name, metric in metrics.items()})
-        idle = unfinished.get("idle", ())
-        ours["metrics"] = gather_metrics({name: metric for name, metric in metrics.items() if name not in idle})
+        if before is not None:
+            ours["results"].update(before.views)
+            metrics = {name: metric for name, metric in metrics.items() if name not in before.idle}
+        ours["metrics"] = gather_metrics(metrics)
         inside = progress.batch_idx > 0 and not progress.epoch_done
         # by hand, only the module knows whether its gradients are still wanted; after the end of an epoch too
         if optimization is not None and (not optimization.automatic or (inside and not fit_loop.steps)):
@@ -126,19 +126,14 @@ def _add_hparams(checkpoint: dict[str, Any], owner: Any) -> None:
 
 
 def read(strategy: Strategy, path: Any, weights_only: bool | None) -> dict[str, Any]:
-    """Read a checkpoint file and check that this version can use it.
+    """Read a checkpoint, compare it with its checksums, and check that this version can use it.
 
     Raises:
-        CheckpointError: for a file of a newer format, or one that is no checkpoint.
+        CheckpointError: for one that is damaged, of a newer format, or no checkpoint.
     """
     checkpoint: Any = strategy.load_checkpoint(path, weights_only)
     require_checkpoint(checkpoint, str(path))
-    found = checkpoint.get("leyden", {}).get("format", 0)
-    if found > FORMAT:
-        raise CheckpointError(
-            f"{path} has format {found}; this version of Leyden reads up to format {FORMAT}. Update Leyden."
-        )
-    return dict(checkpoint)
+    return modernized(checkpoint)
 
 
 def restore_model(

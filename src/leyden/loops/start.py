@@ -231,6 +231,7 @@ def find_checkpoint(given: Any, fn: str, callbacks: Iterable[Any], log_dir: str 
 
     Raises:
         MisconfigurationException: for ``"best"`` when no best checkpoint is known.
+        CheckpointDamagedError: for ``"last"`` when there are checkpoints, and all of them are damaged.
     """
     if given is None:
         return None
@@ -247,8 +248,7 @@ def find_checkpoint(given: Any, fn: str, callbacks: Iterable[Any], log_dir: str 
         folders = [path for callback in callbacks for path in _folders(callback)]
         if log_dir:
             folders.append(str(Path(log_dir) / "checkpoints"))
-        newest = [path for folder in dict.fromkeys(folders) if (path := files.newest(folder)) is not None]
-        found = max(newest, key=lambda path: files.recorded_step(path) or 0, default=None)
+        found = files.newest(dict.fromkeys(folders))
         if found is None:
             rank_zero_warn(
                 f"Trainer.{fn}(ckpt_path='last'): there is no checkpoint in {sorted(set(folders))}; "
