@@ -6,13 +6,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from leyden import vintage
 from leyden.errors import MisconfigurationException
+from leyden.loggers.base import keeps_position
 from leyden.loggers.history import History
 from leyden.loops import resolve, snapshot
 from leyden.loops.evaluate import EvaluationLoop
@@ -24,7 +25,6 @@ from leyden.loops.start import (
     check,
     configure_optimizers,
     epoch_bounds,
-    find_checkpoint,
     log_hyperparams,
     make_session,
     unwrap,
@@ -405,6 +405,7 @@ class Trainer(TrainerFace):
                 checkpoint, str(path), strategy=strategy, progress=self.progress, results=self.results,
                 max_epochs=self.fit_loop.max_epochs,
             )  # fmt: skip
+            self._rewind()
         if path is not None:
             rank_zero_info(f"{'Restored the run' if fitting else 'Loaded the weights'} from {path}.")
         model.zero_grad()
@@ -427,13 +428,13 @@ class Trainer(TrainerFace):
         """Resolve ``"best"``, ``"last"``, a path, or what ``trainer.ckpt_path`` was set to."""
         fn = self.state.fn
         assert fn is not None
-        if self._ckpt_path_set and given is not None:
+        if self._ckpt_wish and given is not None:
             rank_zero_warn(
-                f"trainer.ckpt_path is {self._ckpt_path!r}, but {fn}(ckpt_path={given!r}) was called: that one is taken."
+                f"trainer.ckpt_path is {self._ckpt_wish!r}, but {fn}(ckpt_path={given!r}) was called: that one is taken."
             )
-            self._ckpt_path_set = False
-        elif self._ckpt_path_set:
-            given = self._ckpt_path
+            self._ckpt_wish = None
+        elif self._ckpt_wish:
+            given = self._ckpt_wish
         if given is None and fn is TrainerFn.FITTING:
             given = vintage.earlier_session(self, self._vintage)
         if given == "hpc" or (self._cluster is not None and fn is TrainerFn.FITTING):
@@ -446,8 +447,23 @@ class Trainer(TrainerFace):
                 rank_zero_info(
                     f"Trainer.{fn}() without a model takes the best weights. Pass the model for its weights as they are."
                 )
-        self._ckpt_path = find_checkpoint(given, str(fn), self.checkpoint_callbacks, self.log_dir)
-        return self._ckpt_path
+        if given is None:
+            self._ckpt_path = None
+            return None
+        from leyden.loops import resume  # noqa: PLC0415  # only a run that goes on with another
+
+        self._ckpt_path = path = resume.find_checkpoint(given, self)
+        if fn is TrainerFn.FITTING:
+            if path is not None:
+                resume.continue_runs(self._loggers, path)
+            else:
+                resume.set_aside(self._loggers)
+        return path
+
+    def _rewind(self) -> None:
+        from leyden.loops import resume  # noqa: PLC0415  # only a run that goes on with another
+
+        resume.rewind(self._loggers)
 
     def _sanity_check(self, session: Session) -> None:
         """Run a few validation batches ahead of training; they leave no trace in metrics, loggers or generators."""
@@ -533,6 +549,8 @@ class Trainer(TrainerFace):
             raise AttributeError("Trainer.save_checkpoint(): this Trainer has no module yet. Run fit first.")
         checkpoint_io = self._strategy.checkpoint_io
         checkpoint_io.settle()  # a failed save changes what the state of its callback says
+        if self._recorder is not None and not weights_only and any(map(keeps_position, self._loggers)):
+            self._recorder.settle()  # the checkpoint says how far the logs reach
         with self.results.inside("on_save_checkpoint"):
             checkpoint = snapshot.gather(
                 trainer=self,
@@ -553,16 +571,6 @@ class Trainer(TrainerFace):
             checkpoint_io.settle()  # nothing goes on that could use the time
         self._strategy.barrier("Trainer.save_checkpoint")
 
-    def record(self, metrics: Mapping[str, float], step: int) -> None:
-        """Send a row of a callback's own to all loggers, without waiting for them.
-
-        Args:
-            metrics: Numbers by name; not to be changed afterwards.
-            step: The row's place on the x-axis.
-        """
-        if self._recorder is not None and self._loggers:
-            self._recorder.put(metrics, step)
-
     @contextlib.contextmanager
     def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
         """Build a module directly on the device and in the number format of this Trainer.
@@ -576,13 +584,3 @@ class Trainer(TrainerFace):
             if empty_init:
                 stack.enter_context(WithoutInit())
             yield
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print on rank 0, without disturbing the progress bar."""
-        if not self.is_global_zero:
-            return
-        bar = self.progress_bar_callback
-        if bar is not None and getattr(bar, "is_enabled", True):
-            bar.print(*args, **kwargs)
-        else:
-            print(*args, **kwargs)

@@ -17,6 +17,7 @@ from leyden.version import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "ckpt": ("leyden.cli.ckpt", "look into checkpoints, check them, compare two"),
+    "verify-resume": ("leyden.cli.verify_resume", "prove that the fit of a script can be killed and resumed"),
 }
 """Name of each subcommand, the module that has it, and one line of help."""
 

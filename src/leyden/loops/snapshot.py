@@ -16,6 +16,7 @@ from leyden.errors import CheckpointError, MisconfigurationException
 from leyden.hooks import is_written
 from leyden.hparams import hparams_name, pack, plain_hparams
 from leyden.loading import FORMAT, PICKLED, modernized, require_checkpoint
+from leyden.loggers.base import run_states
 from leyden.loops.fit import FitLoop
 from leyden.loops.lightning_loops import from_lightning, to_lightning
 from leyden.loops.metric_state import gather_metrics, metrics_of, restore_metrics
@@ -87,6 +88,7 @@ def gather(
         checkpoint["lr_schedulers"] = [schedule.scheduler.state_dict() for schedule in strategy.lr_scheduler_configs]
         if state := strategy.precision.state_dict():
             checkpoint[type(strategy.precision).__qualname__] = state
+        ours["loggers"] = run_states(trainer.loggers)
         ours["rng"] = rng_state() if before is None else before.rng
         ours["data"] = data
         ours["last"], ours["steps"] = fit_loop.last, fit_loop.steps
