@@ -21,6 +21,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) -e '.[dev]'
+# without what it asks for, which would fetch another build of torch, and in a folder of its own: torchmetrics imports
+# it where it finds it, which fails beside a torch of another build. One test uses its MNIST
+	$(PIP) --no-deps --target $(VENV)/beside "$$(grep '^torchvision==' constraints.txt)"
 	@touch $@
 
 demo: $(READY)

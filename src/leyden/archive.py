@@ -28,6 +28,8 @@ Source = Path | IO[bytes]
 _ZIP = b"PK\x03\x04"
 _BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How a file begins that torch wrote before version 1.6, or was told to write that way: it has no checksums."""
+_FOLDER = 0x10
+"""The attribute of a folder: where one bit makes it of an entry, torch reads nothing there, and says nothing."""
 _REFUSED = re.compile(r"GLOBAL (\S+) (was not an allowed global|whose module \S+ is blocked)")
 
 
@@ -244,6 +246,8 @@ def _check(source: Source, name: str, tensors: bool) -> bool:
             if not any(entry.CRC for entry in entries):
                 return False
             for entry in entries:
+                if entry.external_attr & _FOLDER:
+                    raise zipfile.BadZipFile(f"{entry.filename!r} is marked as a folder")
                 if tensors or "/data/" not in entry.filename:
                     with archive.open(entry) as record:
                         while record.read(1 << 20):  # raises at the end, if the checksum is wrong
@@ -267,7 +271,9 @@ def _is_zip(source: Source, name: str) -> bool:
         else:
             source.seek(0)
             head, is_tar = source.read(len(_BEFORE_ZIP)), False
-    except OSError as error:
+    except PermissionError as error:
+        raise CheckpointError(f"The checkpoint {name} cannot be read: {error}. Change its permissions.") from error
+    except (OSError, zipfile.BadZipFile) as error:  # is_zipfile raises too
         raise CheckpointDamagedError(f"The checkpoint {name} cannot be read: {error}. Use another one.") from error
     if head == _BEFORE_ZIP or is_tar:
         return False

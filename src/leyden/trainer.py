@@ -91,7 +91,8 @@ class Trainer(TrainerFace):
         default_root_dir: Where logs and checkpoints go; None is the working directory.
         enable_autolog_hparams: Log hyperparameters when a run begins.
         model_registry: Accepted for compatibility.
-        semantics: ``"leyden"``, or ``"lightning"`` for its behaviour where ours differs on purpose.
+        semantics: ``"leyden"``, or ``"lightning"`` for its behaviour where ours differs on purpose. None is ``"leyden"``,
+            except in a program that imports Lightning's names (``leyden.compat``).
 
     Raises:
         MisconfigurationException: for a value that cannot be; the message names the argument.
@@ -143,7 +144,7 @@ class Trainer(TrainerFace):
         default_root_dir: str | os.PathLike[str] | None = None,
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
-        semantics: str = "leyden",
+        semantics: str | None = None,
         **unknown: Any,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "unknown", "__class__")}
@@ -181,6 +182,7 @@ class Trainer(TrainerFace):
         self._cluster = resolve.cluster(plugins)
         self._ckpt_path: Any = None
         self._dated = False
+        self._told_semantics = semantics is not None
         self._recorder: Any = None
 
     # ------------------------------------------------------------------ entry points
@@ -377,6 +379,8 @@ class Trainer(TrainerFace):
                 self.fit_loop.min_epochs, self.fit_loop.max_epochs = epoch_bounds(self.config)
                 self._bounds_known = True
             self.fit_loop.renew()
+        if not self._told_semantics and vintage.writes_2019(model):
+            self.config = self.config.replace(semantics="leyden")
         self._datamodule = datamodule
         session = self._session = make_session(self, model, datamodule, sources, self._interrupt)
         self._recorder = session.recorder

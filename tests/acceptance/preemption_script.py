@@ -76,6 +76,10 @@ class Stopped(L.Callback):
         assert trainer.received_sigterm
         self.path.write_text(str(trainer.global_step))
 
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        # a signal that comes later than this ends the process, but the fit is over
+        self.path.write_text(str(trainer.global_step))
+
 
 def train(folder: Path, begun: int, workers: int) -> None:
     """Train from the newest checkpoint in ``folder`` to the end; leave the weights in ``weights.pt``."""

@@ -185,6 +185,15 @@ def test_C6_every_byte(good: bytes, tmp_path: Path) -> None:
     assert not missed
 
 
+def test_C6_one_bit_that_makes_torch_read_nothing_and_say_nothing(good: bytes, tmp_path: Path) -> None:
+    """An entry of the archive that is marked as a folder: torch leaves its tensor as the memory was."""
+    at = good.rindex(b"archive/data/0") - 8
+    (tmp_path / "a.ckpt").write_bytes(good[:at] + bytes([good[at] ^ 0x10]) + good[at + 1 :])
+    torch.load(tmp_path / "a.ckpt", weights_only=True)
+    with pytest.raises(CheckpointDamagedError, match="'archive/data/0' is marked as a folder"):
+        files.load(tmp_path / "a.ckpt")
+
+
 def test_C6_checksums_are_written_whatever_torch_is_told(tmp_path: Path) -> None:
     torch.serialization.set_crc32_options(False)
     try:

@@ -215,6 +215,18 @@ def test_H4_a_second_fit_of_the_same_trainer(tmp_path: Path) -> None:
     assert [row.rpartition(",")[2] for row in rows[1:]] == ["0", "1", "2", "3", "4", "5", "6"]
 
 
+def test_H4_a_fit_from_a_checkpoint_without_logs_takes_nothing_back(tmp_path: Path) -> None:
+    fit(tmp_path, CSVLogger(tmp_path), 5)
+    trainer = fit(tmp_path, CSVLogger(tmp_path), 7, "last")
+    path = Path(trainer.checkpoint_callback.best_model_path)
+    content = torch.load(path, weights_only=True)
+    del content["leyden"]["loggers"]
+    torch.save(content, tmp_path / "foreign.ckpt")
+    rows = (tmp_path / "leyden_logs" / "version_0" / "metrics.csv").read_text()
+    trainer.fit(trainer.lightning_module, DataLoader(DATA, batch_size=2), ckpt_path=tmp_path / "foreign.ckpt")
+    assert (tmp_path / "leyden_logs" / "version_0" / "metrics.csv").read_text().startswith(rows)
+
+
 def test_H4_last_without_a_checkpoint_puts_the_rows_of_a_named_version_aside(tmp_path: Path) -> None:
     def loggers() -> list[Any]:
         return [CSVLogger(tmp_path, version="mine"), TensorBoardLogger(tmp_path, version="mine")]

@@ -174,7 +174,7 @@ def test_save_dir_none_is_a_folder_in_the_current_directory(tmp_path, monkeypatc
     assert os.path.isfile(os.path.join(exp.log_dir, "meta.experiment"))
 
 
-def test_get_data_path_get_media_path_get_tensorboardx_path(tmp_path):
+def test_get_data_path_and_get_media_path_and_get_tensorboardx_path(tmp_path):
     with Experiment(tmp_path, name="a") as exp:
         assert exp.get_data_path("b", 3) == str(tmp_path / "b" / "version_3")
         assert exp.get_media_path("b", 3) == str(tmp_path / "b" / "version_3" / "media")
@@ -348,7 +348,7 @@ def test_what_is_no_number_is_refused(tmp_path, value):
 # ---------------------------------------------------------------------- images
 
 
-def test_keys_with_png_jpg_and_jpeg(tmp_path):
+def test_keys_with_png_and_jpg_and_jpeg(tmp_path):
     image = np.full((4, 4), 0.5)
     with Experiment(tmp_path) as exp:
         exp.log({"png_a": image, "jpg_b": image, "gen/JPEG_c": image, "loss": 1.0}, 3)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import leyden as L
 from leyden import files
-from leyden.errors import CheckpointNotFoundError, SIGTERMException
+from leyden.errors import CheckpointNotFoundError, LeydenWarning, SIGTERMException
 from leyden.loops.leave import is_whole
 from leyden.runtime import cluster
 
@@ -198,13 +198,31 @@ def test_P2_the_checkpoint_of_another_job_is_taken_only_when_asked_for(
 
 def test_hpc_is_the_one_with_the_highest_number_outside_of_a_job_too(job: Any, tmp_path: Path) -> None:
     job.env.delenv("SLURM_JOB_ID")
-    with pytest.raises(CheckpointNotFoundError, match=r"there is no hpc_ckpt_<n>.ckpt in"):
+    with pytest.raises(CheckpointNotFoundError, match=r"there is no good hpc_ckpt_<n>.ckpt in"):
         fit(tmp_path, ckpt_path="hpc")
     trainer = fit(tmp_path, max_epochs=1)
     for number in (2, 10):
         trainer.save_checkpoint(tmp_path / f"hpc_ckpt_{number}.ckpt")
     assert Path(fit(tmp_path, ckpt_path="hpc").ckpt_path).name == "hpc_ckpt_10.ckpt"
     trainer.test(Net(), DataLoader(torch.ones(2, 3)), ckpt_path="hpc", verbose=False)
+
+
+def test_P2_a_damaged_checkpoint_is_passed_over_with_a_word(job: Any, tmp_path: Path) -> None:
+    for restarts, step in ((0, 2), (1, 5)):
+        job(restarts=restarts)
+        with pytest.raises(SIGTERMException):
+            fit(tmp_path, Stop(step, signal.SIGUSR1), enable_checkpointing=True)
+    newest = tmp_path / "hpc_ckpt_2.ckpt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 255
+    newest.write_bytes(content)
+    job(restarts=2)
+    with pytest.warns(LeydenWarning, match="Passed over while looking for where the job goes on"):
+        resumed = fit(tmp_path, enable_checkpointing=True)
+    assert Path(resumed.ckpt_path).name == "epoch=0-step=4.ckpt"
+    newest.write_bytes(content[: len(content) // 2])
+    with pytest.warns(LeydenWarning, match="Passed over"), pytest.raises(CheckpointNotFoundError, match="no good hpc"):
+        fit(tmp_path, ckpt_path="hpc")
 
 
 def test_P2_outside_of_fit_a_job_is_not_requeued(job: Any, tmp_path: Path) -> None:

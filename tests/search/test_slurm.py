@@ -192,7 +192,7 @@ def test_notify_job_status(cluster: SlurmCluster, submitted: Path, done: bool, f
     assert [line for line in lines if "mail-type" in line] == ([f"#SBATCH --mail-type={events}"] if events else [])
 
 
-def test_optimize_parallel_cluster_gpu_and_cpu_write_the_values_of_each_trial(
+def test_optimize_parallel_cluster_gpu_and_optimize_parallel_cluster_cpu_write_the_values_of_each_trial(
     cluster: SlurmCluster, submitted: Path
 ) -> None:
     cluster.optimize_parallel_cluster_gpu(train, None, "job")

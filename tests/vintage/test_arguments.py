@@ -45,7 +45,7 @@ def test_checkpoint_callback(model: Any, make_trainer: Any, tmp_path: Path) -> N
     assert make_trainer(checkpoint_callback=None).checkpoint_callback is not None
 
 
-@pytest.mark.parametrize(("value", "clipped"), [(0, None), (0.5, 0.5)])
+@pytest.mark.parametrize(("value", "clipped"), [(0, None), (0.5, 0.5), (-1, None)])
 def test_gradient_clip(value: float, clipped: float | None, make_trainer: Any, model: Any) -> None:
     trainer = make_trainer(gradient_clip=value)
     assert trainer.gradient_clip_val == clipped

@@ -111,11 +111,12 @@ class CSVLogger(FolderLogger):
 
     def rewind(self) -> None:
         """Cut ``metrics.csv`` back to the rows that the checkpoint knows of, in one move."""
-        if self._state is None or "log" not in self._state:
+        state, self._state = self._state, None
+        if state is None or "log" not in state:
             return
         self.close()
         path = os.path.join(self.log_dir, METRICS_FILE)
-        kept, beyond, superseded = _rows_until(path, self._state["log"]) or (b"", False, 0)
+        kept, beyond, superseded = _rows_until(path, state["log"]) or (b"", False, 0)
         if beyond:
             replace_file(filesystem_of(path), path, [kept])
             rank_zero_info(f"{path}: {superseded} rows after the checkpoint are taken out; the run logs them again.")

@@ -42,7 +42,7 @@ class FolderLogger(Logger):
         self._resume = resume
         self._ended = False
         self._state: Mapping[str, Any] | None = None
-        """The state of the run with which this one goes on; None for a run of its own."""
+        """The state of the run with which this one goes on, until it does; None for a run of its own."""
         self.hparams: dict[str, Any] = {}
 
     @property
@@ -93,7 +93,10 @@ class FolderLogger(Logger):
         """Return ``path`` as it is seen from the folder of this run; None if it is elsewhere, or the run has none yet."""
         if self._version is None:
             return None
-        folder = os.path.join(_absolute(self._folder(self._version)), "")
+        folder = self._folder(self._version)
+        if is_local(folder):
+            folder, path = os.path.realpath(folder), os.path.realpath(path)
+        folder = os.path.join(folder, "")
         return path[len(folder) :] if path.startswith(folder) else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,9 +109,9 @@ class FolderLogger(Logger):
         version = state.get("version")
         if not self._resume or state.get("name") != self.name or not isinstance(version, (int, str)):
             return
-        if version != self._version and self._named:
-            return
         folder = self._folder(version)
+        if self._named and folder != self._folder(self.version):
+            return
         there = bool(filesystem_of(folder).isdir(folder))
         if there and not self.holds(state, folder):
             rank_zero_warn(
@@ -121,7 +124,7 @@ class FolderLogger(Logger):
             return
         if not there and state.get("save_dir") != _absolute(self._save_dir):
             return  # a checkpoint that came from elsewhere, without its logs
-        if self._version is not None and version != self._version:
+        if self._version is not None and folder != self._folder(self._version):
             self.close()
             if on_rank_zero():
                 with suppress(OSError):  # it is not empty: somebody has put something there
@@ -156,7 +159,7 @@ class FolderLogger(Logger):
     def finalize(self, status: str) -> None:
         """Bring everything to disk."""
         self.save()
-        self._ended = True
+        self._ended, self._state = True, None
 
     def add_hyperparams(self, params: Mapping[str, Any] | Namespace | None) -> dict[str, Any]:
         """Add to ``hparams``; return what was added as a dict."""

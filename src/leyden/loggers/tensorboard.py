@@ -212,9 +212,10 @@ class TensorBoardLogger(FolderLogger):
         Files that are not local cannot be cut: TensorBoard is told to show nothing of theirs from the step on that
         follows (``purge_step``).
         """
-        if self._state is None or "log" not in self._state:
+        state = self._state
+        if state is None or "log" not in state:
             return
-        known = self._state["log"]
+        known = state["log"]
         self._last_step = known["step"]
         if not is_local(self.log_dir):
             self.experiment.purge_step = self._last_step + 1

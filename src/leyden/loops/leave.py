@@ -12,17 +12,15 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from leyden import files
 from leyden.callbacks.checkpoint_files import is_url, paths_in
 from leyden.data.loaders import says_workers_are_gone
-from leyden.errors import CheckpointNotFoundError
+from leyden.errors import CheckpointError, CheckpointNotFoundError
 from leyden.loops.session import Session
 from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
 from leyden.signals import Interrupt
@@ -215,25 +213,25 @@ def resume_point(trainer: Any, given: Any, cluster: Any) -> Any:
         if (own := _own(trainer, cluster.name_of_fit, found)) is not None:
             rank_zero_info(f"The job {cluster.job_id()} was started anew: it goes on from {own}.")
             return own
-    if not found:
-        if given == "hpc":
-            raise CheckpointNotFoundError(
-                f"Trainer.{trainer.state.fn}(ckpt_path='hpc'): there is no hpc_ckpt_<n>.ckpt in {root!r}, where a job of a"
-                " cluster leaves it (Trainer(default_root_dir=...)). Pass the path of a checkpoint, or None."
-            )
-        return given
-    newest = found[max(found)]
     if given == "hpc":
+        newest = _first_good([found[number] for number in sorted(found, reverse=True)])
+        if newest is None:
+            raise CheckpointNotFoundError(
+                f"Trainer.{trainer.state.fn}(ckpt_path='hpc'): there is no good hpc_ckpt_<n>.ckpt in {root!r}, where a job"
+                " of a cluster leaves it (Trainer(default_root_dir=...)). Pass the path of a checkpoint, or None."
+            )
         return newest
-    if given is None and "job" not in _peek(newest):  # Lightning's do not say of which job they are
-        return newest
-    if given is None:
+    if given is None and found:
+        newest = found[max(found)]
+        facts = _peek(newest)
+        if facts and "job" not in facts:  # Lightning's do not say of which job they are
+            return newest
         rank_zero_info(f"{newest} is of another job, and is not used. To go on from it, pass ckpt_path='hpc'.")
     return given
 
 
 def _own(trainer: Any, name: str, found: dict[int, str]) -> str | None:
-    """The newest checkpoint that the fit ``name`` has written, in the folders where it may have written some."""
+    """The newest good checkpoint that the fit ``name`` has written, in the folders where it may have written some."""
     folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     folders.append(os.path.join(trainer.default_root_dir, "checkpoints"))
     candidates = dict.fromkeys(found.values())
@@ -241,12 +239,24 @@ def _own(trainer: Any, name: str, found: dict[int, str]) -> str | None:
         if not is_url(trainer.default_root_dir):
             folders += map(str, Path(trainer.default_root_dir).glob("*/version_*/checkpoints"))
         candidates |= dict.fromkeys(_checkpoints(folder for folder in folders if folder))
-    own: list[tuple[int, int, str]] = []
+    own: list[tuple[int, bool, str]] = []
     for path in candidates:
-        facts = _peek(path)
+        facts = _peek(path, warns=path in found.values())
         if facts.get("job") == name and facts["resumes"]:
             own.append((facts["step"], path in found.values(), path))
-    return max(own)[-1] if own else None
+    return _first_good([path for *_, path in sorted(own, reverse=True)])
+
+
+def _first_good(paths: Iterable[str]) -> str | None:
+    """The first of ``paths`` that is what was written; says which ones are not."""
+    for path in paths:
+        try:
+            files.verify(path)
+        except CheckpointError as error:
+            rank_zero_warn(f"Passed over while looking for where the job goes on: {error}")
+        else:
+            return path
+    return None
 
 
 def _checkpoints(folders: Iterable[str]) -> list[str]:
@@ -260,15 +270,16 @@ def _resumes_at(path: str, step: int) -> bool:
     return bool(facts.get("resumes")) and facts["step"] == step
 
 
-def _peek(path: str) -> dict[str, Any]:
+def _peek(path: str, warns: bool = False) -> dict[str, Any]:
     """What a checkpoint says of itself, without its tensors; nothing, if it cannot be read."""
     try:
-        if is_url(path):
-            checkpoint = files.load(path, map_location="cpu")
-        else:
-            checkpoint = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-        facts = {"step": int(checkpoint["global_step"]), "resumes": "optimizer_states" in checkpoint}
-        ours = checkpoint.get("leyden", {})
-        return {**facts, "job": ours["job"]} if "job" in ours else facts
-    except Exception:  # whatever it is, it is no checkpoint to go on from
+        checkpoint = files.look(path)
+    except CheckpointError as error:
+        if warns:
+            rank_zero_warn(f"Passed over while looking for where the job goes on: {error}")
         return {}
+    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("global_step"), int):
+        return {}
+    facts = {"step": checkpoint["global_step"], "resumes": "optimizer_states" in checkpoint}
+    ours = checkpoint.get("leyden", {})
+    return {**facts, "job": ours["job"]} if "job" in ours else facts

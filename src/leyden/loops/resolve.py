@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from leyden.callback import Callback
-from leyden.config import TrainerConfig, check_switch, parse_duration
+from leyden.config import TrainerConfig, check_switch, default_semantics, parse_duration
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.precision import Precision, make_precision
 from leyden.runtime.devices import Accelerator, choose, make_accelerator
@@ -452,6 +452,8 @@ def config(given: Mapping[str, Any]) -> TrainerConfig:
         check_switch(name, given[name])
     names = {field.name for field in dataclasses.fields(TrainerConfig)}
     values = {name: _plain_number(value) for name, value in given.items() if name in names}
+    if values["semantics"] is None:
+        values["semantics"] = default_semantics()
     if given["barebones"]:
         for name in _BAREBONES_OFF:
             if given[name] not in (None, False, 0):

@@ -63,12 +63,14 @@ def arguments(old: Mapping[str, Any], given: dict[str, Any], hint: Callable[[str
             given[rows[name].modern] = float(old[name]) if name in _FRACTIONS else old[name]
     if old.get("overfit_pct") and given["limit_test_batches"] is None:
         given["limit_test_batches"] = float(old["overfit_pct"])
-    if old.get("gradient_clip"):
+    clip = old.get("gradient_clip")
+    if clip and not (isinstance(clip, (int, float)) and clip < 0):  # the default options of then say -1 for none
         given["gradient_clip_val"] = old["gradient_clip"]
     _devices(old, given)
     _precision(old, given)
     _callbacks(old, given)
     _defaults(given)
+    given["semantics"] = given["semantics"] or "leyden"  # what a program imports changes nothing for 2019's arguments
     every = old.get("log_save_interval", 0)
     if not isinstance(every, int) or isinstance(every, bool) or every < 0:
         raise MisconfigurationException(
