@@ -201,7 +201,8 @@ def test_P4_workers_outlive_the_first_signals_and_end_with_the_run(tmp_path: Pat
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 def test_P4_a_worker_that_hangs_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    hang = "time.sleep(0.5); import ctypes; ctypes.PyDLL(None).sleep(300)"  # holds the interpreter: no handler of Python's can run
+    # holds the interpreter, so that no handler of Python's can run
+    hang = "time.sleep(0.5); import ctypes; ctypes.PyDLL(None).sleep(300)"
     script.write_text(
         SCRIPT.replace("HANG = False", "HANG = True")
         .replace("time.sleep(0.1)", hang)

@@ -404,6 +404,13 @@ class Feed:
         if owner is not None and state is not None:
             owner.load_state_dict(state)
 
+    def put_end(self, state: Any) -> None:
+        """Put back what ``own`` returned at the end of an epoch."""
+        self.put_own(state)
+        if state is not None and self.how == "state" and isinstance(self.loader, DataLoader):
+            # it makes an iterator that is at its end first, and then the one of the next epoch: two draws instead of one
+            iter(self.loader)
+
     def _owner(self) -> Any:
         return {"state": self.loader, "dataset": getattr(self.loader, "dataset", None)}.get(self.how)
 

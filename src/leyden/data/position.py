@@ -50,6 +50,11 @@ class Supply:
         held = {f"{i}.{name}": g for i, feed in enumerate(self.feeds) for name, g in feed.streams.held.items()}
         self.streams = Streams(held)
 
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a loader, or its data set, keeps a state: it must come to know that an epoch has ended."""
+        return any(feed.how in ("state", "dataset") for feed in self.feeds)
+
     def start_epoch(self, stage: str, epoch: int | None, moment: int = 0) -> None:
         """Tell all samplers which epoch begins (None: there are none); ``moment`` tells passes of one epoch apart."""
         for i, feed in enumerate(self.feeds):
@@ -92,14 +97,17 @@ class Supply:
 
     # ------------------------------------------------------------------ in a checkpoint
 
-    def state_dict(self, place: Place | None) -> dict[str, Any]:
-        """Return all that a resume needs, as plain data; ``place`` is None between two epochs."""
+    def state_dict(self, place: Place | None, cut: bool = False) -> dict[str, Any]:
+        """Return all that a resume needs, as plain data; ``place`` is None between two epochs.
+
+        ``cut`` says that the last epoch has ended before its loaders did: the next begins anew, not where they stand.
+        """
         state: dict[str, Any] = {
             "loaders": [{**feed.now(), "about": _about(feed)} for feed in self.feeds],
             "place": None,
         }
         if place is None:
-            state["own"] = [feed.own() for feed in self.feeds]
+            state["own"] = [None if cut else feed.own() for feed in self.feeds]
             return state
         state["place"] = {
             "drawn": place.drawn,
@@ -130,7 +138,7 @@ class Supply:
         changed = [_compare(feed, saved["about"], drawn, what) for feed, saved in zip(self.feeds, loaders, strict=True)]
         if place is None:
             for feed, own in zip(self.feeds, state["own"], strict=True):
-                feed.put_own(own)
+                feed.put_end(own)
             return None
         found = Place(
             **{**place, "passes": [Pass.of(run) for run in place["passes"]], "ahead": [raw(s) for s in place["ahead"]]}

@@ -32,6 +32,8 @@ _END = object()
 class Lookahead:
     """Iterates one item ahead, so that ``last`` is True as soon as the last item has been handed out.
 
+    ``cut`` is True then if it was the limit that ended it.
+
     Args:
         iterator: Where the items come from.
         limit: How many of them to take at most.
@@ -49,7 +51,7 @@ class Lookahead:
         self._iterator, self._limit, self._place = iterator, limit, place
         self._items: list[Any] = []
         self._taken = taken
-        self.last = False
+        self.last = self.cut = False
         self._places: deque[Place] = deque(maxlen=2)
         self._fetch()
 
@@ -58,6 +60,7 @@ class Lookahead:
             self._places.append(self._place(self._taken))
         try:
             if self._taken >= self._limit:
+                self.cut = True
                 raise StopIteration
             self._items.append(next(self._iterator))
             self._taken += 1
@@ -279,7 +282,7 @@ class TrainingData:
                 data.streams.put(state)
                 source.fill(count)
             iterator, self.ahead = (turn for turn, _, _ in source.turns()), source
-        elif self.sized:
+        elif self.sized and not data.keeps_state:
             # one plain loader: its own iterator, with nothing of ours in between
             iterator, self.ahead = iterator if data.single else _only_batches(iterator), None
         else:
@@ -328,7 +331,7 @@ def check_end(data: TrainingData | None, count: int, epoch: int) -> None:
             f"The training data ({kinds}) gave no batch in epoch {epoch}. A generator can be gone through only once: pass"
             " an iterable that begins anew each time, such as a DataLoader or a list."
         )
-    if data.ahead is None:
+    if data.sized and not isinstance(data.ahead, DataLoaderIter):
         rank_zero_warn(
             f"The training data ({kinds}) announced {data.num_batches} batches but gave {count}. Correct its __len__, so"
             " that windows of accumulation and the progress bar fit."

@@ -25,7 +25,7 @@ def gather(loop: FitLoop, progress: Progress) -> dict[str, Any]:
         inside = progress.batch_idx > 0 and not progress.epoch_done and not (loop.last and progress.tail)
         place = loop.data.place(progress.batch_idx, inside)
         state["load_rng"] = loop.data.load_rng
-        state["train"] = loop.data.supply.state_dict(place)
+        state["train"] = loop.data.supply.state_dict(place, cut=getattr(loop.data.ahead, "cut", False))
         if place is not None and not loop.told:
             for why in loop.data.supply.why_not():
                 loop.told = True
