@@ -20,6 +20,7 @@ SEMANTICS: dict[str, dict[str, Any]] = {
     # interrupt: what Ctrl-C does            log_folder: the default folder of the default logger
     # worker_seeds: what the random numbers of data workers follow from: the batch, or the worker that loads it
     # loading: how checkpoint files are read by default (None: as torch.load decides)
+    # resumed_log: where a fit that goes on from a checkpoint logs
     "leyden": {
         "short_window": "actual",
         "global_step": "model updates",
@@ -29,6 +30,7 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "worker_seeds": "batch",
         "loading": True,
         "log_folder": "leyden_logs",
+        "resumed_log": "same version",
     },
     "lightning": {
         "short_window": "constant",
@@ -39,6 +41,7 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "worker_seeds": "worker",
         "loading": None,
         "log_folder": "lightning_logs",
+        "resumed_log": "new version",
     },
 }
 _default = ["leyden"]

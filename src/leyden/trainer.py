@@ -458,10 +458,10 @@ class Trainer(TrainerFace):
 
         self._ckpt_path = path = resume.find_checkpoint(given, self)
         if fn is TrainerFn.FITTING:
-            if path is not None:
-                resume.continue_runs(self._loggers, path)
-            else:
+            if path is None:
                 resume.set_aside(self._loggers)
+            elif self.config.rule("resumed_log") == "same version":
+                resume.continue_runs(self._loggers, path)
         return path
 
     def _rewind(self) -> None:

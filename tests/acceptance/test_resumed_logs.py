@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import leyden as L
 from leyden.callbacks import ModelCheckpoint
-from leyden.errors import CheckpointError, PossibleUserWarning
+from leyden.errors import CheckpointError, LeydenWarning, PossibleUserWarning
 from leyden.loggers import CSVLogger, Logger, TensorBoardLogger
 from test_killed_runs import scalars
 
@@ -113,6 +113,15 @@ def test_H4_a_version_of_ones_own(tmp_path: Path) -> None:
     assert (tmp_path / "leyden_logs" / "version_0" / "metrics.csv").read_text() == before
     rows = (tmp_path / "leyden_logs" / "version_8" / "metrics.csv").read_text().splitlines()
     assert [row.rpartition(",")[2] for row in rows] == ["step", "3", "4", "5"]
+
+
+def test_H4_with_the_semantics_of_lightning_a_resumed_fit_logs_into_a_new_version(tmp_path: Path) -> None:
+    fit(tmp_path, CSVLogger(tmp_path), 7)
+    (saved,) = tmp_path.rglob("*step=4.ckpt")
+    with pytest.warns(LeydenWarning, match="checkpoint folder has changed"):
+        trainer = fit(tmp_path, CSVLogger(tmp_path), 12, saved, semantics="lightning")
+    assert trainer.logger.version == 1
+    assert len((tmp_path / "leyden_logs" / "version_0" / "metrics.csv").read_text().splitlines()) == 1 + 7
 
 
 def test_H4_a_version_that_was_asked_for_before_the_fit_makes_way(tmp_path: Path) -> None:
