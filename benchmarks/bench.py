@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import fresh
 import frameworks
+import fresh
 import harness
 import overhead
 import scaling
@@ -40,7 +40,9 @@ class Size:
 
 FULL = Size(rounds=5, tiny=5000, samples=60_000, digits=10, gpt={"steps": 10}, scaling=2000, lengths=(100, 2000))
 QUICK = Size(rounds=1, tiny=300, samples=3200, digits=1, gpt={"steps": 2}, scaling=200, lengths=(20, 200))
-SMOKE = Size(rounds=1, tiny=5, samples=96, digits=1, gpt={"steps": 1, "layers": 1, "width": 32}, scaling=20, lengths=(2, 4))
+SMOKE = Size(
+    rounds=1, tiny=5, samples=96, digits=1, gpt={"steps": 1, "layers": 1, "width": 32}, scaling=20, lengths=(2, 4)
+)
 
 
 def train(work: Workload, rounds: int, only: str) -> Section:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from harness import Contender, Prepare, Prepared
 from torch import Tensor
+
+from harness import Contender, Prepare, Prepared
 from workloads import Workload
 
 RECORDED, BARE = "a loop with loss.item() each step", "a loop that records nothing"
@@ -202,7 +203,9 @@ def with_keras(work: Workload, folder: str) -> Prepared:
     network, loader = work.network(), work.loader()
     inputs, targets = next(iter(loader))
     kind = targets.dtype  # Keras makes floats of the targets
-    model = keras.Sequential([keras.Input(inputs.shape[1:], dtype=inputs.dtype), keras.layers.TorchModuleWrapper(network)])
+    model = keras.Sequential(
+        [keras.Input(inputs.shape[1:], dtype=inputs.dtype), keras.layers.TorchModuleWrapper(network)]
+    )
     optimizer = getattr(keras.optimizers, work.optimizer.__name__)(learning_rate=work.lr)
     model.compile(optimizer, loss=lambda wanted, outputs: work.loss(outputs, wanted.to(kind)), jit_compile=False)
 

@@ -40,7 +40,9 @@ def differences(name: str, package: str, option: str, counts: tuple[int, ...], s
     found = []
     for index, count in enumerate(counts[1:], start=1):
         per_one = [(times[index] - times[0]) / steps / (count - counts[0]) * 1e6 for times in taken]
-        found.append(spread_row(f"{name}: {count} {option}", per_one, "us/step", f"{counts[0]} {option}, for each more"))
+        found.append(
+            spread_row(f"{name}: {count} {option}", per_one, "us/step", f"{counts[0]} {option}, for each more")
+        )
     return found
 
 

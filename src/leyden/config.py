@@ -19,6 +19,7 @@ SEMANTICS: dict[str, dict[str, Any]] = {
     # global_step: what one step counts      bare_scheduler: when a scheduler that knows its total is stepped
     # interrupt: what Ctrl-C does            log_folder: the default folder of the default logger
     # loading: how checkpoint files are read by default (None: as torch.load decides)
+    # data_wait: whether ThroughputMonitor also logs the share of time that was spent waiting for data
     "leyden": {
         "short_window": "actual",
         "global_step": "model updates",
@@ -27,6 +28,7 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "interrupt": "return",
         "loading": True,
         "log_folder": "leyden_logs",
+        "data_wait": True,
     },
     "lightning": {
         "short_window": "constant",
@@ -36,6 +38,7 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "interrupt": "exit",
         "loading": None,
         "log_folder": "lightning_logs",
+        "data_wait": False,
     },
 }
 

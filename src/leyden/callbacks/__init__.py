@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from leyden.callbacks.model_summary import ModelSummary, RichModelSummary
     from leyden.callbacks.prediction_writer import BasePredictionWriter
     from leyden.callbacks.progress import ProgressBar, RichProgressBar, TQDMProgressBar
+    from leyden.callbacks.throughput_monitor import ThroughputMonitor
     from leyden.callbacks.timer import Timer
 
 _HOME = {
@@ -32,6 +33,7 @@ _HOME = {
     "RichModelSummary": "leyden.callbacks.model_summary",
     "RichProgressBar": "leyden.callbacks.progress",
     "TQDMProgressBar": "leyden.callbacks.progress",
+    "ThroughputMonitor": "leyden.callbacks.throughput_monitor",
     "Timer": "leyden.callbacks.timer",
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "RichModelSummary",
     "RichProgressBar",
     "TQDMProgressBar",
+    "ThroughputMonitor",
     "Timer",
 ]
 
