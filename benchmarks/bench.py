@@ -78,12 +78,12 @@ def page(found: list[Section], size: Size, seconds: float) -> str:
             "# Results of the benchmarks",
             "",
             f"{harness.machine()}.",
-            f"Load when it ended: {os.getloadavg()[0]:.1f}; {size.rounds} rounds, {seconds / 60:.0f} minutes.",
+            f"{size.rounds} rounds, {seconds / 60:.0f} minutes; load of the machine at its end: {os.getloadavg()[0]:.1f}.",
             f"Peers: {peers or 'none installed'}.",
             "",
             "Written by `make bench`; how to read it stands in [README.md](README.md). A ratio is that to a hand-written"
-            " loop in the same round; `CPU` is the same ratio in CPU time, which other programs on the machine disturb"
-            " less. `weights` says whether the trained weights are those of the loop.",
+            " loop in the same round; `calm` is the ratio of the steps alone that nobody disturbed (of all the 5 %"
+            " quantile), without set-up. `weights` says whether the trained weights are those of the loop.",
             "",
             *(harness.as_markdown(section) for section in found),
         ]
@@ -109,11 +109,12 @@ def main() -> None:
     for section in sections(size, options.only, options.parts, options.data):
         print(harness.as_text(section), flush=True)
         found.append(section)
-    if options.write:
-        options.write.write_text(page(found, size, time.monotonic() - begin), encoding="utf-8")
-    if options.json:
-        described = {"machine": harness.machine(), "sections": [section.to_dict() for section in found]}
-        options.json.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        # after each part: a run that is broken off leaves what it has
+        if options.write:
+            options.write.write_text(page(found, size, time.monotonic() - begin), encoding="utf-8")
+        if options.json:
+            described = {"machine": harness.machine(), "sections": [each.to_dict() for each in found]}
+            options.json.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

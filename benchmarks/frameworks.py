@@ -24,7 +24,7 @@ RECORDED, BARE = "a loop with loss.item() each step", "a loop that records nothi
 
 def by_hand(work: Workload, folder: str, *, record: bool = True) -> Prepared:
     """The loop that anybody writes; with ``record`` it keeps ``loss.item()`` of each step."""
-    network, loader = work.network(), work.loader()
+    network, loader = work.timed_network(), work.loader()
     optimizer = work.make_optimizer(network.parameters())
 
     def run() -> None:
@@ -70,7 +70,7 @@ def with_trainer(
     class Module(L.LightningModule):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:
             super().__init__()
-            self.net = work.network()
+            self.net = work.timed_network()
 
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
             inputs, targets = batch
@@ -114,7 +114,7 @@ def with_accelerate(work: Workload, folder: str) -> Prepared:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
-    network, loader = work.network(), work.loader()
+    network, loader = work.timed_network(), work.loader()
     network, optimizer = accelerator.prepare(network, work.make_optimizer(network.parameters()))
     if isinstance(loader, torch.utils.data.DataLoader):
         loader = accelerator.prepare(loader)
@@ -151,7 +151,7 @@ def with_transformers(work: Workload, folder: str) -> Prepared:
     """The Trainer of Hugging Face's transformers."""
     from transformers import Trainer, TrainingArguments
 
-    network, loader = work.network(), _Named(work.loader())
+    network, loader = work.timed_network(), _Named(work.loader())
     optimizer = work.make_optimizer(network.parameters())
 
     class Mine(Trainer):  # type: ignore[misc]
@@ -200,7 +200,7 @@ def with_keras(work: Workload, folder: str) -> Prepared:
     os.environ["KERAS_BACKEND"] = "torch"
     import keras
 
-    network, loader = work.network(), work.loader()
+    network, loader = work.timed_network(), work.loader()
     inputs, targets = next(iter(loader))
     kind = targets.dtype  # Keras makes floats of the targets
     model = keras.Sequential(
@@ -233,7 +233,7 @@ def with_fastai(work: Workload, folder: str) -> Prepared:
         def __getitem__(self, index: int) -> Any:
             return (self.train, self.valid)[index]
 
-    network, loader = work.network(), work.loader()
+    network, loader = work.timed_network(), work.loader()
     learner = Learner(
         Both(loader),
         network,
@@ -254,7 +254,7 @@ def with_ignite(work: Workload, folder: str) -> Prepared:
     """Ignite's supervised trainer."""
     from ignite.engine import create_supervised_trainer
 
-    network, loader = work.network(), work.loader()
+    network, loader = work.timed_network(), work.loader()
     optimizer = work.make_optimizer(network.parameters())
     engine = create_supervised_trainer(network, optimizer, work.loss)
     return Prepared(lambda: engine.run(loader, max_epochs=work.epochs), network.parameters)
@@ -268,7 +268,7 @@ def with_skorch(work: Workload, folder: str) -> Prepared:
         def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
             return work.loss(outputs, targets)
 
-    network, loader = work.network(), work.loader()
+    network, loader = work.timed_network(), work.loader()
     net = NeuralNet(
         network,
         Loss,
@@ -305,7 +305,7 @@ def with_torchtnt(work: Workload, folder: str) -> Prepared:
             losses.append(args[-1].loss.item())
 
     losses: list[float] = []
-    unit, loader = Unit(module=work.network(), device=torch.device("cpu")), work.loader()
+    unit, loader = Unit(module=work.timed_network(), device=torch.device("cpu")), work.loader()
     return Prepared(lambda: train(unit, loader, max_epochs=work.epochs), lambda: unit.module.parameters())
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 Parameters = Iterable[nn.Parameter]
+MOMENTS: list[float] = []
+"""When each step of the run began that is measured now: its forward pass, in seconds of the clock."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,18 @@ class Workload:
     batch_size: int
     threads: int
 
+    def timed_network(self) -> nn.Module:
+        """Return the model, with a clock: when each of its forward passes begins is noted in ``MOMENTS``."""
+        network = self.network()
+        forward = network.forward
+
+        def noted(*args: Any) -> Any:
+            MOMENTS.append(perf_counter())
+            return forward(*args)
+
+        network.forward = noted  # type: ignore[method-assign]
+        return network
+
     @property
     def steps(self) -> int:
         """Batches in one run."""
@@ -63,7 +78,7 @@ class Workload:
 
 
 class BatchesInMemory:
-    """An iterable of ``steps`` pairs of shapes (4, 32) and (4, 2) that were made beforehand: 64 of them, over and over."""
+    """An iterable of ``steps`` pairs of shapes (4, 32) and (4, 2), made beforehand: 64 of them, over and over."""
 
     def __init__(self, steps: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -77,6 +92,10 @@ class BatchesInMemory:
         return len(self._batches)
 
 
+def _mean_square(outputs: Tensor, targets: Tensor) -> Tensor:
+    return outputs.pow(2).mean()
+
+
 def tiny(steps: int = 5000, epochs: int = 1) -> Workload:
     """A step so small that hardly anything but the framework is measured."""
     batches = BatchesInMemory(steps)
@@ -84,7 +103,7 @@ def tiny(steps: int = 5000, epochs: int = 1) -> Workload:
         "(a) overhead: a tiny step",
         f"Linear(32, 2), batches of 4 that lie in memory, SGD, 1 thread; {steps * epochs} steps. What is timed is the"
         " whole call that trains, set-up and tear-down included; construction and imports are not.",
-        lambda: nn.Linear(32, 2), lambda: batches, torch.optim.SGD, 0.01, nn.functional.mse_loss, epochs, 4, 1,
+        lambda: nn.Linear(32, 2), lambda: batches, torch.optim.SGD, 0.01, _mean_square, epochs, 4, 1,
     )  # fmt: skip
 
 
