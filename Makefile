@@ -23,6 +23,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) -e '.[dev]'
+# without what it asks for, which would fetch another build of torch, and in a folder of its own: torchmetrics imports
+# it where it finds it, which fails beside a torch of another build. One test uses its MNIST
+	$(PIP) --no-deps --target $(VENV)/beside "$$(grep '^torchvision==' constraints.txt)"
 	@touch $@
 
 demo: $(READY)
@@ -45,6 +48,7 @@ format: $(READY)
 # in the environment with the peers where `make bench-peers` has made one; BENCH="--quick" takes two minutes
 bench: $(READY)
 	$(if $(wildcard $(PEERS)/.ready),$(PEERS),$(VENV))/bin/python benchmarks/bench.py $(BENCH)
+	$(BIN)/python benchmarks/checkpoint.py
 
 bench-peers: $(PEERS)/.ready
 
@@ -52,7 +56,7 @@ bench-peers: $(PEERS)/.ready
 $(PEERS)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps fastai
 	@touch $@
 

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import bench
+import checkpoint
 import fresh
 import harness
 import overhead
@@ -86,3 +88,11 @@ def test_the_overhead_can_be_measured_alone(
     monkeypatch.setattr("sys.argv", ["overhead", "--steps", "5", "--rounds", "1", "--only", "nothing logged"])
     overhead.main()
     assert "leyden, nothing logged" in capsys.readouterr().out
+
+
+def test_stall_and_memory_of_a_checkpoint_are_measured(tmp_path: Path) -> None:
+    rows = checkpoint.stalls(megabytes=13, saves=2, folder=str(tmp_path))
+    assert {name: len(each) for name, each in rows.items()} == {"sync": 2, "async": 2}
+    assert all(row["steps"] >= checkpoint.STEPS_AFTER and row["call"] > 0 for each in rows.values() for row in each)
+    if sys.platform == "linux":
+        assert checkpoint.peak(13, "async", str(tmp_path)) > 0

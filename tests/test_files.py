@@ -93,7 +93,7 @@ def test_C2_a_failed_write_raises_and_leaves_the_old_file(path, monkeypatch, ste
     elif step == "fsync":
         monkeypatch.setattr(os, "fsync", fail)
     elif step == "verify":
-        monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda self: "data/0")
+        monkeypatch.setattr(zipfile.ZipExtFile, "read", fail)
     else:
         monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(
@@ -125,7 +125,9 @@ def test_really_full_disk(path, monkeypatch):
         (errno.EACCES, "no permission to write there.*Choose another folder"),
         (errno.EROFS, "no permission"),
         (errno.EDQUOT, "quota is full"),
-        (errno.EIO, "OSError.*oops"),
+        (errno.EIO, "the disk failed.*oops.*another disk"),
+        (errno.EEXIST, "a file where a folder is needed"),
+        (errno.EBUSY, "OSError.*oops"),
     ],
 )
 def test_causes_and_remedies(path, monkeypatch, number, text):
@@ -184,13 +186,13 @@ if at == "write":
         file.write(b"PK\\x03\\x04 half"); file.flush(); die()
     torch.save = half
 elif at == "verify":
-    files._check = die
+    files.archive.check = die
 elif at == "fsync":
     os.fsync = die
 elif at == "replace":
     os.replace = die
 elif at == "sync":
-    files._sync_folder = die
+    files.atomic.sync_folder = die
 files.save({"global_step": 2}, path)
 """
 
@@ -217,7 +219,7 @@ def test_file_objects():
 
 
 def test_file_object_of_another_kind():
-    with pytest.raises(CheckpointError, match="The checkpoint the file cannot be read"):
+    with pytest.raises(CheckpointError, match="The checkpoint the file is not a checkpoint"):
         files.load(io.BytesIO(b"hello world"))
 
 
@@ -380,6 +382,18 @@ def test_remove_takes_no_folders(tmp_path):
     assert tmp_path.exists()
 
 
+def test_C5_newest_in_a_remote_folder():
+    fs = fsspec.filesystem("memory")
+    for name, step in (("z", 5), ("a", 20), ("m", 7)):
+        files.save({**STATE, "global_step": step}, f"memory://runs/one/{name}.ckpt")
+    assert files.newest("memory://runs/one") == "memory://runs/one/a.ckpt"
+    fs.pipe("/runs/one/a.ckpt", fs.cat("/runs/one/a.ckpt")[:-9])
+    with pytest.warns(LeydenWarning, match="a.ckpt' is cut off.*runs/one/m.ckpt', of step 7, is taken instead"):
+        assert files.newest(["memory://runs/one/", "memory://nowhere"]) == "memory://runs/one/m.ckpt"
+    assert files.newest("memory://nowhere") is None
+    fs.rm("/runs", recursive=True)
+
+
 def test_remote(monkeypatch):
     path = "memory://folder/deep/a.ckpt"
     files.save(STATE, path)
@@ -388,7 +402,9 @@ def test_remote(monkeypatch):
     fs = fsspec.filesystem("memory")
     assert [p.rpartition("/")[2] for p in fs.ls("/folder/deep", detail=False)] == ["a.ckpt"]
     monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError(errno.EIO, "cut")))
-    with pytest.raises(CheckpointError, match="memory://folder/deep/a.ckpt' could not be written: OSError.*cut"):
+    with pytest.raises(
+        CheckpointError, match="memory://folder/deep/a.ckpt' could not be written: the disk failed.*cut"
+    ):
         files.save(STATE, path)
     monkeypatch.undo()
     assert files.load(path)["global_step"] == 4

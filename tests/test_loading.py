@@ -11,7 +11,7 @@ from torch import nn
 
 import leyden as L
 from leyden.errors import CheckpointError
-from leyden.loading import apply_state_dict
+from leyden.loading import apply_state_dict, clean_names
 
 
 class Net(L.LightningModule):
@@ -49,6 +49,22 @@ def test_a_file_with_names_of_compiled_layers_fits_an_eager_model() -> None:
     assert any("_orig_mod" in name for name in state)
     apply_state_dict(other, state, strict=True, source="file.ckpt")
     assert torch.equal(other.second[0].weight, next(net.second.parameters()))
+
+
+def test_B2_only_whole_parts_of_names_are_cleaned() -> None:
+    state = {"my_orig_mod.weight": 1, "_orig_mod.a._orig_mod._orig_mod.b": 2, "c": 3}
+    assert list(clean_names(state).items()) == [("my_orig_mod.weight", 1), ("a.b", 2), ("c", 3)]
+    plain = {"a": 1}
+    assert clean_names(plain) is plain
+
+
+def test_B2_a_file_of_a_whole_compiled_module_fits_a_layer_that_is_compiled() -> None:
+    net = Net()
+    state = torch.compile(net, backend="eager").state_dict()
+    assert all(name.startswith("_orig_mod.") for name in state)
+    other = Net(compiled=True)
+    apply_state_dict(other, state, strict=True, source="file.ckpt")
+    assert torch.equal(other.first.weight, net.first.weight)
 
 
 def test_B4_what_does_not_fit_is_listed_with_the_remedy() -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from leyden.search.slurm import SlurmCluster as SlurmCluster
     from leyden.trainer import Trainer as Trainer
     from leyden.vintage import data_loader as data_loader
+    from leyden.weights import load_weights as load_weights
+    from leyden.weights import save_weights as save_weights
 
     LightningModel = LightningModule
 
@@ -41,6 +43,8 @@ _NAMES = {
     "HyperOptArgumentParser": "leyden.search.parser",
     "SlurmCluster": "leyden.search.slurm",
     "CombinedLoader": "leyden.data.combined",
+    "load_weights": "leyden.weights",
+    "save_weights": "leyden.weights",
     "rank_zero_debug": "leyden.runtime.ranks",
     "rank_zero_deprecation": "leyden.runtime.ranks",
     "rank_zero_info": "leyden.runtime.ranks",
@@ -48,7 +52,7 @@ _NAMES = {
     "rank_zero_warn": "leyden.runtime.ranks",
 }
 _ALIASES = {"LightningModel": "LightningModule"}
-_MODULES = ("callbacks", "loggers", "profilers", "strategies", "precision", "search")
+_MODULES = ("callbacks", "checkpoint_io", "loggers", "profilers", "strategies", "precision", "search")
 
 __all__ = ["__version__", *_NAMES]
 

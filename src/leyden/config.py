@@ -41,6 +41,18 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "data_wait": False,
     },
 }
+_default = ["leyden"]
+
+
+def default_semantics() -> str:
+    """The semantics of a Trainer that is not told: ``"leyden"``, unless the program imports Lightning's Trainer from us."""
+    return _default[0]
+
+
+def set_default_semantics(name: str) -> str:
+    """Set the semantics of Trainers that are not told; return what it was."""
+    before, _default[0] = _default[0], name
+    return before
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
 LeydenError
 ├── MisconfigurationException (also a ValueError)   what was asked for cannot be; nothing has run yet
 └── CheckpointError (also a RuntimeError)           a checkpoint cannot be written, read or applied
-    └── CheckpointNotFoundError (also a FileNotFoundError)
+    ├── CheckpointNotFoundError (also a FileNotFoundError)
+    └── CheckpointDamagedError                      it was written or copied badly, or has changed since
 SIGTERMException (a SystemExit, code 143)           the process was asked to end
 
 LeydenWarning (a UserWarning)
@@ -32,6 +33,10 @@ class CheckpointError(LeydenError, RuntimeError):
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """The checkpoint that was asked for does not exist."""
+
+
+class CheckpointDamagedError(CheckpointError):
+    """The checkpoint is cut off, empty, or not what was written: another one must be used."""
 
 
 class SIGTERMException(SystemExit):

@@ -13,13 +13,16 @@ import csv
 import dataclasses
 import functools
 import inspect
+import json
 import os
 import sys
 import threading
 import types
+import warnings
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextlib import suppress
 from copy import deepcopy
 from enum import Enum
 from pathlib import Path, PurePath
@@ -32,6 +35,8 @@ from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.plain import AttributeDict, pack, plain_hparams, restore_hparams, unpack
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.types import PathLike
+
+_WORDS = {"True": True, "False": False, "None": None}
 
 _RECORDS = "_leyden_records_arguments"
 _MAX_COPIED = 10_000
@@ -384,16 +389,20 @@ def save_hparams_to_tags_csv(tags_csv: PathLike, hparams: Mapping[str, Any] | Na
 
 
 def load_hparams_from_tags_csv(tags_csv: PathLike) -> dict[str, Any]:
-    """Read hyperparameters from a csv file; values that read as python literals become them, others stay strings."""
+    """Read hyperparameters from a csv file; values that :func:`cell_value` can read become them, others stay strings."""
     with _open(tags_csv, "r") as file:
-        return {row[0]: _literal(row[1]) for row in list(csv.reader(file))[1:]}
+        return {row[0]: cell_value(row[1]) for row in list(csv.reader(file))[1:]}
 
 
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+def cell_value(text: str) -> Any:
+    """Return what a cell of a table of hyperparameters says: a JSON value, or a python literal; all else is a text."""
+    if text in _WORDS:
+        return _WORDS[text]
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # python's reader warns of backslashes that mean nothing
+            return read(text)
+    return text
 
 
 def _items(hparams: Mapping[str, Any] | Namespace) -> Iterable[tuple[str, Any]]:
@@ -434,6 +443,7 @@ def _to_yaml(value: Any, name: str) -> Any:
 __all__ = [
     "AttributeDict",
     "HyperparametersMixin",
+    "cell_value",
     "constructor_kwargs",
     "hparams_name",
     "load_hparams_from_tags_csv",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +38,8 @@ else:
             return refused
 
 
+FORMAT = 1
+"""Version of what is under the key ``leyden`` of a checkpoint; raised when older versions of Leyden could not read it."""
 PICKLED = "leyden_pickled_hyper_parameters"
 """The key of hyperparameters that are not plain data: one bytes value, opened only with ``weights_only=False``."""
 
@@ -54,6 +58,7 @@ def load_from_checkpoint(
     checkpoint = files.load(checkpoint_path, map_location=map_location, weights_only=safe)
     source = str(checkpoint_path) if isinstance(checkpoint_path, (str, Path)) else "the checkpoint"
     require_checkpoint(checkpoint, source)
+    checkpoint = modernized(checkpoint)
     saved, unopened = saved_hparams(
         checkpoint, cls.CHECKPOINT_HYPER_PARAMS_KEY, open_pickles=not safe, map_location=map_location
     )
@@ -86,13 +91,45 @@ def load_from_checkpoint(
 
 
 def require_checkpoint(loaded: Any, source: str) -> None:
-    """Raise CheckpointError unless what was ``loaded`` is a trainer's checkpoint, rather than bare weights, say."""
-    if not isinstance(loaded, Mapping) or "state_dict" not in loaded:
+    """Check that what was ``loaded`` is a trainer's checkpoint, rather than bare weights, say, and not from the future.
+
+    Raises:
+        CheckpointError: if it is not.
+    """
+    if not isinstance(loaded, Mapping) or not isinstance(loaded.get("state_dict"), Mapping):
         keys = sorted(map(str, loaded))[:8] if isinstance(loaded, Mapping) else type(loaded).__name__
         raise CheckpointError(
             f"{source} is no checkpoint of a trainer: it has no 'state_dict' (found: {keys}). Load plain weights with"
-            " model.load_state_dict(torch.load(path))."
+            " leyden.load_weights(path, model), or model.load_state_dict(torch.load(path))."
         )
+    ours = loaded.get("leyden")
+    found = ours.get("format", 0) if isinstance(ours, Mapping) else 0
+    if not isinstance(found, int) or found > FORMAT:
+        raise CheckpointError(
+            f"{source} has format {found}; this version of Leyden reads up to format {FORMAT}. Update Leyden."
+        )
+
+
+_FROM_2020 = {
+    "checkpoint_callback_best": ("ModelCheckpoint", "best_model_score"),
+    "checkpoint_callback_best_model_score": ("ModelCheckpoint", "best_model_score"),
+    "checkpoint_callback_best_model_path": ("ModelCheckpoint", "best_model_path"),
+    "early_stop_callback_wait": ("EarlyStopping", "wait_count"),
+    "early_stop_callback_patience": ("EarlyStopping", "patience"),
+}
+"""Where Lightning kept the state of its callbacks before 1.0, and where it is today."""
+
+
+def modernized(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint with the state of callbacks where it is today, if Lightning wrote it before 1.0."""
+    found = dict(checkpoint)
+    states: dict[str, dict[str, Any]] = {}
+    for old, (callback, name) in _FROM_2020.items():
+        if old in found:
+            states.setdefault(callback, {})[name] = found.pop(old)
+    if states:
+        found["callbacks"] = {**states, **(found.get("callbacks") or {})}
+    return found
 
 
 def saved_hparams(
@@ -107,7 +144,7 @@ def saved_hparams(
         if name in checkpoint:
             found = checkpoint[name]
             break
-    result = dict(found)
+    result = dict(vars(found) if isinstance(found, Namespace) else found)
     pickled = (checkpoint.get(PICKLED) or {}).get(key)
     if pickled is None:
         return result, []
@@ -136,7 +173,12 @@ def apply_state_dict(module: nn.Module, state: Mapping[str, Tensor], strict: boo
     """
     state = _names_of(module, state)
     try:
-        module.load_state_dict(state, strict=strict)
+        result = module.load_state_dict(state, strict=strict)
+        if not strict and state and len(getattr(result, "unexpected_keys", ())) == len(state):
+            rank_zero_warn(
+                f"None of the {len(state)} weights in {source} is in {type(module).__name__}, so none was loaded: unknown to"
+                f" the model: {_by_prefix(list(state))}. strict=False leaves out what does not fit."
+            )
         return
     except RuntimeError as error:
         reason = error
@@ -167,24 +209,31 @@ def apply_state_dict(module: nn.Module, state: Mapping[str, Tensor], strict: boo
     raise CheckpointError("\n".join(lines)) from reason
 
 
-_COMPILED = "_orig_mod."
+_COMPILED = re.compile(r"(^|\.)_orig_mod\.")
 """What torch.compile puts into the names of a layer's weights."""
 
 
+def clean_name(name: str) -> str:
+    """Return what a weight is called when no layer is compiled."""
+    while (cleaned := _COMPILED.sub(r"\1", name)) != name:
+        name = cleaned
+    return name
+
+
 def clean_names(state: dict[str, Any]) -> dict[str, Any]:
-    """Rename the weights in ``state``, in place, to what they are called when no layer is compiled; return it."""
-    for name in [name for name in state if _COMPILED in name]:
-        state[name.replace(_COMPILED, "")] = state.pop(name)
-    return state
+    """Return ``state`` with its weights, in their order, under the names that they have when no layer is compiled."""
+    if not any(_COMPILED.search(name) for name in state):
+        return state
+    return {clean_name(name): value for name, value in state.items()}
 
 
 def _names_of(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return ``state`` under the names in ``module``: either may have compiled layers where the other has none."""
     compiled = any(isinstance(getattr(layer, "_orig_mod", None), nn.Module) for layer in module.modules())
-    if not compiled and not any(_COMPILED in name for name in state):
+    if not compiled and not any(_COMPILED.search(name) for name in state):
         return state
-    own = {name.replace(_COMPILED, ""): name for name in module.state_dict()}
-    return {own.get(clean, name): value for name, value in state.items() for clean in [name.replace(_COMPILED, "")]}
+    own = {clean_name(name): name for name in module.state_dict()}
+    return {own.get(clean, name): value for name, value in state.items() for clean in [clean_name(name)]}
 
 
 def _by_prefix(keys: list[str]) -> str:

@@ -6,14 +6,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from leyden import vintage
-from leyden.data.loaders import says_workers_are_gone
 from leyden.errors import MisconfigurationException
+from leyden.loggers.base import keeps_position
 from leyden.loggers.history import History
 from leyden.loops import resolve, snapshot
 from leyden.loops.evaluate import EvaluationLoop
@@ -25,7 +25,6 @@ from leyden.loops.start import (
     check,
     configure_optimizers,
     epoch_bounds,
-    find_checkpoint,
     log_hyperparams,
     make_session,
     unwrap,
@@ -86,13 +85,14 @@ class Trainer(TrainerFace):
         profiler: ``"simple"`` or a Profiler.
         detect_anomaly: Find the operation that made a NaN; slow.
         barebones: Everything off that costs time.
-        plugins: A Precision.
+        plugins: A Precision, a CheckpointIO, a SLURMEnvironment, or a list of one of each.
         sync_batchnorm: Share batch statistics between several devices.
         reload_dataloaders_every_n_epochs: Ask for new loaders every n epochs; 0 is never.
         default_root_dir: Where logs and checkpoints go; None is the working directory.
         enable_autolog_hparams: Log hyperparameters when a run begins.
         model_registry: Accepted for compatibility.
-        semantics: ``"leyden"``, or ``"lightning"`` for its behaviour where ours differs on purpose.
+        semantics: ``"leyden"``, or ``"lightning"`` for its behaviour where ours differs on purpose. None is ``"leyden"``,
+            except in a program that imports Lightning's names (``leyden.compat``).
 
     Raises:
         MisconfigurationException: for a value that cannot be; the message names the argument.
@@ -144,7 +144,7 @@ class Trainer(TrainerFace):
         default_root_dir: str | os.PathLike[str] | None = None,
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
-        semantics: str = "leyden",
+        semantics: str | None = None,
         **unknown: Any,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "unknown", "__class__")}
@@ -178,8 +178,11 @@ class Trainer(TrainerFace):
         )
         self._datamodule: Any = None
         self._session: Session | None = None
+        self._interrupt = Interrupt()
+        self._cluster = resolve.cluster(plugins)
         self._ckpt_path: Any = None
         self._dated = False
+        self._told_semantics = semantics is not None
         self._recorder: Any = None
 
     # ------------------------------------------------------------------ entry points
@@ -200,12 +203,16 @@ class Trainer(TrainerFace):
             train_dataloaders: An iterable of batches, a list or dict of them, or a data module. None: the module's own.
             val_dataloaders: The same for validation.
             datamodule: Provides all loaders.
-            ckpt_path: Go on from this checkpoint: a path, ``"last"`` or ``"best"``.
+            ckpt_path: Go on from this checkpoint: a path, ``"last"``, ``"best"``, or ``"hpc"``, the newest of those that
+                jobs of a cluster leave behind. A job that SLURM has started anew goes on by itself.
             weights_only: None or True never runs code from the checkpoint; False is for files you trust.
 
         A second ``fit`` of the same module goes on from where the first stopped; of another module, it starts anew.
         Returns None; 1 ("trained") where the module or the Trainer is written with the names of 2019.
-        After Ctrl-C it finishes the step, runs ``on_exception`` and returns; ``trainer.interrupted`` is then True.
+        After Ctrl-C it finishes the step, saves, runs ``on_exception`` and returns; ``trainer.interrupted`` is then True.
+
+        Raises:
+            SIGTERMException: (a SystemExit, code 143) when a signal asks the process to end and the run is saved.
         """
         model, datamodule, train_dataloaders = unwrap(model, datamodule, train_dataloaders, val_dataloaders)
         sources = {"train": train_dataloaders, "val": val_dataloaders}
@@ -314,28 +321,42 @@ class Trainer(TrainerFace):
         """Frame of every entry point: states, signals, and what happens when an exception ends the run."""
         self.state.fn, self.state.status, self.state.stage = fn, TrainerStatus.RUNNING, stage
         self.should_stop = False
-        self._interrupt, device = Interrupt(), self._strategy.root_device
+        self._interrupt, device = Interrupt(self._strategy.asked_to_stop), self._strategy.root_device
         try:
+            # around the saving too: a signal that comes then is noted, or is the second one
             with self._interrupt, resolve.Determinism(self.config), current(self._accelerator, device):
-                yield
-            self.state.status = TrainerStatus.FINISHED
-        except KeyboardInterrupt as exception:
-            self._stop(exception)
-        except BaseException as exception:
-            # Ctrl-C goes to worker processes too: spawned ones end at once, which is no error of its own then
-            if not (self._interrupt.received and says_workers_are_gone(exception)):
-                self._fail(exception)
-                raise
-            self._stop(KeyboardInterrupt())
+                try:
+                    yield
+                    self.state.status = TrainerStatus.FINISHED
+                except BaseException as exception:
+                    ending = self._fail(exception)
+                    if not self._returns_after(ending):
+                        if ending is exception:
+                            raise
+                        raise ending from exception
+                else:
+                    if self._interrupt.received:  # while everybody was told that the run is over
+                        from leyden.loops import leave  # noqa: PLC0415  # few runs end so
+
+                        self._interrupt.answered = True
+                        leave.leave(self, self._session, self._cluster, self._interrupt)
+                        if not self._returns_after(self._interrupt.exception()):
+                            raise self._interrupt.exception()
         finally:
             self._release()
 
-    def _stop(self, exception: KeyboardInterrupt) -> None:
-        """End a run that was interrupted."""
-        self._fail(exception)
+    def _returns_after(self, exception: BaseException) -> bool:
+        """Whether a run that ends with ``exception`` returns to its caller: after Ctrl-C, and inside another run."""
+        interrupt = self._interrupt
+        self.state.status = TrainerStatus.INTERRUPTED
+        if interrupt.answered and interrupt.outer is not None and interrupt.error is None:
+            return True  # the outer run got the same signal, and answers it when it is between two batches
+        if not isinstance(exception, KeyboardInterrupt):
+            return False
         if self.config.rule("interrupt") == "exit":
             sys.exit(1)
         rank_zero_info(f"Trainer.{self.state.fn} was interrupted; trainer.interrupted is True.")
+        return True
 
     def _start(
         self, model: LightningModule, sources: dict[str, Any], datamodule: Any, ckpt_path: Any, weights_only: bool | None,
@@ -345,7 +366,9 @@ class Trainer(TrainerFace):
         fn, strategy = self.state.fn, self._strategy
         assert fn is not None
         fitting = fn is TrainerFn.FITTING
+        named = ckpt_path or self._ckpt_path
         path = self._checkpoint_path(ckpt_path, provided)
+        self._ckpt_path_named = path is not None and path == named
         if fitting:
             if model is not strategy.module:
                 if self.progress.batches:
@@ -356,6 +379,8 @@ class Trainer(TrainerFace):
                 self.fit_loop.min_epochs, self.fit_loop.max_epochs = epoch_bounds(self.config)
                 self._bounds_known = True
             self.fit_loop.renew()
+        if not self._told_semantics and vintage.writes_2019(model):
+            self.config = self.config.replace(semantics="leyden")
         self._datamodule = datamodule
         session = self._session = make_session(self, model, datamodule, sources, self._interrupt)
         self._recorder = session.recorder
@@ -373,6 +398,8 @@ class Trainer(TrainerFace):
         session.bind(self._callbacks, self._profiler)
         strategy.setup()
         if fitting:
+            # after the set-up: a callback may have asked for saving behind the training
+            strategy.checkpoint_io.listen(self._interrupt.fail)
             configure_optimizers(session)
             session.hooks.on_fit_start()
         if self.config.enable_autolog_hparams and not self.config.barebones:
@@ -382,13 +409,14 @@ class Trainer(TrainerFace):
                 checkpoint, str(path), strategy=strategy, progress=self.progress, results=self.results,
                 max_epochs=self.fit_loop.max_epochs,
             )  # fmt: skip
+            self._rewind()
         if path is not None:
             rank_zero_info(f"{'Restored the run' if fitting else 'Loaded the weights'} from {path}.")
         model.zero_grad()
         if session.position is not None and session.position.window:
             session.optimization.load_state_dict(session.position.window)
         if self._interrupt.received:
-            raise KeyboardInterrupt  # pressed while data were prepared, say
+            self._interrupt.answer()  # it came while data were prepared, say
         return session
 
     def _restore_model(self, path: Any, weights_only: bool | None, datamodule: Any) -> dict[str, Any]:
@@ -404,25 +432,42 @@ class Trainer(TrainerFace):
         """Resolve ``"best"``, ``"last"``, a path, or what ``trainer.ckpt_path`` was set to."""
         fn = self.state.fn
         assert fn is not None
-        if self._ckpt_path_set and given is not None:
+        if self._ckpt_wish and given is not None:
             rank_zero_warn(
-                f"trainer.ckpt_path is {self._ckpt_path!r}, but {fn}(ckpt_path={given!r}) was called: that one is taken."
+                f"trainer.ckpt_path is {self._ckpt_wish!r}, but {fn}(ckpt_path={given!r}) was called: that one is taken."
             )
-            self._ckpt_path_set = False
-        elif self._ckpt_path_set:
-            given = self._ckpt_path
+            self._ckpt_wish = None
+        elif self._ckpt_wish:
+            given = self._ckpt_wish
         if given is None and fn is TrainerFn.FITTING:
             given = vintage.earlier_session(self, self._vintage)
+        if given == "hpc" or (self._cluster is not None and fn is TrainerFn.FITTING):
+            from leyden.loops import leave  # noqa: PLC0415  # only for jobs of a cluster
+
+            given = leave.resume_point(self, given, self._cluster if fn is TrainerFn.FITTING else None)
         if given is None and fn is not TrainerFn.FITTING and not provided:
-            given = (
-                "best" if self.checkpoint_callback is not None and self.checkpoint_callback.best_model_path else None
-            )
+            given = "best" if getattr(self.checkpoint_callback, "best_model_path", "") else None
             if given is not None:
                 rank_zero_info(
                     f"Trainer.{fn}() without a model takes the best weights. Pass the model for its weights as they are."
                 )
-        self._ckpt_path = find_checkpoint(given, str(fn), self.checkpoint_callbacks, self.log_dir)
-        return self._ckpt_path
+        if given is None:
+            self._ckpt_path = None
+            return None
+        from leyden.loops import resume  # noqa: PLC0415  # only a run that goes on with another
+
+        self._ckpt_path = path = resume.find_checkpoint(given, self)
+        if fn is TrainerFn.FITTING:
+            if path is not None:
+                resume.continue_runs(self._loggers, path)
+            else:
+                resume.set_aside(self._loggers)
+        return path
+
+    def _rewind(self) -> None:
+        from leyden.loops import resume  # noqa: PLC0415  # only a run that goes on with another
+
+        resume.rewind(self._loggers)
 
     def _sanity_check(self, session: Session) -> None:
         """Run a few validation batches ahead of training; they leave no trace in metrics, loggers or generators."""
@@ -441,7 +486,7 @@ class Trainer(TrainerFace):
     def _end(self, session: Session) -> None:
         """Everything after the last batch, when nothing went wrong."""
         if self._interrupt.received:
-            raise KeyboardInterrupt  # it came too late for the loop, but whoever pressed it wants to stop here
+            self._interrupt.answer()  # it came too late for the loop, but whoever sent it wants to stop here
         fn = self.state.fn
         self._strategy.teardown()
         self.results.to_cpu()
@@ -449,38 +494,35 @@ class Trainer(TrainerFace):
         if fn is TrainerFn.FITTING:
             session.hooks.on_fit_end()
         session.tear_down(str(fn), self._callbacks)
+        self._strategy.checkpoint_io.settle()
         session.recorder.close("success")
         if self._profiler is not None:
             self._profiler.describe()
             self._profiler.teardown(stage=str(fn))
 
-    def _fail(self, exception: BaseException) -> None:
-        """Tell everybody that the run ends with ``exception``; what goes wrong on the way must not take its place."""
+    def _fail(self, exception: BaseException) -> BaseException:
+        """Tell everybody what the run ends with, and return that: ``exception``, or what it stands for."""
+        from leyden.loops import leave  # noqa: PLC0415  # few runs end so
+
         self.state.status = TrainerStatus.INTERRUPTED
-        module = self.lightning_module
-        told = [*self._callbacks, self._datamodule] if self._session is not None else []
-        for listener in told:
-            try:
-                if listener is self._datamodule:
-                    if listener is not None:
-                        listener.on_exception(exception)
-                else:
-                    listener.on_exception(self, module, exception)
-            except Exception as error:
-                rank_zero_warn(
-                    f"{type(listener).__name__}.on_exception failed while {type(exception).__name__} ended the run:"
-                    f" {type(error).__name__}: {error}"
-                )
-        if self._recorder is not None:
-            self._recorder.close("failed", reraise=False)
-        if self._session is not None:
-            self._strategy.teardown()
-            if self._profiler is not None:
-                self._profiler.teardown(stage=str(self.state.fn))
+        ending = leave.ending(self, self._session, exception, self._interrupt)
+        try:
+            if self._session is not None:
+                leave.tell(self, ending, self._interrupt)
+            leave.leave(self, self._session, self._cluster, self._interrupt)
+        finally:
+            if self._recorder is not None:
+                self._recorder.close("failed", reraise=False)
+            if self._session is not None:
+                self._strategy.teardown()
+                if self._profiler is not None:
+                    self._profiler.teardown(stage=str(self.state.fn))
+        return ending
 
     def _release(self) -> None:
         """Let go of the session: nothing that a run made outlives it."""
         session, self._session, self._recorder = self._session, None, None
+        self._strategy.checkpoint_io.listen(None)
         self.results.active = None
         self.results.train.clear()
         self.results.eval.clear()
@@ -496,6 +538,8 @@ class Trainer(TrainerFace):
     ) -> None:
         """Write a checkpoint of where the run stands: atomically, or not at all.
 
+        While a fit saves asynchronously, it returns as soon as a snapshot is taken; otherwise when the file is complete.
+
         Args:
             filepath: Where.
             weights_only: True leaves out optimizers, schedules, callbacks and generators.
@@ -507,6 +551,10 @@ class Trainer(TrainerFace):
         """
         if self.lightning_module is None:
             raise AttributeError("Trainer.save_checkpoint(): this Trainer has no module yet. Run fit first.")
+        checkpoint_io = self._strategy.checkpoint_io
+        checkpoint_io.settle()  # a failed save changes what the state of its callback says
+        if self._recorder is not None and not weights_only and any(map(keeps_position, self._loggers)):
+            self._recorder.settle()  # the checkpoint says how far the logs reach
         with self.results.inside("on_save_checkpoint"):
             checkpoint = snapshot.gather(
                 trainer=self,
@@ -520,18 +568,12 @@ class Trainer(TrainerFace):
                 version=__version__,
                 name=os.path.basename(os.fspath(filepath)),
             )
+        if self._cluster is not None:
+            checkpoint["leyden"]["job"] = self._cluster.name_of_fit
         self._strategy.save_checkpoint(checkpoint, os.fspath(filepath), storage_options)
+        if self._session is None or self.state.stopped:
+            checkpoint_io.settle()  # nothing goes on that could use the time
         self._strategy.barrier("Trainer.save_checkpoint")
-
-    def record(self, metrics: Mapping[str, float], step: int) -> None:
-        """Send a row of a callback's own to all loggers, without waiting for them.
-
-        Args:
-            metrics: Numbers by name; not to be changed afterwards.
-            step: The row's place on the x-axis.
-        """
-        if self._recorder is not None and self._loggers:
-            self._recorder.put(metrics, step)
 
     @contextlib.contextmanager
     def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
@@ -546,13 +588,3 @@ class Trainer(TrainerFace):
             if empty_init:
                 stack.enter_context(WithoutInit())
             yield
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print on rank 0, without disturbing the progress bar."""
-        if not self.is_global_zero:
-            return
-        bar = self.progress_bar_callback
-        if bar is not None and getattr(bar, "is_enabled", True):
-            bar.print(*args, **kwargs)
-        else:
-            print(*args, **kwargs)

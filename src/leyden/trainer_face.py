@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Generic, TypeVar, overload
 
 from torch import Tensor
@@ -17,6 +18,8 @@ from leyden.loops.predict import PredictLoop
 from leyden.loops.session import Session
 from leyden.progress import Progress
 from leyden.results import Results, to_floats
+from leyden.runtime.ranks import say
+from leyden.signals import Interrupt
 from leyden.strategies import Strategy
 from leyden.types import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from leyden.vintage import VintageTrainer
@@ -63,6 +66,8 @@ class TrainerFace(VintageTrainer):
     _accelerator: Any
     _datamodule: Any
     _session: Session | None
+    _recorder: Any
+    _interrupt: Interrupt
     _ckpt_path: Any
 
     accumulate_grad_batches = Knob[int]()
@@ -150,8 +155,8 @@ class TrainerFace(VintageTrainer):
 
     @property
     def received_sigterm(self) -> bool:
-        """Whether the process was asked to end."""
-        return False
+        """Whether a signal asked the process to end, in this run: SIGTERM, or SIGUSR1 or SIGUSR2, which announce it."""
+        return self._interrupt.terminates
 
     @property
     def global_step(self) -> int:
@@ -184,7 +189,9 @@ class TrainerFace(VintageTrainer):
         return self.fit_loop.min_epochs if self._bounds_known else self.config.min_epochs
 
     _bounds_known = False
-    _ckpt_path_set = False
+    _ckpt_path_named = False
+    _ckpt_wish: Any = None
+    """What ``ckpt_path`` was set to; it holds until it is reset."""
 
     @property
     def max_steps(self) -> int:
@@ -341,6 +348,39 @@ class TrainerFace(VintageTrainer):
         found = getattr(first, "log_dir", None)
         return found if found is not None else getattr(first, "save_dir", None)
 
+    # ------------------------------------------------------------------ what the run can stand
+
+    def verify_resume(
+        self,
+        model: Any,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        steps: int = 10,
+    ) -> Any:
+        """Prove that this fit can be resumed: print and return a report that is true if it can, bit for bit.
+
+        Copies of everything run in other processes: one for ``steps`` training batches, with a checkpoint halfway, and a
+        fresh one that goes on from there. Here nothing changes, nothing is logged, and no file stays behind. What cannot
+        be pickled can be verified by ``leyden verify-resume script.py``.
+
+        Args:
+            model: As in ``fit``, like the other three.
+            train_dataloaders: Without ``__main__`` classes, or with cloudpickle installed, or in a guarded script.
+            val_dataloaders: See ``train_dataloaders``.
+            datamodule: See ``train_dataloaders``.
+            steps: Training batches; at least 2.
+
+        Raises:
+            MisconfigurationException: if something cannot be pickled, or the fit fails or is too short.
+        """
+        from leyden.loops.verify import verify_objects  # noqa: PLC0415  # only who asks for a proof
+
+        loaders = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
+        report = verify_objects(self, steps, model=model, datamodule=datamodule, **loaders)
+        say(str(report))
+        return report
+
     # ------------------------------------------------------------------ parts
 
     @property
@@ -442,7 +482,34 @@ class TrainerFace(VintageTrainer):
 
     @ckpt_path.setter
     def ckpt_path(self, path: Any) -> None:
-        self._ckpt_path, self._ckpt_path_set = path, bool(path)
+        self._ckpt_path = self._ckpt_wish = path
+
+    @property
+    def named_ckpt_path(self) -> Any:
+        """``ckpt_path``, if it is a path that the user gave; None if the Trainer looked for it (``"last"``, ``"best"``)."""
+        return self._ckpt_path if self._ckpt_path_named else None
+
+    # ------------------------------------------------------------------ what callbacks may say
+
+    def record(self, metrics: Mapping[str, float], step: int) -> None:
+        """Send a row of a callback's own to all loggers, without waiting for them.
+
+        Args:
+            metrics: Numbers by name; not to be changed afterwards.
+            step: The row's place on the x-axis.
+        """
+        if self._recorder is not None and self._loggers:
+            self._recorder.put(metrics, step)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on rank 0, without disturbing the progress bar."""
+        if not self.is_global_zero:
+            return
+        bar = self.progress_bar_callback
+        if bar is not None and getattr(bar, "is_enabled", True):
+            bar.print(*args, **kwargs)
+        else:
+            print(*args, **kwargs)
 
     # ------------------------------------------------------------------ devices
 

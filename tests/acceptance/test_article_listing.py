@@ -1,162 +1,163 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The listing of the article trains as printed, to the weights of a hand-written loop, bit for bit."""
+"""The listing of the article trains as printed, in three ways, to the weights of a hand-written loop, bit for bit."""
 
 from __future__ import annotations
 
 import csv
 import gzip
-import importlib.util
 import os
 import runpy
 import subprocess
 import sys
-import types
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+
+import leyden.compat
+import listing_data
+from listing_data import FILES
 
 HERE = Path(__file__).resolve().parent
 LISTING = HERE / "article_listing.py"
-FILES = HERE.parents[2] / "shared" / "data" / "mnist"
+OUR_LINES = "import leyden as ptl\nfrom leyden import Experiment, Trainer\n"
+OLD_LINES = "import pytorch_lightning as ptl\nfrom pytorch_lightning import Trainer\nfrom test_tube import Experiment\n"
 SEEDS = (0, 1, 2)
+BATCHES = 187  # a tenth of 1,875
+
+pytestmark = pytest.mark.timeout(600)  # 60,000 images are decoded one by one, on a machine that others share
 no_files = pytest.mark.skipif(not FILES.is_dir(), reason=f"The files of MNIST are not in {FILES}.")
+no_torchvision = pytest.mark.skipif(
+    not listing_data.has_torchvision(), reason="torchvision is not installed: run `make`."
+)
 
 
-def synthetic() -> tuple[torch.Tensor, torch.Tensor]:
-    """60,000 images of 28 by 28 bytes in ten classes: a few bright pixels for each class, and some noise."""
-    generator = torch.Generator().manual_seed(7)
-    labels = torch.randint(10, (60_000,), generator=generator)
-    centres = (torch.rand(10, 28, 28, generator=generator) < 0.1).to(torch.uint8) * 200
-    noise = torch.randint(20, (60_000, 28, 28), generator=generator, dtype=torch.uint8)
-    return centres[labels] + noise, labels
+def cases(daily: int) -> list[Any]:
+    """All seeds on both sets; on the real one, whose images take their time to decode, one seed unless ``-m slow``."""
+    marks = {seed: [no_files, no_torchvision] + ([] if seed == daily else [pytest.mark.slow]) for seed in SEEDS}
+    real = [pytest.param("mnist", seed, marks=marks[seed], id=f"mnist-{seed}") for seed in SEEDS]
+    return [*[pytest.param("synthetic", seed, id=f"synthetic-{seed}") for seed in SEEDS], *real]
 
 
-def real() -> tuple[torch.Tensor, torch.Tensor]:
-    """The training images and labels of MNIST."""
+@pytest.fixture(scope="module")
+def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The name of the data, and a folder in which the listing finds them; torchvision is imported, or what stands in."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "mnist":
+        raw = folder / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        for path in FILES.glob("*.gz"):
+            (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    with pytest.MonkeyPatch.context() as patch:
+        modules = listing_data.stand_in() if request.param == "synthetic" else listing_data.torchvision()
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        yield request.param, folder
 
-    def read(name: str, header: int) -> torch.Tensor:
-        raw = gzip.decompress((FILES / f"{name}.gz").read_bytes())[header:]
-        return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
 
-    images, labels = read("train-images-idx3-ubyte", 16), read("train-labels-idx1-ubyte", 8)
-    return images.reshape(-1, 28, 28), labels.long()
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch, images: torch.Tensor, labels: torch.Tensor) -> type[Dataset[Any]]:
-    """Put a module in the place of torchvision, whose MNIST has these images; return that class."""
-    labels_as_ints = labels.tolist()
-
-    class MNIST(Dataset[Any]):
-        def __init__(self, root: str, train: bool, download: bool, transform: Callable[[Any], Any]) -> None:
-            self.transform = transform
-
-        def __len__(self) -> int:
-            return len(images)
-
-        def __getitem__(self, index: int) -> tuple[Any, int]:
-            return self.transform(images[index]), labels_as_ints[index]
-
-    parts = {name: types.ModuleType(name) for name in ("torchvision", "torchvision.datasets", "torchvision.transforms")}
-    vars(parts["torchvision.datasets"])["MNIST"] = MNIST
-    vars(parts["torchvision.transforms"])["ToTensor"] = lambda: lambda image: image.float().div(255).unsqueeze(0)
-    vars(parts["torchvision"]).update(
-        datasets=parts["torchvision.datasets"], transforms=parts["torchvision.transforms"]
+@pytest.fixture(scope="module")
+def by_hand(data: tuple[str, Path]) -> dict[int, torch.nn.Linear]:
+    """For each seed, the same training as a loop: the first tenth of the batches."""
+    torchvision = sys.modules["torchvision"]
+    images = torchvision.datasets.MNIST(
+        str(data[1]), train=True, download=False, transform=torchvision.transforms.ToTensor()
     )
-    for name, module in parts.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return MNIST
+    first = [batch for batch, _ in zip(DataLoader(images, batch_size=32), range(BATCHES), strict=False)]
+    layers = {}
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        layer = layers[seed] = torch.nn.Linear(28 * 28, 10)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+        for x, y in first:
+            loss = torch.nn.functional.cross_entropy(torch.relu(layer(x.view(x.size(0), -1))), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        print(f"{data[0]}, seed {seed}: {accuracy(layer, images):.1%} right")
+    return layers
 
 
-def by_hand(seed: int, loader: DataLoader[Any]) -> torch.nn.Linear:
-    """The same training as a loop: the first tenth of the batches."""
-    torch.manual_seed(seed)
-    layer = torch.nn.Linear(28 * 28, 10)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
-    last = int(0.1 * len(loader)) - 1
-    for number, (x, y) in enumerate(loader):
-        loss = torch.nn.functional.cross_entropy(torch.relu(layer(x.view(x.size(0), -1))), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if number == last:
-            break
-    return layer
-
-
-def accuracy(layer: torch.nn.Linear, images: torch.Tensor, labels: torch.Tensor) -> float:
+def accuracy(layer: torch.nn.Linear, images: Any) -> float:
     with torch.no_grad():
-        scores = torch.relu(layer(images.float().div(255).flatten(1)))
-    return (scores.argmax(1) == labels).float().mean().item()
+        scores = torch.relu(layer(images.data.float().div(255).flatten(1)))
+    return (scores.argmax(1) == images.targets).float().mean().item()
 
 
-@pytest.fixture(scope="module", params=["synthetic", pytest.param("real", marks=no_files)])
-def data(request: pytest.FixtureRequest) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels."""
-    return synthetic() if request.param == "synthetic" else real()
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_article_listing_trains_to_the_weights_of_a_hand_written_loop(
-    seed: int, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mnist = stand_in(monkeypatch, *data)
+@pytest.fixture
+def folder(data: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of a run, with the files that the listing looks for."""
+    if (data[1] / "MNIST").is_dir():
+        (tmp_path / "MNIST").symlink_to(data[1] / "MNIST")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the loop to compare with runs on the CPU
-    torch.manual_seed(seed)
-    found = runpy.run_path(str(LISTING))
-    images: Any = DataLoader(mnist("", True, False, sys.modules["torchvision.transforms"].ToTensor()), batch_size=32)
-    layer = by_hand(seed, images)
-    assert found["trainer"].global_step == 187
-    assert torch.equal(found["model"].l1.weight, layer.weight)
-    assert torch.equal(found["model"].l1.bias, layer.bias)
-    score = accuracy(layer, *data)
-    print(f"seed {seed}: {score:.1%} right")
-    assert score >= 0.1  # a ReLU on the scores switches whole classes off: all of them, with bad luck
+    return tmp_path
 
-    folder = tmp_path / "default" / "version_0"
-    assert (folder / "meta_tags.csv").is_file()
-    with (folder / "metrics.csv").open(newline="") as file:
+
+def with_the_old_lines(folder: Path) -> Path:
+    """Write the listing with the article's own import lines, and nothing else changed."""
+    text = LISTING.read_text(encoding="utf-8")
+    assert text.count(OUR_LINES) == 1
+    path = folder / "listing.py"
+    path.write_text(text.replace(OUR_LINES, OLD_LINES), encoding="utf-8")
+    return path
+
+
+def same(found: dict[str, torch.Tensor], layer: torch.nn.Linear) -> bool:
+    return all(torch.equal(found[name], value) for name, value in layer.state_dict().items())
+
+
+def check_files(folder: Path) -> None:
+    """TensorBoard's file, the tags and the rows are there: one for every tenth batch, and one of the validation."""
+    version = folder / "default" / "version_0"
+    assert (version / "meta_tags.csv").is_file()
+    with (version / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len([row for row in rows if row["tng_loss"]]) == 18
     assert len([row for row in rows if row["avg_val_loss"]]) == 1
-    assert list((folder / "tf").glob("events.out.tfevents.*"))
+    assert list((version / "tf").glob("events.out.tfevents.*"))
+    assert not list(folder.glob("lightning_logs"))
+
+
+def in_this_process(script: Path, seed: int, layer: torch.nn.Linear, folder: Path) -> None:
+    torch.manual_seed(seed)
+    found = runpy.run_path(str(script))
+    assert found["trainer"].global_step == BATCHES
+    assert same(found["model"].l1.state_dict(), layer)
     found["exp"].close()
+    check_files(folder)
 
 
-_RUN = """
-import runpy, sys, torch
-library = torch.library.Library("torchvision", "FRAGMENT")
-for name, arguments in (("nms", "Tensor dets, Tensor scores, float iou_threshold"),
-                        ("qnms", "Tensor dets, Tensor scores, float iou_threshold")):
-    if not hasattr(torch.ops.torchvision, name):
-        library.define(f"{name}({arguments}) -> Tensor")
-torch.manual_seed(0)
-found = runpy.run_path(sys.argv[1])
-torch.save(found["model"].l1.state_dict(), "weights.pt")
-"""
-
-
-@no_files
-@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed.")
-def test_the_article_listing_runs_on_the_data_set_of_torchvision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("data", "seed"), cases(0), indirect=["data"])
+def test_the_article_listing_trains_to_the_weights_of_a_hand_written_loop(
+    seed: int, by_hand: dict[int, torch.nn.Linear], folder: Path
 ) -> None:
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for path in FILES.glob("*.gz"):
-        (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
+    in_this_process(LISTING, seed, by_hand[seed], folder)
+
+
+@pytest.mark.parametrize(("data", "seed"), cases(1), indirect=["data"])
+def test_the_article_listing_with_its_own_import_lines_trains_to_the_same_weights(
+    seed: int, by_hand: dict[int, torch.nn.Linear], folder: Path
+) -> None:
+    with leyden.compat.installed():
+        in_this_process(with_the_old_lines(folder), seed, by_hand[seed], folder)
+
+
+@pytest.mark.parametrize(("data", "seed"), cases(2), indirect=["data"])
+def test_the_article_listing_under_leyden_run_trains_to_the_same_weights(
+    data: tuple[str, Path], seed: int, by_hand: dict[int, torch.nn.Linear], folder: Path
+) -> None:
+    path = os.pathsep.join([str(HERE / "listing_startup"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {
+        **os.environ, "PYTHONPATH": path, "LISTING_DATA": data[0], "LISTING_SEED": str(seed), "CUDA_VISIBLE_DEVICES": "",
+        "LISTING_WEIGHTS": str(folder / "weights.pt"), "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", _RUN, str(LISTING)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+        [sys.executable, "-m", "leyden", "run", with_the_old_lines(folder).name],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    data = real()
-    mnist = stand_in(monkeypatch, *data)
-    layer = by_hand(0, DataLoader(mnist("", True, False, lambda image: image.float().div(255).unsqueeze(0)), 32))
-    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
-    assert all(torch.equal(weights[name], value) for name, value in layer.state_dict().items())
+    assert same(torch.load(folder / "weights.pt", weights_only=True), by_hand[seed])
+    check_files(folder)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import checkpoint_grid_script
 import leyden as L
 import lightning_checkpoint_script
 from leyden.callbacks import ModelCheckpoint
@@ -330,3 +331,33 @@ def test_a_run_of_ours_goes_on_in_lightning(tmp_path: Path) -> None:
     assert resumed["losses"] == whole["losses"][6:]
     assert resumed["rates"] == whole["rates"][6:]
     assert resumed["weights"] == whole["weights"]
+
+
+# ---------------------------------------------------------------------------------------------- which files remain
+
+GRID = json.loads((HERE / "recorded" / "lightning-2.6.6-checkpoint-grid.json").read_text())
+WHY = {
+    "K1": "after fit, the last checkpoint is the state after the last step",
+    "K2": "a step that also validates is ranked by that validation",
+    "K5": "both raise, since the metric is not there; the last checkpoint is saved all the same",
+    "waits": "a save that is due before its metric is there waits for it, rather than being dropped or an error",
+    "step 0": "step 0 is no multiple of anything, though a window of accumulation has several batches there",
+}
+"""Where ours differ from Lightning's on purpose; the recording says which of these it is."""
+
+
+@pytest.mark.parametrize("index", range(len(GRID)))
+def test_K1_K5_files_over_a_grid_of_settings(index: int, tmp_path: Path, recwarn: Any) -> None:
+    row = GRID[index]
+    result = checkpoint_grid_script.run("leyden", row["case"], str(tmp_path))
+    assert json.loads(json.dumps(result)) == row.get("leyden", row["lightning"]), row["case"]
+    assert ("leyden" in row) == (row.get("why") in WHY)
+
+
+def test_K5_a_save_that_is_due_before_the_first_epoch_that_validates(tmp_path: Path) -> None:
+    callback = ModelCheckpoint(tmp_path, monitor="val_loss", every_n_train_steps=1, save_top_k=-1)
+    run = trainer(
+        max_epochs=4, check_val_every_n_epoch=2, num_sanity_val_steps=0, enable_checkpointing=None, callbacks=callback
+    )
+    run.fit(Model(), datamodule=Data())
+    assert sorted(path.name for path in tmp_path.iterdir())[0] == "epoch=1-step=4.ckpt"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,26 @@ from typing import Any
 import pytest
 import torch
 
+from leyden.checkpoint_io import TorchCheckpointIO
 from leyden.types import TrainerFn, TrainerState
 
 
 class Kill(BaseException):
     """Ends the process at once, as SIGKILL would: no hook hears of it."""
+
+
+class FakeIO(TorchCheckpointIO):
+    """Tells the trainer of what it writes; a kill that meets it on the thread of an asynchronous save is the trainer's."""
+
+    def __init__(self, trainer: FakeTrainer) -> None:
+        self.trainer = trainer
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.trainer.happens(f"save {os.path.basename(path)}")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        torch.save(checkpoint, f"{path}.part")
+        os.replace(f"{path}.part", path)
+        self.trainer.happens(f"saved {os.path.basename(path)}")
 
 
 class FakeStrategy:
@@ -25,6 +41,7 @@ class FakeStrategy:
 
     def __init__(self, trainer: FakeTrainer) -> None:
         self.trainer = trainer
+        self.checkpoint_io: Any = FakeIO(trainer)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         return obj
@@ -93,8 +110,10 @@ class FakeTrainer:
         self.current_epoch, self.global_step, self.batches_that_stepped = 0, 0, 0
         self.log_every_n_steps = 50
         self.ckpt_path: str | None = None
+        self.named_ckpt_path: str | None = None
         self.events: list[str] = []
         self.fails: dict[str, BaseException] = {}
+        self.failure: BaseException | None = None  # of a save on a thread
         self.position: tuple[int, str] = (0, "start")  # batches done in this epoch, what happened last
         self.module = SimpleNamespace(automatic_optimization=True)
 
@@ -134,8 +153,7 @@ class FakeTrainer:
             self.callback_metrics[name] = torch.tensor(value)
 
     def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
-        name = os.path.basename(filepath)
-        self.happens(f"save {name}")
+        self.strategy.checkpoint_io.settle()
         states = {callback.state_key: callback.state_dict() for callback in self.callbacks}
         content = {
             "global_step": self.global_step,
@@ -144,14 +162,14 @@ class FakeTrainer:
             "metrics": dict(self.callback_metrics),
             **({} if weights_only else {"callbacks": states}),
         }
-        os.makedirs(os.path.dirname(filepath), exist_ok=True)
-        torch.save(content, f"{filepath}.part")
-        os.replace(f"{filepath}.part", filepath)
-        self.happens(f"saved {name}")
+        self.strategy.checkpoint_io.save_checkpoint(content, filepath)
 
-    def fit(self, ckpt_path: str | None = None) -> None:
+    def fit(self, ckpt_path: str | None = None, named: bool = False) -> None:
+        """``named``: the user gave the path; otherwise it was found, as by ``ckpt_path="last"``."""
         self.ckpt_path = ckpt_path
+        self.named_ckpt_path = ckpt_path if named else None
         self.call("setup", "fit")
+        self.strategy.checkpoint_io.listen(lambda error: setattr(self, "failure", error))
         if ckpt_path is not None:
             content = torch.load(ckpt_path, weights_only=True)
             self.global_step, self.current_epoch = content["global_step"], content["epoch"]
@@ -161,9 +179,12 @@ class FakeTrainer:
                     callback.load_state_dict(content["callbacks"][callback.state_key])
         try:
             self.run()
+            self.call("teardown", "fit")
         except Kill:
             raise
         except BaseException as error:
+            with suppress(Exception):
+                self.strategy.checkpoint_io.settle()
             self.call("on_exception", error)
             raise
 
@@ -195,6 +216,8 @@ class FakeTrainer:
             self.log("batch")
             self.call("on_train_batch_end", None, None, done - 1)
             self.batches_that_stepped += 1
+            if self.failure is not None:
+                raise self.failure
             if self.validation_due():
                 self.validate()
         if last != "epoch":

@@ -57,10 +57,11 @@ def number(value: Any) -> float | None:
     return None if value is None else round(float(value), 5)
 
 
+@pytest.mark.parametrize("async_save", [False, True])
 @pytest.mark.parametrize("case", RECORDED)
-def test_same_files_and_attributes_as_lightning(case, make_trainer, tmp_path):
+def test_same_files_and_attributes_as_lightning(case, async_save, make_trainer, tmp_path):
     recorded = RECORDED[case]
-    callback = ModelCheckpoint(**recorded["callback"])
+    callback = ModelCheckpoint(**recorded["callback"], async_save=async_save)
     make_trainer([callback], metrics=metrics_of_the_recording(), **recorded["trainer"]).fit()
     expected = dict(recorded["result"])
     if case == "epochs2_last":  # K1: the last checkpoint is that of the last step
@@ -258,10 +259,11 @@ def test_metric_that_is_overwritten_in_place_keeps_its_old_rank(make_trainer):
 # K1 ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("async_save", [False, True])
 @pytest.mark.parametrize("save_last", [True, "link"])
 @pytest.mark.parametrize("how", ["normal", "exception", "ctrl-c", "stopped", "exception while validating"])
-def test_K1_last_is_the_state_after_the_last_step(how, save_last, make_trainer):
-    callback = ModelCheckpoint(monitor="val", save_last=save_last, every_n_train_steps=5)
+def test_K1_last_is_the_state_after_the_last_step(how, save_last, async_save, make_trainer):
+    callback = ModelCheckpoint(monitor="val", save_last=save_last, every_n_train_steps=5, async_save=async_save)
 
     def metrics(when, trainer):
         if how == "stopped" and trainer.global_step == 7:
@@ -414,12 +416,13 @@ def newest(folder: Path) -> str | None:
     return None if best is None else str(folder / best)
 
 
+@pytest.mark.parametrize("async_save", [False, True])
 @pytest.mark.parametrize("setup", SETUPS)
-def test_K4_killed_anywhere_and_resumed_gives_the_same_files(setup, make_trainer, kill, tmp_path):
+def test_K4_killed_anywhere_and_resumed_gives_the_same_files(setup, async_save, make_trainer, kill, tmp_path):
     callbacks, arguments = SETUPS[setup]
 
     def run(fails: str | None = None, resume: bool = False) -> Any:
-        built = [ModelCheckpoint(tmp_path / "ckpts", **each) for each in callbacks]
+        built = [ModelCheckpoint(tmp_path / "ckpts", **each, async_save=async_save) for each in callbacks]
         trainer = make_trainer(built, metrics=metrics_by_step, **arguments)
         if fails is not None:
             event, count = fails.rsplit("#", 1)
@@ -453,26 +456,42 @@ def test_K4_killed_anywhere_and_resumed_gives_the_same_files(setup, make_trainer
         came_from = newest(tmp_path / "ckpts")
         run(resume=came_from is not None)
         actual = steps_in(tmp_path / "ckpts")
-        if came_from is not None and os.path.basename(came_from) not in expected:
-            actual.pop(os.path.basename(came_from), None)  # the file that a run resumed from is never deleted
         if len(callbacks) == 1:
             assert actual == expected, moment
         # what one callback saved says nothing of what the other would have saved a moment later
         assert set(actual) == set(expected), moment
 
 
+def test_the_file_that_the_user_named_to_resume_from_stays(make_trainer, tmp_path):
+    make_trainer([ModelCheckpoint(tmp_path)], epochs=1).fit()
+    make_trainer([ModelCheckpoint(tmp_path)], epochs=3).fit(str(tmp_path / "epoch=0-step=4.ckpt"), named=True)
+    assert steps_in(tmp_path) == {"epoch=0-step=4.ckpt": 4, "epoch=2-step=12.ckpt": 12}
+    make_trainer([ModelCheckpoint(tmp_path)], epochs=4).fit(str(tmp_path / "epoch=2-step=12.ckpt"))
+    assert steps_in(tmp_path) == {"epoch=0-step=4.ckpt": 4, "epoch=3-step=16.ckpt": 16}
+
+
+@pytest.mark.parametrize("async_save", [False, True])
 @pytest.mark.parametrize("setup", SETUPS)
-def test_C3_a_file_is_deleted_only_after_its_successor_is_written(setup, make_trainer, monkeypatch, tmp_path):
+def test_C3_a_file_is_deleted_only_after_its_successor_is_written(
+    setup, async_save, make_trainer, monkeypatch, tmp_path
+):
     callbacks, arguments = SETUPS[setup]
     trainer = make_trainer(
-        [ModelCheckpoint(tmp_path / "ckpts", **each) for each in callbacks], metrics=metrics_by_step, **arguments
+        [ModelCheckpoint(tmp_path / "ckpts", **each, async_save=async_save) for each in callbacks],
+        metrics=metrics_by_step,
+        **arguments,
     )
     happens = trainer.happens
+    complete: list[int] = [0]
 
     def checked(event: str) -> None:
         happens(event)
+        if event.startswith("saved"):
+            complete.append(steps_in(tmp_path / "ckpts")[event.removeprefix("saved ")])
         if event.startswith("delete"):
-            assert trainer.global_step in steps_in(tmp_path / "ckpts").values()
+            assert max(complete) in steps_in(tmp_path / "ckpts").values()
+            if not async_save:
+                assert max(complete) == trainer.global_step
 
     monkeypatch.setattr(trainer, "happens", checked)
     trainer.fit()

@@ -13,7 +13,6 @@ from leyden.callbacks.checkpoint_files import (
     Ledger,
     bears,
     exists,
-    fill_fields,
     is_inside,
     is_url,
     link,
@@ -85,8 +84,3 @@ def test_link_replaces_what_was_there(tmp_path):
         link(str(tmp_path / "a"), str(tmp_path / name))
         assert os.readlink(tmp_path / name) == "a"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "folder", "fresh"]
-
-
-def test_fill_fields():
-    assert fill_fields("{a:02d}_{b/c}_{d!r:>4}", {"a": 1, "b/c": 2, "d": "x"}, None) == "01_2_ 'x'"
-    assert fill_fields("{a}{a}", {}, "=") == "a=0a=0"

@@ -72,3 +72,22 @@ def test_log_gpu_usage(tmp_path: Path) -> None:
     assert [step for step, _ in memory] == [9, 19]
     assert all(megabytes > 1 for _, megabytes in memory)
     assert [step for step, _ in trainer.history.column("grad_2_norm_total")] == [9, 19]
+
+
+def test_track_grad_norm_of_several_optimizers_is_free_of_the_scale_of_mixed_precision(tmp_path: Path) -> None:
+    class Two(Model):
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD([p], lr=1e-4) for p in self.layer.parameters()]
+
+    def total(**arguments: Any) -> float:
+        torch.manual_seed(1)
+        net = Two()
+        trainer = ptl.Trainer(
+            max_nb_epochs=1, logger=False, checkpoint_callback=False, progress_bar=False, print_weights_summary=False,
+            default_root_dir=tmp_path, gpus=[0], track_grad_norm=2, **arguments,
+        )  # fmt: skip
+        trainer.fit(net)
+        (_, first), *_ = trainer.history.column("grad_2_norm_total")
+        return float(first)
+
+    assert total(use_amp=True) == pytest.approx(total(), rel=0.05)

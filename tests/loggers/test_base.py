@@ -14,7 +14,7 @@ import pytest
 
 import leyden.loggers
 from leyden.loggers import DummyLogger, Logger, rank_zero_experiment
-from leyden.loggers.base import DummyExperiment
+from leyden.loggers.base import DummyExperiment, run_states
 from leyden.runtime.ranks import rank_zero_only
 
 
@@ -222,3 +222,64 @@ def test_importing_the_family_loads_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_H2_a_checkpoint_does_not_wait_for_a_logger_that_cannot_take_back_rows(tmp_path):
+    import torch
+
+    import leyden as L
+
+    written, seen = [], []
+
+    class Slow(Logger):
+        name, version = "slow", 0
+
+        def log_metrics(self, metrics, step=None):
+            time.sleep(0.05)
+            written.append(step)
+
+        def log_hyperparams(self, params, *args, **kwargs):
+            pass
+
+    class Net(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(1, 1)
+
+        def training_step(self, batch, batch_idx):
+            loss = self.net(batch).sum()
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.save_checkpoint(tmp_path / "x.ckpt")
+            seen.append(len(written))
+
+    trainer = L.Trainer(
+        max_epochs=1, logger=Slow(), callbacks=[Save()], log_every_n_steps=1, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(Net(), torch.ones(20, 1))
+    assert written == list(range(20))
+    assert seen[-1] < 19  # all at the end, none of them for a checkpoint
+
+
+def test_a_state_that_is_not_plain_is_left_out_with_a_warning():
+    class Odd(Logger):
+        name, version = "odd", 0
+
+        def log_metrics(self, metrics, step=None):
+            pass
+
+        def log_hyperparams(self, params, *args, **kwargs):
+            pass
+
+        def state_dict(self):
+            return {"run": object()}
+
+    with pytest.warns(match="Odd.state_dict.. failed.*run: only plain data can be in a checkpoint"):
+        assert run_states([Odd()]) == [{"class": Odd.__qualname__}]

@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leyden.errors import MisconfigurationException
-from leyden.loggers.cells import cell_text, cell_value, read_pairs, read_rows, write_pairs
+from leyden.hparams import cell_value, load_hparams_from_tags_csv
+from leyden.loggers.cells import cell_text, read_pairs, read_rows, write_pairs
 
 VALUES = [
     0, -3, 10**30, 1e-20, math.inf, True, False, None, "", "word", "1", "1e5", "True", "None", "NaN", '"quoted"', "007",
     'a,b\n"c"', "ünï", [1, "2", None], {"a": {"b": 0.5}}, "[1, 2]", "{", "\\d", " 1", "[" * 100_000,
+    [True, None], "(1, 2)", "1_000", "{'a': 1}", "'\\d'", "0x10",
 ]  # fmt: skip
 
 
@@ -25,6 +27,15 @@ def test_values_come_back_with_their_type(tmp_path, value):
     read = read_pairs(tmp_path / "t.csv")
     assert read == {"key": value, "an,other": 1}
     assert type(read["key"]) is type(value)
+    assert load_hparams_from_tags_csv(str(tmp_path / "t.csv")) == read, "what a model is built from (load_from_metrics)"
+
+
+def test_a_table_that_the_tool_of_2019_wrote(tmp_path):
+    # it wrote str(value)
+    (tmp_path / "t.csv").write_text('key,value\nlr,0.1\nsizes,"(8, 16)"\nopts,"{\'a\': None}"\nname,relu\nflag,True\n')
+    expected = {"lr": 0.1, "sizes": (8, 16), "opts": {"a": None}, "name": "relu", "flag": True}
+    assert read_pairs(tmp_path / "t.csv") == expected
+    assert load_hparams_from_tags_csv(str(tmp_path / "t.csv")) == expected
 
 
 @given(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text())

@@ -174,7 +174,7 @@ def test_save_dir_none_is_a_folder_in_the_current_directory(tmp_path, monkeypatc
     assert os.path.isfile(os.path.join(exp.log_dir, "meta.experiment"))
 
 
-def test_get_data_path_get_media_path_get_tensorboardx_path(tmp_path):
+def test_get_data_path_and_get_media_path_and_get_tensorboardx_path(tmp_path):
     with Experiment(tmp_path, name="a") as exp:
         assert exp.get_data_path("b", 3) == str(tmp_path / "b" / "version_3")
         assert exp.get_media_path("b", 3) == str(tmp_path / "b" / "version_3" / "media")
@@ -348,7 +348,7 @@ def test_what_is_no_number_is_refused(tmp_path, value):
 # ---------------------------------------------------------------------- images
 
 
-def test_keys_with_png_jpg_and_jpeg(tmp_path):
+def test_keys_with_png_and_jpg_and_jpeg(tmp_path):
     image = np.full((4, 4), 0.5)
     with Experiment(tmp_path) as exp:
         exp.log({"png_a": image, "jpg_b": image, "gen/JPEG_c": image, "loss": 1.0}, 3)
@@ -674,6 +674,50 @@ def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_rewind_takes_back_what_came_after_a_checkpoint(tmp_path):
+    """A run is killed after its checkpoint; the one that goes on logs those steps again, and the curve is one line."""
+    first = Experiment(tmp_path, version=0)
+    first.tag({"lr": 0.1})
+    for step in range(3):
+        first.log({"loss": 1.0 - step / 10}, step)
+    state = json.loads(json.dumps(first.state_dict()))  # plain data: it goes into a checkpoint
+    for step in range(3, 6):
+        first.log({"loss": 9.0, "later": 1.0}, step)
+    first.close()
+
+    second = Experiment(tmp_path, version=0)
+    assert len(second.metrics) == 6
+    second.log({"of_this_process": 1.0}, 2)
+    second.tag({"units": 8})
+    second.save()
+    second.load_state_dict(state)
+    second.rewind()
+    assert [row["step"] for row in second.metrics] == [0, 1, 2, 2]
+    for step in range(3, 5):
+        second.log({"loss": 1.0 - step / 10}, step)
+    second.close()
+    assert [(row["step"], row.get("loss")) for row in rows(second)] == [
+        ("0", "1.0"), ("1", "0.9"), ("2", "0.8"), ("2", None), ("3", "0.7"), ("4", "0.6"),
+    ]  # fmt: skip
+    assert scalars(second) == {
+        "loss": [(step, pytest.approx(1.0 - step / 10)) for step in range(5)], "of_this_process": [(2, 1.0)],
+    }  # fmt: skip
+    assert "units | 8" in texts(second)[-1]
+
+
+def test_rewind_leaves_another_version_alone(tmp_path):
+    other = Experiment(tmp_path, version=0)
+    state = other.state_dict()
+    other.close()
+    exp = Experiment(tmp_path, version=1)
+    exp.log({"loss": 1.0})
+    exp.load_state_dict(state)
+    exp.rewind()
+    exp.rewind()
+    exp.close()
+    assert len(rows(exp)) == 1
+
+
 def test_a_forked_process_cannot_write_by_accident(tmp_path):
     code = (
         "import os, sys; from leyden import Experiment; exp = Experiment('.'); exp.log({'loss': 1.0})\n"

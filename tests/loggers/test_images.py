@@ -61,6 +61,16 @@ def test_colour(tmp_path, form):
     assert np.array_equal(read, image.permute(1, 2, 0).numpy())
 
 
+@pytest.mark.parametrize("form", ["HxWx4 uint8", "4xHxW float"])
+def test_opacity(tmp_path, form):
+    image = np.zeros((6, 5, 4), np.uint8)  # as the canvas of a figure of matplotlib gives it
+    image[1, 2] = (255, 0, 0, 128)
+    given = image if "uint8" in form else np.moveaxis(image, 2, 0) / 255
+    mode, read = pixels(save_image(given, str(tmp_path), "png_a", 0))
+    assert (mode, read.tolist()) == ("RGBA", image.tolist())
+    assert pixels(save_image(given, str(tmp_path), "jpg_a", 0))[0] == "RGB"
+
+
 def test_a_mask(tmp_path):
     _, read = pixels(save_image(torch.eye(3, dtype=torch.bool), str(tmp_path), "png_a", 0))
     assert np.array_equal(read, np.eye(3) * 255)

@@ -181,6 +181,27 @@ def test_parents_hand_on_what_they_search_over() -> None:
 # ---------------------------------------------------------------------- json_config
 
 
+def test_a_command_is_searched_over_with_its_own_options() -> None:
+    parser = HyperOptArgumentParser()
+    parser.opt_list("--seed", type=int, default=0, options=[0, 1], tunable=True)
+    commands = parser.add_subparsers(dest="command")
+    for name, options in (("train", [0.1, 0.2]), ("tune", [0.3])):
+        commands.add_parser(name).opt_list("--lr", type=float, default=1.0, options=options, tunable=True)
+    train, tune, none = (parser.parse_args(given) for given in (["train"], ["tune"], []))
+    drawn = [(trial.command, trial.seed, trial.lr) for trial in train.trials()]
+    assert drawn == [("train", 0, 0.1), ("train", 0, 0.2), ("train", 1, 0.1), ("train", 1, 0.2)]
+    assert [trial.lr for trial in tune.trials()] == [0.3, 0.3]
+    assert none.tunable_names() == ["seed"]
+
+
+def test_an_option_that_takes_the_place_of_a_tunable_one() -> None:
+    parent = HyperOptArgumentParser(add_help=False)
+    parent.opt_list("--lr", type=float, default=0.1, options=[0.1, 0.2], tunable=True)
+    parser = HyperOptArgumentParser(parents=[parent], conflict_handler="resolve")
+    parser.opt_list("--lr", type=float, default=0.5, tunable=False)
+    assert parser.parse_args([]).tunable_names() == []
+
+
 def test_json_config_replaces_defaults_and_yields_to_the_command_line(config: Callable[[Any], str]) -> None:
     parser = make()
     parser.json_config("--config", default=config({"units": 64, "learning-rate": 1, "epochs": 9}))

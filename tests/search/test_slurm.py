@@ -17,6 +17,7 @@ import torch
 import leyden
 from leyden.errors import LeydenError, MisconfigurationException
 from leyden.search import HyperOptArgumentParser, SlurmCluster
+from leyden.search.slurm import _claim_number
 
 
 def parse() -> Any:
@@ -93,6 +94,12 @@ def test_log_path_holds_one_script_and_one_log_of_each_kind_per_trial(
         assert "#SBATCH --open-mode=append" in text
 
 
+def test_two_searches_that_are_submitted_together_never_share_a_trial(tmp_path: Path) -> None:
+    first, second = (_claim_number(tmp_path) for _ in range(2))  # neither has written anything yet
+    assert (first[0], second[0]) == (0, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"trial_0.json", "trial_1.json"}
+
+
 def test_a_second_search_overwrites_nothing(cluster: SlurmCluster, submitted: Path) -> None:
     cluster.optimize_parallel_cluster_cpu(train, 2, "job")
     cluster.optimize_parallel_cluster_cpu(train, 1, "job")
@@ -136,6 +143,8 @@ def test_per_experiment_nb_gpus_and_gpu_type(cluster: SlurmCluster, submitted: P
         ("per_experiment_nb_cpus", 6, "#SBATCH --cpus-per-task=6"),
         ("per_experiment_nb_nodes", 3, "#SBATCH --nodes=3"),
         ("memory_mb_per_node", 64000, "#SBATCH --mem=64000"),
+        ("memory_mb_per_node", 0, "#SBATCH --mem=0"),
+        ("memory_mb_per_node", "24g", "#SBATCH --mem=24g"),
         ("job_time", "1-00:00:00", "#SBATCH --time=1-00:00:00"),
         ("minutes_to_checkpoint_before_walltime", 7.5, "#SBATCH --signal=USR1@450"),
     ],
@@ -146,7 +155,7 @@ def test_attributes_go_into_the_script(
     assert line not in script(cluster, submitted)
     setattr(cluster, name, value)
     assert line in script(cluster, submitted)
-    assert f"export SRUN_CPUS_PER_TASK={cluster.per_experiment_nb_cpus}" in script(cluster, submitted)
+    assert 'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"' in script(cluster, submitted)
 
 
 # ---------------------------------------------------------------------- methods
@@ -183,7 +192,7 @@ def test_notify_job_status(cluster: SlurmCluster, submitted: Path, done: bool, f
     assert [line for line in lines if "mail-type" in line] == ([f"#SBATCH --mail-type={events}"] if events else [])
 
 
-def test_optimize_parallel_cluster_gpu_and_cpu_write_the_values_of_each_trial(
+def test_optimize_parallel_cluster_gpu_and_optimize_parallel_cluster_cpu_write_the_values_of_each_trial(
     cluster: SlurmCluster, submitted: Path
 ) -> None:
     cluster.optimize_parallel_cluster_gpu(train, None, "job")
@@ -218,7 +227,9 @@ def test_no_sbatch_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("per_experiment_nb_gpus", -1, "per_experiment_nb_gpus=-1.*at least 1"),
         ("per_experiment_nb_cpus", 0, "per_experiment_nb_cpus=0"),
         ("per_experiment_nb_nodes", 1.5, "per_experiment_nb_nodes=1.5"),
-        ("memory_mb_per_node", "2G", "memory_mb_per_node='2G'"),
+        ("memory_mb_per_node", "two", "memory_mb_per_node='two'.*'24G'"),
+        ("memory_mb_per_node", -1, "memory_mb_per_node=-1"),
+        ("memory_mb_per_node", True, "memory_mb_per_node=True"),
         ("job_time", "an hour", "job_time='an hour'"),
         ("job_time", "5:00", "less than the walltime of 5 minutes.*enable_auto_resubmit=False"),
         ("minutes_to_checkpoint_before_walltime", -1, "at least 0"),
@@ -423,6 +434,21 @@ def test_only_the_first_process_of_a_job_submits_and_writes(
     assert events == ["save"]
     assert len(submitted.read_text().splitlines()) == 1
     assert cluster.results("job")[0]["state"] == "submitted"
+
+
+def test_names_that_arguments_had_in_2019(
+    job: Callable[[], SlurmCluster], cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    calls = []
+
+    def trial(hparams: Any, cluster: SlurmCluster, results: Any) -> None:
+        cluster.set_checkpoint_save_function(fx=calls.append, kwargs={})
+        cluster.set_checkpoint_load_function(fx=calls.append, kwargs={})
+        calls.append(hparams.lr)
+
+    job().optimize_parallel_cluster_gpu(train_function=trial, nb_trials=1, job_name="job")
+    job().optimize_parallel_cluster_cpu(train_function=trial, nb_trials=1, job_name="job")
+    assert len(calls) == 2
 
 
 def test_enable_auto_resubmit_false_installs_no_handlers(job: Callable[[], SlurmCluster]) -> None:

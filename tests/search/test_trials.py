@@ -7,6 +7,7 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from leyden.errors import MisconfigurationException
@@ -44,6 +45,13 @@ def test_a_huge_grid_is_not_built_to_take_its_first_points() -> None:
 def test_a_grid_over_a_range_is_evenly_spaced_and_includes_both_ends(option: Range, expected: list[float]) -> None:
     assert option.grid() == expected
     assert {type(value) for value in option.grid()} == {int if option.integer else float}
+
+
+def test_bounds_may_be_numbers_of_numpy() -> None:
+    grid = a_range(np.int64(1), np.float32(2), 3).grid()
+    assert grid == [1.0, 1.5, 2.0]
+    assert {type(value) for value in grid} == {float}
+    assert a_range(np.int64(1), np.int32(2), integer=True).grid() == [1, 2]
 
 
 def test_random_search_draws_from_the_whole_range_and_stays_in_it() -> None:
@@ -126,6 +134,7 @@ def test_empty_options_are_refused(values: Any, words: str) -> None:
         ({"low": 0.5, "high": 2, "integer": True}, "whole numbers"),
         ({"low": 0.0, "high": 1.0, "log_base": 10}, "low must be greater than 0"),
         ({"low": 0.1, "high": 1.0, "log_base": 1}, "log_base=1.*greater than 1"),
+        ({"low": 0.1, "high": 1.0, "log_base": "10"}, "log_base='10'.*greater than 1"),
         ({"low": 0.1, "high": 1.0, "nb_samples": 0}, "nb_samples=0"),
     ],
 )

@@ -137,6 +137,33 @@ def test_after_the_fit_the_cluster_acts_at_once_again_and_keeps_nothing_alive(jo
         gc.enable()
 
 
+def test_after_an_exception_the_cluster_acts_at_once_again(job: Callable[[], SlurmCluster]) -> None:
+    class Failing(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            raise ZeroDivisionError
+
+    cluster = job()
+    with pytest.raises(ZeroDivisionError):
+        fit(Failing(), [WalltimeCheckpoint(cluster)])
+    assert not cluster.postponed
+
+
+def test_a_signal_after_the_trainer_is_gone_saves_nothing(job: Callable[[], SlurmCluster], capsys: Any) -> None:
+    def train(hparams: Any, cluster: SlurmCluster) -> str:
+        fit(Net(), [WalltimeCheckpoint(cluster)])
+        gc.collect()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return "the trial went on"
+
+    assert run(job(), train) == "the trial went on"
+    assert "the Trainer is gone" in capsys.readouterr().err
+
+
+def test_cluster_must_be_one() -> None:
+    with pytest.raises(MisconfigurationException, match="cluster=7: it must be a SlurmCluster"):
+        WalltimeCheckpoint(7)
+
+
 def test_cluster_of_slurm(job: Callable[[], SlurmCluster]) -> None:
     """A Trainer built with the argument of 2019 needs no more than the cluster: it saves, and goes on, by itself."""
 

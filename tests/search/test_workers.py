@@ -135,19 +135,67 @@ def test_a_result_that_cannot_be_sent_is_a_failure_of_its_trial() -> None:
     (result,) = search(1).optimize_parallel_cpu(functions.returns_what_cannot_be_sent, None, 1)
     assert result.value is None
     assert "pickle" in str(result.error)
+    assert "returned a function that cannot be sent back" in str(result.error)
 
 
-def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from leyden import HyperOptArgumentParser\n"
-        "def f(hparams): return 1\n"
-        "p = HyperOptArgumentParser()\n"
-        "p.opt_list('--x', options=[1], tunable=True)\n"
-        "p.parse_args([]).optimize_parallel_cpu(f, 1, 1)\n"
+def test_a_trial_that_exits_with_0_is_done() -> None:
+    (result,) = search(1).optimize_parallel_cpu(functions.exits_with_0, None, 1)
+    assert (result.value, result.error) == (None, None)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_that_a_trial_forked_does_not_hold_up_the_search() -> None:
+    (result,) = search(1).optimize_parallel_cpu(functions.leaves_a_fork_of_itself, None, 1)
+    assert result.value == 0
+    assert result.seconds < functions.FORK_SLEEPS, "it waited for the fork"
+
+
+def test_names_that_arguments_had_in_2019(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    hparams = search(3)
+    results = hparams.optimize_parallel_gpu(
+        train_function=functions.environment, gpu_ids=["1", "0"], max_nb_trials=2, nb_workers=1
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
-    assert "`if __name__ == '__main__':`" in done.stderr
+    assert [result.value["visible"] for result in results] == ["1", "1"], "nb_workers=1 uses the first set only"
+    assert values(hparams.optimize_parallel_cpu(train_function=functions.square, nb_trials=1, nb_workers=1)) == [0.0]
+    with pytest.raises(TypeError, match="two names of one argument"):
+        hparams.optimize_parallel_gpu(functions.square, ["0"], nb_trials=1, max_nb_trials=1)
+    with pytest.raises(MisconfigurationException, match="nb_workers=0"):
+        hparams.optimize_parallel_gpu(functions.square, ["0"], nb_workers=0)
+
+
+def run_script(tmp_path: Path, text: str) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "script.py"
+    script.write_text(text)
+    return subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+
+
+UNGUARDED = """\
+from leyden import HyperOptArgumentParser
+print("once in each process")
+def f(hparams): return hparams.x + 1
+p = HyperOptArgumentParser()
+p.opt_list('--x', options=[1, 2], tunable=True)
+results = p.parse_args([]).optimize_parallel_cpu(f, None, 2)
+print([result.value for result in results], [result.error for result in results])
+"""
+
+
+def test_optimize_parallel_cpu_runs_from_a_script_without_a_main_guard(tmp_path: Path) -> None:
+    # in 2019 processes were forked, and many a script has no guard
+    done = run_script(tmp_path, UNGUARDED)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["once in each process", "[2, 3] [None, None]"]
+    assert "trial 1 | once in each process" in done.stderr
+
+
+def test_a_function_that_a_process_does_not_find_is_a_failure_that_says_what_to_do(tmp_path: Path) -> None:
+    # a second search of an unguarded script: the processes of its trials import the script up to the first
+    later = UNGUARDED + "def g(hparams): pass\nprint(p.parse_args([]).optimize_parallel_cpu(g, 1, 1)[0].error)\n"
+    done = run_script(tmp_path, later)
+    assert "[2, 3]" in done.stdout
+    assert "Can't get attribute 'g'" in done.stdout
+    assert "at the top level of the script and ahead of the search" in done.stdout
 
 
 def test_functions_of_a_script_work(tmp_path: Path) -> None:

@@ -61,6 +61,17 @@ def returns_what_cannot_be_sent(hparams: Any) -> Any:
     return lambda: hparams
 
 
+def exits_with_0(hparams: Any) -> None:
+    sys.exit(0)
+
+
+def leaves_a_fork_of_itself(hparams: Any) -> int:
+    if os.fork() == 0:
+        time.sleep(FORK_SLEEPS)
+        os._exit(0)
+    return int(hparams.x)
+
+
 def trained_tensor(hparams: Any) -> Any:
     import torch
 
@@ -85,5 +96,6 @@ def leaves_a_process_and_waits(hparams: Any) -> None:
         time.sleep(60)
 
 
+FORK_SLEEPS = 30.0
 VISIBLE_AT_IMPORT = os.environ.get("CUDA_VISIBLE_DEVICES")
 IN_A_TRIAL = multiprocessing.parent_process() is not None

@@ -67,7 +67,9 @@ def test_a_search_of_four_trials_runs_as_jobs(slurm: Any, tmp_path: Path) -> Non
         assert logs(tmp_path, "out", trial).splitlines()[0] == f"lr={lr}"
         assert "on stderr" in logs(tmp_path, "err", trial)
     assert "RuntimeError: this learning rate explodes" in logs(tmp_path, "err", 2)
-    assert "JobState=FAILED" in slurm.ask("scontrol", "show", "job", jobs[2])
+    failed = slurm.ask("scontrol", "show", "job", jobs[2])
+    assert "JobState=FAILED" in failed
+    assert "ExitCode=1:0" in failed
     shown = slurm.ask("scontrol", "show", "job", jobs[1])
     for words in ("JobName=leydenv1", "JobState=COMPLETED", "TimeLimit=00:15:00", "MinMemoryNode=500M", "CPUs/Task=1"):
         assert words in shown
@@ -81,22 +83,30 @@ def test_a_continuation_ends_with_the_weights_of_an_uninterrupted_run(
     slurm: Any, tmp_path: Path, what: str, data_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # SLURM sends the signal because it is told to, at whatever batch this is; for the clock's see the slow test below
+    folder = tmp_path / "a folder's name, with spaces"
+    folder.mkdir()
     arguments = ("--pause", "0.05", "--data-workers", str(data_workers))
-    job = submit_and_wait_for_it_to_begin(slurm, what, tmp_path, *arguments)
+    job = submit_and_wait_for_it_to_begin(slurm, what, folder, *arguments)
+    (folder / "begun").unlink()
     slurm.ask("scancel", "--signal=USR1", job)
-    slurm.wait_until_idle(60, tmp_path)
-    (record,) = records(tmp_path)
-    assert record["state"] == "done", logs(tmp_path, "err")
-    assert record["checkpoints"] == 1
-    assert record["jobs"][0] == job != record["jobs"][1]
+    slurm.wait_for((folder / "begun").exists, 60, folder)
+    second = records(folder)[0]["jobs"][-1]
+    assert second != job
+    slurm.ask("scancel", "--signal=USR1", second)  # twice in a row
+    slurm.wait_until_idle(90, folder)
+    (record,) = records(folder)
+    assert record["state"] == "done", logs(folder, "err")
+    assert record["checkpoints"] == 2
+    assert record["jobs"][:2] == [job, second]
+    assert len(set(record["jobs"])) == 3
     assert record["results"]["global_step"] == 30
     assert isinstance(record["results"]["loss"], float)
-    err = logs(tmp_path, "err")
-    assert err.count("saving a checkpoint") == 1, "not once more in a worker of the data loader"
-    assert f"the continuation is job {record['jobs'][1]}" in err
-    assert logs(tmp_path, "out").count("lr=0.1") == 2, "both jobs write to the same log"
+    err = logs(folder, "err")
+    assert err.count("saving a checkpoint") == 2, "not once more in a worker of the data loader"
+    assert f"the continuation is job {second}" in err
+    assert logs(folder, "out").count("lr=0.1") == 3, "all jobs write to the same log"
     assert "JobState=COMPLETED" in slurm.ask("scontrol", "show", "job", job)
-    assert_weights_of_an_uninterrupted_run(tmp_path / "weights.pt", monkeypatch)
+    assert_weights_of_an_uninterrupted_run(folder / "weights.pt", monkeypatch)
 
 
 def test_functions_of_the_user_save_and_load(slurm: Any, tmp_path: Path) -> None:

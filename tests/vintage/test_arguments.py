@@ -45,7 +45,7 @@ def test_checkpoint_callback(model: Any, make_trainer: Any, tmp_path: Path) -> N
     assert make_trainer(checkpoint_callback=None).checkpoint_callback is not None
 
 
-@pytest.mark.parametrize(("value", "clipped"), [(0, None), (0.5, 0.5)])
+@pytest.mark.parametrize(("value", "clipped"), [(0, None), (0.5, 0.5), (-1, None)])
 def test_gradient_clip(value: float, clipped: float | None, make_trainer: Any, model: Any) -> None:
     trainer = make_trainer(gradient_clip=value)
     assert trainer.gradient_clip_val == clipped
@@ -117,6 +117,33 @@ def test_track_grad_norm(model: Any, make_trainer: Any) -> None:
     assert row["grad_2_norm_total"] == pytest.approx(every.norm().item())
     assert "grad_2_norm_total" not in make_and_fit(make_trainer, model()).callback_metrics
     assert "grad_inf_norm_total" in make_and_fit(make_trainer, model(), track_grad_norm="inf").callback_metrics
+
+
+def test_track_grad_norm_is_of_whole_windows_before_clipping_and_of_all_optimizers(
+    model: Any, make_trainer: Any
+) -> None:
+    class Two(model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: dict[str, float] = {}
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD([p], lr=0.1) for p in self.layer.parameters()]
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            (parameter,) = optimizer.param_groups[0]["params"]
+            name = next(name for name, p in self.named_parameters() if p is parameter)
+            self.seen[f"grad_2_norm_{name}"] = parameter.grad.norm().item()
+
+    net = Two()
+    trainer = make_and_fit(
+        make_trainer, net, track_grad_norm=2, add_log_row_interval=5, accumulate_grad_batches=4, gradient_clip=1e-3
+    )
+    (row,) = [row for row in trainer.history if "grad_2_norm_total" in row]
+    assert set(net.seen) == {"grad_2_norm_layer.weight", "grad_2_norm_layer.bias"}
+    assert {name: row[name] for name in net.seen} == pytest.approx(net.seen)
+    assert row["grad_2_norm_total"] == pytest.approx(sum(norm**2 for norm in net.seen.values()) ** 0.5)
+    assert row["grad_2_norm_total"] > 1e-2, "not clipped yet"
 
 
 def make_and_fit(make_trainer: Any, net: Any, **arguments: Any) -> ptl.Trainer:

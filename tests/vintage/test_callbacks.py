@@ -37,6 +37,7 @@ def test_ModelCheckpoint(tmp_path: Path) -> None:
     every = ModelCheckpoint(filepath=tmp_path, period=2, prefix="run")
     assert (every.dirpath, every.save_top_k, every.monitor) == (str(tmp_path), -1, None)
     assert (every.every_n_epochs, every.filename) == (2, "run_{epoch}-{step}")
+    assert ModelCheckpoint(tmp_path, "val_acc", 0, True, False, "min").monitor == "val_acc"
     best = ModelCheckpoint(tmp_path, "val_acc", 1, True, True, "auto")
     assert (best.save_top_k, best.monitor, best.mode) == (1, "val_acc", "max")
     assert (best.verbose, best.save_weights_only) == (True, True)
@@ -48,6 +49,36 @@ def test_ModelCheckpoint_called_as_today_has_the_defaults_of_today(tmp_path: Pat
     checkpoint = ModelCheckpoint(tmp_path)
     assert (checkpoint.save_top_k, checkpoint.every_n_epochs, checkpoint.filename) == (1, 1, None)
     assert ModelCheckpoint("auto").filename is None
+
+
+def test_a_trainer_of_2019_settles_the_year_of_a_call_that_could_be_of_either(
+    make_trainer: Any, tmp_path: Path
+) -> None:
+    stop, kept = EarlyStopping("val_acc"), ModelCheckpoint(tmp_path, "val_loss", mode="max")
+    assert (stop.patience, stop.mode, kept.filename, kept.save_top_k) == (3, "min", "val_loss", 1)
+    make_trainer(early_stop_callback=stop, checkpoint_callback=kept)
+    assert (stop.patience, stop.mode) == (0, "max")
+    assert (kept.filename, kept.mode, kept.save_top_k) == (None, "max", -1)
+    every = ModelCheckpoint(tmp_path)
+    make_trainer(checkpoint_callback=every)
+    assert every.save_top_k == -1
+    every.save_top_k = 2  # a second Trainer changes nothing any more
+    make_trainer(checkpoint_callback=every)
+    assert every.save_top_k == 2
+
+
+def test_a_trainer_of_2019_leaves_calls_of_today_alone(make_trainer: Any, tmp_path: Path) -> None:
+    class Own(EarlyStopping):
+        def __init__(self) -> None:
+            super().__init__("val_loss")
+            self.patience = 7
+
+    own, today = Own(), ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=3)
+    make_trainer(early_stop_callback=own, checkpoint_callback=today)
+    assert (own.patience, today.save_top_k) == (7, 3)
+    among = ModelCheckpoint(tmp_path)
+    make_trainer(callbacks=[among], checkpoint_callback="default")
+    assert among.save_top_k == 1
 
 
 def test_ModelCheckpoint_keeps_the_best_only(model: Any, make_trainer: Any, tmp_path: Path) -> None:
@@ -90,16 +121,12 @@ class Cluster:
 
     def __init__(self, file: Path | None, continues: bool = False) -> None:
         self.checkpoint_file = file
-        self.ckpt_path = file if continues else None
+        self.continues, self.ckpt_path = continues, file if continues else None
         self.signalled = self.postponed = False
         self.save: Any = None
 
     def set_checkpoint_save_function(self, fn: Any, kwargs: Any = None) -> None:
-        self.save = lambda: fn(**(kwargs or {}))
-
-    def set_checkpoint_load_function(self, fn: Any, kwargs: Any = None) -> None:
-        if self.ckpt_path is not None:
-            fn(**(kwargs or {}))
+        self.save = None if fn is None else lambda: fn(**(kwargs or {}))
 
     def leave(self) -> None:
         assert self.postponed
@@ -114,17 +141,18 @@ def noted(model: Any) -> Any:
     class Noted(model):
         taken = None
         fails_at: Any = None
+        cluster: Any = None
 
         def training_step(self, data_batch: Any, batch_nb: int) -> Any:
             output = super().training_step(data_batch, batch_nb)
             if (self.current_epoch, batch_nb) == self.fails_at:
-                self.trainer.callbacks[-1].cluster.signalled = True
+                self.cluster.signalled = True
                 self.calls.append("the step went on")
             return output
 
         def validation_step(self, data_batch: Any, batch_nb: int) -> Any:
             if (self.current_epoch, "validation") == self.fails_at and not self.trainer.sanity_checking:
-                self.trainer.callbacks[-1].cluster.signalled = True
+                self.cluster.signalled = True
             return super().validation_step(data_batch, batch_nb)
 
         def tng_dataloader(self) -> Any:
@@ -147,7 +175,7 @@ def test_cluster(fails_at: Any, noted: Any, make_trainer: Any, tmp_path: Path) -
     def job(seed: int, cluster: Cluster, fails_at: Any = None) -> tuple[Any, Any]:
         torch.manual_seed(seed)
         net = noted()
-        net.fails_at = fails_at
+        net.fails_at, net.cluster = fails_at, cluster
         trainer = make_trainer(cluster=cluster, max_nb_epochs=3)
         try:
             trainer.fit(net)

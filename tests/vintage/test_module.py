@@ -111,6 +111,21 @@ def test_validation_end(model: Any, make_trainer: Any) -> None:
     assert trainer.callback_metrics["avg_val_loss"] == mean  # monitored
 
 
+def test_validation_end_without_a_validation_step_is_not_called(model: Any, make_trainer: Any) -> None:
+    class OnlyEnd(ptl.LightningModule):
+        training_step, configure_optimizers = model.training_step, model.configure_optimizers
+        loss, forward, tng_dataloader = model.loss, model.forward, model.tng_dataloader
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 2)
+
+        def validation_end(self, outputs: Any) -> Any:
+            raise AssertionError
+
+    assert make_trainer().fit(OnlyEnd()) == 1  # and no warning that there are no data for its validation_step
+
+
 def test_validation_end_gets_a_list_for_each_of_several_loaders(
     model: Any, make_trainer: Any, make_batches: Any
 ) -> None:
@@ -384,6 +399,24 @@ def test_on_batch_end(model: Any, make_trainer: Any) -> None:
 
 def test_on_pre_performance_check(model: Any, make_trainer: Any) -> None:
     assert count_calls(model, make_trainer, "on_pre_performance_check", val_check_interval=0.5) == 2
+
+
+def test_on_pre_performance_check_and_on_post_performance_check_leave_the_sanity_check_out(
+    model: Any, make_trainer: Any
+) -> None:
+    class Noting(model):
+        def on_pre_performance_check(self) -> None:
+            self.calls.append("pre")
+
+        def on_post_performance_check(self) -> None:
+            self.calls.append("post")
+
+        def on_validation_start(self) -> None:
+            self.calls.append("today's")
+
+    net = Noting()
+    make_trainer(nb_sanity_val_steps=2, val_check_interval=1.0).fit(net)
+    assert net.calls == ["today's", "pre", "today's", "post"]
 
 
 def test_on_post_performance_check(model: Any, make_trainer: Any) -> None:

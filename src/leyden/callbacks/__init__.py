@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from leyden.callbacks.lambda_function import LambdaCallback
     from leyden.callbacks.learning_rate_monitor import LearningRateMonitor
     from leyden.callbacks.model_summary import ModelSummary, RichModelSummary
+    from leyden.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
     from leyden.callbacks.prediction_writer import BasePredictionWriter
     from leyden.callbacks.progress import ProgressBar, RichProgressBar, TQDMProgressBar
     from leyden.callbacks.throughput_monitor import ThroughputMonitor
@@ -29,6 +30,7 @@ _HOME = {
     "LearningRateMonitor": "leyden.callbacks.learning_rate_monitor",
     "ModelCheckpoint": "leyden.callbacks.checkpoint",
     "ModelSummary": "leyden.callbacks.model_summary",
+    "OnExceptionCheckpoint": "leyden.callbacks.on_exception_checkpoint",
     "ProgressBar": "leyden.callbacks.progress",
     "RichModelSummary": "leyden.callbacks.model_summary",
     "RichProgressBar": "leyden.callbacks.progress",
@@ -47,6 +49,7 @@ __all__ = [
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelSummary",
+    "OnExceptionCheckpoint",
     "ProgressBar",
     "RichModelSummary",
     "RichProgressBar",

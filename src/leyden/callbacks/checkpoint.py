@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saves checkpoints while a model trains: periodically, the best k by a metric, and always the last one.
 
-Three things are kept apart here. *When*: after so many steps, so much time or so many epochs, at the end of training,
-at an exception. *What*: the top k, and the last. *Which files are ours*: only these are ever overwritten or deleted.
+The parts stand in files of their own: the policies (when a save is due, what the best k are, what the last one is) in
+``checkpoint_policies.py``, names in ``checkpoint_names.py``, and which files are this run's own, the only ones that are
+ever overwritten or deleted, in ``checkpoint_files.py``. Here they are put together: the hooks, and the saving itself.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,13 +24,14 @@ from leyden.callbacks.checkpoint_files import (
     Ledger,
     default_folder,
     exists,
-    fill_fields,
     is_url,
     link,
     open_path,
     require_writable,
     warn_of_others,
 )
+from leyden.callbacks.checkpoint_names import fill_fields
+from leyden.callbacks.checkpoint_policies import KeptBy, Last, Occasions, Policy, TopK, check_arguments
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.hooks import is_written
 from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
@@ -37,6 +39,7 @@ from leyden.types import STEP_OUTPUT, PathLike, TrainerFn, TrainerView
 from leyden.vintage import signature
 
 _RESUMES = ("_last_checkpoint_saved", "_last_global_step_saved", "_last_file_step", "_deferred")
+_BOOKS = ("_ledger", "_top", "_last", "_last_checkpoint_saved", "_last_global_step_saved")
 
 
 class Checkpoint(Callback):
@@ -72,6 +75,9 @@ class ModelCheckpoint(Checkpoint):
         save_on_train_epoch_end: Whether an epoch's checkpoint is saved when the training epoch ends, or when validation
             ends. None: the former if validation runs once in each epoch, at its end, or never.
         enable_version_counter: Append ``-v1``, ``-v2`` ... to a name that is taken. If False, files are overwritten.
+        async_save: Write while training goes on: a save takes a snapshot in host memory (once the size of the
+            checkpoint) and returns. A save that comes while one is being written waits for it, and so does the end of
+            ``fit``. A failed write ends the fit at the end of the batch that runs. See ``AsyncCheckpointIO``.
 
     Attributes:
         best_model_path, best_model_score: The best checkpoint (without ``monitor``: the newest) and its metric.
@@ -95,6 +101,20 @@ class ModelCheckpoint(Checkpoint):
     FILE_EXTENSION = ".ckpt"
     STARTING_VERSION = 1
 
+    save_top_k = KeptBy[int]("_top")
+    mode = KeptBy[str]("_top")
+    current_score = KeptBy["Tensor | None"]("_top")
+    best_k_models = KeptBy[dict[str, Tensor]]("_top")
+    kth_best_model_path = KeptBy[str]("_top")
+    kth_value = KeptBy[Tensor]("_top")
+    best_model_score = KeptBy["Tensor | None"]("_top")
+    best_model_path = KeptBy[str]("_top")
+    last_model_path = KeptBy[str]("_last")
+    _last_file_step = KeptBy[int]("_last")
+    _every_n_train_steps = KeptBy[int]("_occasions")
+    _every_n_epochs = KeptBy[int]("_occasions")
+    _train_time_interval = KeptBy["timedelta | None"]("_occasions")
+
     @signature
     def __init__(
         self,
@@ -113,56 +133,41 @@ class ModelCheckpoint(Checkpoint):
         every_n_epochs: int | None = None,
         save_on_train_epoch_end: bool | None = None,
         enable_version_counter: bool = True,
+        *,
+        async_save: bool = False,
     ) -> None:
         if every_n_train_steps is None and every_n_epochs is None and train_time_interval is None:
             every_n_epochs = 1
+        self._occasions = Occasions(every_n_train_steps or 0, train_time_interval, every_n_epochs or 0)
+        self._top = TopK(save_top_k, mode)
+        self._last = Last()
         self.monitor = monitor
         self.verbose = verbose
         self.save_last = save_last
-        self.save_top_k = save_top_k
         self.save_on_exception = save_on_exception
         self.save_weights_only = save_weights_only
-        self.mode = mode
         self.auto_insert_metric_name = auto_insert_metric_name
+        self.async_save = async_save
         self.filename = filename
         self.dirpath: str | None = None
         if dirpath:
             self.dirpath = str(dirpath) if is_url(dirpath) else os.path.realpath(os.path.expanduser(dirpath))
-        self._every_n_train_steps = every_n_train_steps or 0
-        self._every_n_epochs = every_n_epochs or 0
-        self._train_time_interval = train_time_interval
         self._save_on_train_epoch_end = save_on_train_epoch_end
         self._enable_version_counter = enable_version_counter
-        self._validate_arguments()
-
-        self.current_score: Tensor | None = None
-        self.best_k_models: dict[str, Tensor] = {}
-        self.kth_best_model_path = ""
-        self.kth_value = torch.tensor(torch.inf if mode == "min" else -torch.inf)
-        self.best_model_score: Tensor | None = None
-        self.best_model_path = ""
-        self.last_model_path = ""
+        check_arguments(monitor, save_last, self._top, self._occasions)
 
         self._ledger = Ledger()
         self._last_checkpoint_saved = ""
         self._last_global_step_saved = 0  # nothing to save before the first step
-        self._last_file_step = 0  # the step of `last_model_path`
         self._deferred = False  # a save is due that waits for the monitored metric
         self._first_step: int | None = None  # where this fit began; None outside of training
         self._has_validated = False
-        self._last_time_checked: float | None = None
-        self._turn = 0  # how many times `every_n_train_steps` fits into the steps so far
+        self._behind: Any = None  # what writes behind the training, while it stands before the strategy's plug-in
 
     @property
     def state_key(self) -> str:
         """The key of this callback's state in a checkpoint."""
-        return self.make_state_key(
-            monitor=self.monitor,
-            mode=self.mode,
-            every_n_train_steps=self._every_n_train_steps,
-            every_n_epochs=self._every_n_epochs,
-            train_time_interval=self._train_time_interval,
-        )
+        return self.make_state_key(monitor=self.monitor, mode=self.mode, **self._occasions.arguments())
 
     @property
     def every_n_epochs(self) -> int | None:
@@ -175,6 +180,11 @@ class ModelCheckpoint(Checkpoint):
         return tuple(self._ledger.files)
 
     @property
+    def ledger(self) -> Ledger:
+        """Which files are this run's own."""
+        return self._ledger
+
+    @property
     def mark(self) -> str:
         """A word that is in each file of this run, weights-only ones too."""
         return self._ledger.mark
@@ -183,12 +193,11 @@ class ModelCheckpoint(Checkpoint):
         """Return the hooks that this instance does not need in this run."""
         unused = ["on_train_start", "on_train_batch_end", "on_train_epoch_end", "on_validation_end", "on_train_end"]
         if trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run:
-            looks_at_batches = self._every_n_train_steps > 0 or self._train_time_interval is not None
-            unused = [] if looks_at_batches else ["on_train_batch_end"]
+            unused = [] if self._occasions.looks_at_batches() else ["on_train_batch_end"]
         return frozenset(name for name in unused if not is_written(self, name, ModelCheckpoint))
 
     def setup(self, trainer: TrainerView, pl_module: Any, stage: str) -> None:
-        """Settle the folder."""
+        """Settle the folder, and let the strategy write behind the training if that is wanted."""
         self.dirpath = trainer.strategy.broadcast(self.dirpath or default_folder(trainer))
         assert self.dirpath is not None
         if self.save_last == "link" and is_url(self.dirpath):
@@ -197,14 +206,21 @@ class ModelCheckpoint(Checkpoint):
             require_writable(self.dirpath)
             if self.save_top_k != 0 and trainer.ckpt_path is None:
                 warn_of_others(self.dirpath, self.FILE_EXTENSION, self.files)
+        if stage == "fit" and not trainer.fast_dev_run and self.async_save:
+            from leyden.checkpoint_io.behind import write_behind  # noqa: PLC0415 - only for those who want it
+
+            self._write_through(trainer)  # a fit that was cut short had no time to
+            self._behind = write_behind(trainer.strategy)
+
+    def teardown(self, trainer: TrainerView, pl_module: Any, stage: str) -> None:
+        """Wait until all is written."""
+        self._write_through(trainer)
 
     def on_train_start(self, trainer: TrainerView, pl_module: Any) -> None:
         """Start counting; delete what a killed run had no time to delete."""
-        self._last_time_checked = time.monotonic()
+        self._occasions.start(trainer)
         self._first_step = trainer.global_step
         self._has_validated = False
-        if self._every_n_train_steps:
-            self._turn = trainer.global_step // self._every_n_train_steps
         self._ledger.distrust_doomed()
         self._ledger.delete_doomed(trainer)
 
@@ -212,12 +228,7 @@ class ModelCheckpoint(Checkpoint):
         self, trainer: TrainerView, pl_module: Any, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Save, if so many steps or so much time have passed."""
-        if self._every_n_train_steps:
-            turn = trainer.global_step // self._every_n_train_steps
-            if turn == self._turn:
-                return
-            self._turn = turn
-        elif not self._time_has_passed(trainer):
+        if not self._occasions.due_after_batch(trainer):
             return
         if self._should_skip_saving_checkpoint(trainer):
             return
@@ -240,7 +251,7 @@ class ModelCheckpoint(Checkpoint):
             # where the epoch ends right after this validation, the metric may still be logged there
             is_certain = self.monitor in candidates or not at_epoch_end
         else:
-            is_certain = self._epoch_is_due(trainer) and not at_epoch_end
+            is_certain = self._occasions.due_after_epoch(trainer) and not at_epoch_end
         if is_certain:
             self._save(trainer, candidates)
 
@@ -252,15 +263,16 @@ class ModelCheckpoint(Checkpoint):
         if self._deferred:
             if self.monitor in candidates or not self._validation_is_to_come(trainer):
                 self._save(trainer, candidates)
-        elif self._epoch_is_due(trainer) and self._should_save_on_train_epoch_end(trainer):
+        elif self._occasions.due_after_epoch(trainer) and self._should_save_on_train_epoch_end(trainer):
             self._save(trainer, candidates)
 
     def on_train_end(self, trainer: TrainerView, pl_module: Any) -> None:
         """Bring the last checkpoint up to the last optimizer step."""
+        trainer.strategy.checkpoint_io.settle()
         is_current = self._last_file_step == trainer.global_step
         if self.save_last and not is_current and not trainer.fast_dev_run and self._first_step is not None:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-            self._ledger.delete_doomed(trainer)
+            with self._saving(trainer):
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         self._first_step, self._deferred = None, False
 
     def on_exception(self, trainer: TrainerView, pl_module: Any, exception: BaseException) -> None:
@@ -268,16 +280,9 @@ class ModelCheckpoint(Checkpoint):
         try:
             # saving takes all processes; an exception is often one's own, and the others would wait forever
             saves_last = self.save_last and (trainer.world_size == 1 or self.save_on_exception)
-            if not (saves_last or self.save_on_exception) or not self._has_unsaved_steps(trainer):
-                return
-            candidates = self._monitor_candidates(trainer)
-            if self.save_on_exception and self._last_global_step_saved != trainer.global_step:
-                path = self._free_path(trainer, candidates)
-                with self._undone_on_failure():
-                    self._save_checkpoint(trainer, path)
-                rank_zero_info(f"{type(exception).__name__}: {exception}. Saved the state of training to {path}")
-            self._save_last_checkpoint(trainer, candidates)
-            self._ledger.delete_doomed(trainer)
+            if (saves_last or self.save_on_exception) and self._has_unsaved_steps(trainer):
+                self._save_what_is_reached(trainer, exception)
+            trainer.strategy.checkpoint_io.settle()
         except Exception as error:
             rank_zero_warn(
                 f"The checkpoint that ModelCheckpoint saves when an exception ({type(exception).__name__}) ends the"
@@ -285,17 +290,24 @@ class ModelCheckpoint(Checkpoint):
             )
         finally:
             self._first_step = None
+            self._write_through(trainer)
 
-    def _time_has_passed(self, trainer: TrainerView) -> bool:
-        if self._train_time_interval is None:
-            return False
-        now, before = time.monotonic(), self._last_time_checked
-        has_passed = before is not None and now - before >= self._train_time_interval.total_seconds()
-        if trainer.world_size > 1:  # clocks differ; all must save at the same batch
-            has_passed = trainer.strategy.broadcast(has_passed)
-        if has_passed:
-            self._last_time_checked = now
-        return has_passed
+    def _save_what_is_reached(self, trainer: TrainerView, exception: BaseException) -> None:
+        candidates = self._monitor_candidates(trainer)
+        with self._saving(trainer):
+            if self.save_on_exception and self._last_global_step_saved != trainer.global_step:
+                path = self._free_path(trainer, candidates)
+                with self._undone_on_failure(trainer):
+                    self._save_checkpoint(trainer, path)
+                rank_zero_info(f"{type(exception).__name__}: {exception}. Saved the state of training to {path}")
+            self._save_last_checkpoint(trainer, candidates)
+
+    def _write_through(self, trainer: TrainerView) -> None:
+        """Wait until all is written, and give the strategy its plug-in back."""
+        behind, self._behind = self._behind, None
+        if behind is not None and trainer.strategy.checkpoint_io is behind:
+            trainer.strategy.checkpoint_io = behind.checkpoint_io
+            behind.settle()
 
     def _waits_for_metric(self, trainer: TrainerView, candidates: dict[str, Tensor]) -> bool:
         """Whether the metric to rank by is not there yet, or is about to be replaced by that of a new validation."""
@@ -305,9 +317,6 @@ class ModelCheckpoint(Checkpoint):
             return trainer.validation_due()
         # an epoch without end logs nothing at its end
         return self._validation_is_to_come(trainer) or not math.isinf(trainer.num_training_batches)
-
-    def _epoch_is_due(self, trainer: TrainerView) -> bool:
-        return self._every_n_epochs > 0 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
 
     def _should_skip_saving_checkpoint(self, trainer: TrainerView) -> bool:
         return (
@@ -337,7 +346,9 @@ class ModelCheckpoint(Checkpoint):
 
     def _validation_is_to_come(self, trainer: TrainerView) -> bool:
         """Whether this fit will validate, and has not yet."""
-        return not self._has_validated and trainer.enable_validation and sum(trainer.num_val_batches) > 0
+        # until the first epoch that validates, it is not known yet how many batches there are
+        batches = trainer.num_val_batches
+        return not self._has_validated and trainer.enable_validation and (not batches or sum(batches) > 0)
 
     def _monitor_candidates(self, trainer: TrainerView) -> dict[str, Tensor]:
         """Return what file names and ``monitor`` may refer to: the metrics, ``epoch`` and ``step``."""
@@ -349,9 +360,17 @@ class ModelCheckpoint(Checkpoint):
 
     def _save(self, trainer: TrainerView, candidates: dict[str, Tensor]) -> None:
         self._deferred = False
-        self._save_topk_checkpoint(trainer, candidates)
-        self._save_last_checkpoint(trainer, candidates)
-        self._ledger.delete_doomed(trainer)
+        with self._saving(trainer):
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+
+    @contextmanager
+    def _saving(self, trainer: TrainerView) -> Iterator[None]:
+        """For the files of one moment; what they replace is deleted when all of them are complete."""
+        checkpoint_io = trainer.strategy.checkpoint_io
+        with checkpoint_io.together():
+            yield
+            checkpoint_io.then(lambda: self._ledger.delete_doomed(trainer))
 
     def _save_topk_checkpoint(self, trainer: TrainerView, candidates: dict[str, Tensor]) -> None:
         if self.save_top_k == 0:
@@ -381,7 +400,7 @@ class ModelCheckpoint(Checkpoint):
     def _save_newest(self, trainer: TrainerView, candidates: dict[str, Tensor]) -> None:
         previous = self.best_model_path
         path = self._free_path(trainer, candidates, ours=previous)
-        with self._undone_on_failure():
+        with self._undone_on_failure(trainer):
             self.best_model_path = path
             if self.save_top_k == 1:
                 self._ledger.replace(trainer, previous, path)
@@ -391,33 +410,19 @@ class ModelCheckpoint(Checkpoint):
         """Return whether a checkpoint with the metric ``current`` is among the best k; all processes agree."""
         if current is None:
             return False
-        if self.save_top_k == -1 or len(self.best_k_models) < self.save_top_k:
-            return True
-        is_better = torch.lt if self.mode == "min" else torch.gt
-        answer = bool(is_better(current, self.best_k_models[self.kth_best_model_path]))
-        return bool(trainer.strategy.reduce_boolean_decision(answer))
+        return bool(trainer.strategy.reduce_boolean_decision(self._top.admits(current)))
 
     def _update_best_and_save(self, current: Tensor, trainer: TrainerView, candidates: dict[str, Tensor]) -> None:
-        worst_of, best_of = (max, min) if self.mode == "min" else (min, max)
-        k = len(self.best_k_models) + 1 if self.save_top_k == -1 else self.save_top_k
-        # a copy: what is logged next may be written into the same tensor. NaN ranks last
-        current = current.detach().clone()
-        if torch.isnan(current):
-            current.fill_(torch.inf if self.mode == "min" else -torch.inf)
-        with self._undone_on_failure():
-            beaten = self.kth_best_model_path if len(self.best_k_models) == k else ""
-            self.best_k_models.pop(beaten, None)
+        with self._undone_on_failure(trainer):
+            beaten = self._top.beaten()
             path = self._free_path(trainer, candidates, ours=beaten)
-            self.current_score = self.best_k_models[path] = current
-            if len(self.best_k_models) == k:
-                self.kth_best_model_path = worst_of(self.best_k_models, key=self.best_k_models.__getitem__)
-                self.kth_value = self.best_k_models[self.kth_best_model_path]
-            self.best_model_path = best_of(self.best_k_models, key=self.best_k_models.__getitem__)
-            self.best_model_score = self.best_k_models[self.best_model_path]
+            self._top.enter(path, current, beaten)
             if self.verbose:
+                where = f"Epoch {candidates['epoch']:d}, global step {candidates['step']:d}"
+                k = len(self.best_k_models) if self.save_top_k == -1 else self.save_top_k
                 rank_zero_info(
-                    f"Epoch {candidates['epoch']:d}, global step {candidates['step']:d}: {self.monitor!r} reached"
-                    f" {current:0.5f} (best {self.best_model_score:0.5f}), saving model to {path!r} as top {k}"
+                    f"{where}: {self.monitor!r} reached {self.current_score:0.5f} (best {self.best_model_score:0.5f}),"
+                    f" saving model to {path!r} as top {k}"
                 )
             self._ledger.replace(trainer, beaten, path)
             self._save_checkpoint(trainer, path)
@@ -435,35 +440,37 @@ class ModelCheckpoint(Checkpoint):
             and target in self.files
             and target not in (previous, path)
         )
-        with self._undone_on_failure():
-            self.last_model_path = path
-            self._last_file_step = trainer.global_step
+        with self._undone_on_failure(trainer):
+            self._last.enter(path, trainer.global_step)
             self._ledger.replace(trainer, previous, path)
             if can_link:
                 self._ledger.add(path)
                 if trainer.is_global_zero:
-                    link(target, path)
+                    trainer.strategy.checkpoint_io.then(lambda: link(target, path))
                 trainer.strategy.barrier()
             else:
                 self._save_checkpoint(trainer, path)
 
     def _save_checkpoint(self, trainer: TrainerView, filepath: str) -> None:
-        """Write one file; the callback's own state in it already says so."""
+        """Write one file, in whose state of this callback it is there already; loggers are told when it is complete."""
         self._ledger.add(filepath)
+        if not self.save_weights_only:
+            self._ledger.supersede(trainer, filepath)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         trainer.save_checkpoint(filepath, self.save_weights_only)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
-                logger.after_save_checkpoint(self)
+                trainer.strategy.checkpoint_io.then(partial(logger.after_save_checkpoint, self))
 
     @contextmanager
-    def _undone_on_failure(self) -> Iterator[None]:
-        """Take back the bookkeeping if the file could not be written: what it says is true at any time."""
-        mutable = (dict, Ledger)
-        before = {name: value.copy() if isinstance(value, mutable) else value for name, value in vars(self).items()}
+    def _undone_on_failure(self, trainer: TrainerView) -> Iterator[None]:
+        """Take back the bookkeeping if the file cannot be written, now or behind the training."""
+        books: dict[str, Any] = {name: getattr(self, name) for name in _BOOKS}
+        before = {name: value.copy() if isinstance(value, (Policy, Ledger)) else value for name, value in books.items()}
         try:
             yield
+            trainer.strategy.checkpoint_io.otherwise(lambda: vars(self).update(before))
         except BaseException:
             vars(self).update(before)
             raise
@@ -534,7 +541,7 @@ class ModelCheckpoint(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what ``state_dict`` returned; in another folder only ``best_model_path``."""
-        self.best_model_path = state_dict["best_model_path"]
+        self.best_model_path = state_dict.get("best_model_path", "")
         before = state_dict.get("dirpath", self.dirpath)
         if before != self.dirpath:
             rank_zero_warn(
@@ -542,7 +549,7 @@ class ModelCheckpoint(Checkpoint):
                 " ModelCheckpoint only `best_model_path` is taken over, the top k start anew."
             )
             return
-        self.best_model_score = state_dict["best_model_score"]
+        self.best_model_score = state_dict.get("best_model_score")
         self.current_score = state_dict.get("current_score", self.current_score)
         self.best_k_models = dict(state_dict.get("best_k_models", self.best_k_models))
         self.kth_best_model_path = state_dict.get("kth_best_model_path", self.kth_best_model_path)
@@ -554,38 +561,6 @@ class ModelCheckpoint(Checkpoint):
         self._ledger.load_state_dict(run, str(self.dirpath))
         for name in _RESUMES:
             setattr(self, name, run.get(name, getattr(self, name)))
-
-    def _validate_arguments(self) -> None:
-        for name, choice, choices in (
-            ("mode", self.mode, ("min", "max")),
-            ("save_last", self.save_last, (None, True, False, "link")),
-        ):
-            if choice not in choices:
-                hint = did_you_mean(str(choice), ("min", "max", "link"))
-                raise MisconfigurationException(f"ModelCheckpoint({name}={choice!r}): must be one of {choices}.{hint}")
-        for name, value, least in (
-            ("save_top_k", self.save_top_k, -1),
-            ("every_n_train_steps", self._every_n_train_steps, 0),
-            ("every_n_epochs", self._every_n_epochs, 0),
-        ):
-            if value < least:
-                raise MisconfigurationException(f"ModelCheckpoint({name}={value}): must be {least} or more.")
-        triggers = {
-            "every_n_train_steps": self._every_n_train_steps,
-            "every_n_epochs": self._every_n_epochs,
-            "train_time_interval": self._train_time_interval,
-        }
-        given = [f"{name}={value}" for name, value in triggers.items() if value or isinstance(value, timedelta)]
-        if len(given) > 1:
-            raise MisconfigurationException(
-                f"ModelCheckpoint({', '.join(given)}): only one of them can be on. To save at several occasions, use"
-                " several ModelCheckpoint callbacks."
-            )
-        if self.monitor is None and self.save_top_k not in (-1, 0, 1):
-            raise MisconfigurationException(
-                f"ModelCheckpoint(save_top_k={self.save_top_k}, monitor=None): without a metric to rank by, save_top_k"
-                " can only be -1 (all), 0 (none) or 1 (the newest)."
-            )
 
 
 __all__ = ["Checkpoint", "ModelCheckpoint"]

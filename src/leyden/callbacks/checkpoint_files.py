@@ -4,19 +4,17 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from leyden.errors import CheckpointError
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.types import PathLike, TrainerView
-
-_FIELD = re.compile(r"\{([^{}:!]+)((?:![rsa])?(?::[^{}]*)?)\}")
 
 
 class Ledger:
@@ -26,12 +24,14 @@ class Ledger:
         mark: A random word that is in each file of this run and of those that resume it.
         files: The paths that it wrote and has not deleted.
         doomed: The paths that it wrote and will delete as soon as what replaces them is written.
+        interrupted: The path of the file that a signal made it write, until another one is newer; empty if there is none.
     """
 
     def __init__(self) -> None:
         self.mark = secrets.token_hex(8)
         self.files: list[str] = []
         self.doomed: list[str] = []
+        self.interrupted = ""
         self._has_resumed = False
 
     def add(self, path: str) -> None:
@@ -49,13 +49,35 @@ class Ledger:
         return bool(trainer.strategy.reduce_boolean_decision(is_taken, all=False))
 
     def replace(self, trainer: TrainerView, path: str, successor: str) -> None:
-        """Give up ``path`` for ``successor``: it is deleted later, unless it is the file that the run resumed from."""
+        """Give up ``path`` for ``successor``: it is deleted later, unless the user named it for the run to resume from."""
         if path == successor or path not in self.files:
             return
         self.files.remove(path)
-        resumed_from = trainer.ckpt_path
+        resumed_from = trainer.named_ckpt_path
         if resumed_from is None or os.path.abspath(resumed_from) != os.path.abspath(path):
             self.doomed.append(path)
+
+    @contextmanager
+    def interrupt(self, trainer: TrainerView, folder: str, suffix: str) -> Iterator[str]:
+        """Give, and note, the path in ``folder`` for the state in which a signal ends the run, to be written inside."""
+        before = list(self.files), list(self.doomed), self.interrupted
+        former, path, version = self.interrupted, os.path.join(folder, f"interrupted{suffix}"), 1
+        while path != former and self.is_taken(trainer, path):
+            path, version = os.path.join(folder, f"interrupted-v{version}{suffix}"), version + 1
+        self.replace(trainer, former, path)
+        self.add(path)
+        self.interrupted = path
+        try:
+            yield path
+        except BaseException:
+            self.files, self.doomed, self.interrupted = before
+            raise
+        self.delete_doomed(trainer)
+
+    def supersede(self, trainer: TrainerView, successor: str) -> None:
+        """Give up the file that a signal made the run write, since ``successor`` is written."""
+        self.replace(trainer, self.interrupted, successor)
+        self.interrupted = ""
 
     def delete_doomed(self, trainer: TrainerView) -> None:
         """Delete the files whose successors are written by now."""
@@ -76,13 +98,16 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain data for a checkpoint."""
-        return {"mark": self.mark, "files": list(self.files), "doomed": list(self.doomed)}
+        state = {"mark": self.mark, "files": list(self.files), "doomed": list(self.doomed)}
+        return {**state, "interrupted": self.interrupted} if self.interrupted else state
 
     def load_state_dict(self, state: Mapping[str, Any], folder: str | None = None) -> None:
         """Take back what ``state_dict`` returned; whatever it says, nothing outside ``folder`` is this run's."""
         self.mark = state.get("mark", self.mark)
         self.files = [path for path in state.get("files", ()) if folder is None or is_inside(path, folder)]
         self.doomed = [path for path in state.get("doomed", ()) if folder is None or is_inside(path, folder)]
+        interrupted = state.get("interrupted", "")
+        self.interrupted = interrupted if interrupted in self.files else ""
         self._has_resumed = True
 
 
@@ -179,21 +204,6 @@ def link(path: str, linkpath: str) -> None:
     if os.path.isdir(linkpath) and not os.path.islink(linkpath):
         shutil.rmtree(linkpath)  # a folder cannot be replaced in one move
     os.replace(fresh, linkpath)
-
-
-def fill_fields(template: str, values: Mapping[str, Any], label: str | None) -> str:
-    """Replace each ``{name:format}`` in ``template`` by the value of that name, 0 if there is none.
-
-    With a ``label``, such as ``"="``, ``{epoch}`` becomes ``epoch=3``. Names may contain what Python's own fields
-    cannot have, dots and slashes.
-    """
-
-    def fill(field: re.Match[str]) -> str:
-        name, form = field.groups()
-        value = f"{{0{form}}}".format(values.get(name, 0))
-        return value if label is None else f"{name}{label}{value}"
-
-    return _FIELD.sub(fill, template)
 
 
 def _filesystem(url: str) -> Any:

@@ -140,11 +140,11 @@ class EarlyStopping(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned (older files have no reason in it)."""
+        """Take back what ``state_dict`` returned (older files have less in it)."""
         self.wait_count = state_dict["wait_count"]
-        self.stopped_epoch = state_dict["stopped_epoch"]
-        self.best_score = state_dict["best_score"]
-        self.patience = state_dict["patience"]
+        self.stopped_epoch = state_dict.get("stopped_epoch", 0)
+        self.best_score = state_dict.get("best_score", self.best_score)
+        self.patience = state_dict.get("patience", self.patience)
         self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", 0))
         self.stopping_reason_message = state_dict.get("stopping_reason_message")
 

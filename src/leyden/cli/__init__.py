@@ -15,7 +15,12 @@ from collections.abc import Sequence
 from leyden.errors import LeydenError, did_you_mean
 from leyden.version import __version__
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "compat": ("leyden.cli.compat", "what of Lightning a code base uses, and what of it Leyden lacks"),
+    "run": ("leyden.cli.run", "run a script written for Lightning, or for 2019, on Leyden, unchanged"),
+    "ckpt": ("leyden.cli.ckpt", "look into checkpoints, check them, compare two"),
+    "verify-resume": ("leyden.cli.verify_resume", "prove that the fit of a script can be killed and resumed"),
+}
 """Name of each subcommand, the module that has it, and one line of help."""
 
 

@@ -6,17 +6,21 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from threading import RLock
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from leyden.runtime.ranks import rank_zero_only
+from leyden.hooks import is_written
+from leyden.plain import plain_hparams
+from leyden.runtime.ranks import rank_zero_only, rank_zero_warn
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-_VERBS = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
+_VERBS = (
+    "log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint", "rewind", "set_aside",
+)  # fmt: skip
 
 
 class Logger(ABC):
@@ -94,6 +98,68 @@ class Logger(ABC):
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
         """Called with the ModelCheckpoint callback each time it has saved."""
+
+    # ------------------------------------------------------------------ a run that goes on in another process
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain data for a checkpoint: which run this is and, if the logger can tell, how far its log reaches.
+
+        All that was logged must be safe when this returns: on disk, or wherever it is kept.
+        """
+        return run_ids(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the run of ``state``, unless the user has named another.
+
+        Called with what ``state_dict`` returned when the checkpoint was written, before anything asks for the run.
+        """
+
+    def rewind(self) -> None:
+        """Take back what was logged after the state that ``load_state_dict`` got: the run will log it again.
+
+        Called when everything else has been restored, before the first row.
+        """
+
+    def set_aside(self) -> None:
+        """Put away what the named version holds: the run that wrote it left no checkpoint, and now begins anew."""
+
+
+def run_ids(logger: Any) -> dict[str, Any]:
+    """Return what tells the run of any logger, as plain data: its name, version and directory."""
+    version, save_dir = logger.version, getattr(logger, "save_dir", None)
+    return {
+        "name": None if logger.name is None else str(logger.name),
+        "version": version if version is None or type(version) is int else str(version),
+        "save_dir": None if save_dir is None else str(save_dir),
+    }
+
+
+def keeps_position(logger: Any) -> bool:
+    """Whether a logger can take back rows, so that its rows must be written before it says how far its log reaches."""
+    return is_written(logger, "rewind", Logger)
+
+
+def run_states(loggers: Iterable[Any]) -> list[dict[str, Any]]:
+    """Return the state of each logger for a checkpoint, with the name of its class.
+
+    A logger that cannot say how far its log reaches is no reason to lose the checkpoint: that gives a warning.
+    """
+    states = []
+    for logger in loggers:
+        take = getattr(logger, "state_dict", None)
+        try:
+            state = take() if callable(take) else run_ids(logger)
+            _, other = plain_hparams(state)
+            if other:
+                raise TypeError(f"{', '.join(other)}: only plain data can be in a checkpoint")
+        except Exception as error:
+            rank_zero_warn(
+                f"{type(logger).__name__}.state_dict() failed while a checkpoint was written; a run that goes on from it"
+                f" cannot take back the rows after it: {type(error).__name__}: {error}"
+            )
+            state = {}
+        states.append({**state, "class": type(logger).__qualname__})
+    return states
 
 
 def write_lock(logger: Logger) -> RLock:

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from leyden.errors import MisconfigurationException
+from leyden.hparams import cell_value
 from leyden.loggers.folder import filesystem_of, replace_file
 from leyden.types import PathLike
-
-_WORDS = {"True": True, "False": False, "None": None}
 
 
 def cell_text(value: Any) -> str:
@@ -22,16 +21,6 @@ def cell_text(value: Any) -> str:
     if value is None or isinstance(value, bool) or (isinstance(value, str) and cell_value(value) == value):
         return str(value)
     return json.dumps(value, ensure_ascii=False)
-
-
-def cell_value(text: str) -> Any:
-    """Return the plain value of a cell that ``cell_text`` made; what means nothing else is a text."""
-    if text in _WORDS:
-        return _WORDS[text]
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
 
 def write_pairs(path: str, pairs: Mapping[str, Any]) -> None:
@@ -67,6 +56,16 @@ def read_rows(path: PathLike) -> list[dict[str, Any]]:
             {name: _number_or_text(text) for name, text in row.items() if name is not None and text}
             for row in csv.DictReader(file)
         ]
+
+
+def drop_rows(path: str, first: int, end: int) -> None:
+    """Take the rows from ``first`` to before ``end`` out of a table of metrics, in one move; rows are counted from 0."""
+    with open(path, encoding="utf-8", newline="") as file:
+        columns, *rows = csv.reader(file)
+    del rows[first:end]
+    block = io.StringIO(newline="")
+    csv.writer(block).writerows([columns, *rows])
+    replace_file(filesystem_of(path), path, [block.getvalue().encode()])
 
 
 def _number_or_text(text: str) -> int | float | str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
+import zlib
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,19 +15,21 @@ from typing import Any
 from torch import Tensor
 
 from leyden.errors import MisconfigurationException
-from leyden.loggers.base import rank_zero_experiment, write_lock
-from leyden.loggers.folder import FolderLogger, append_file, filesystem_of, replace_file
+from leyden.loggers.base import on_rank_zero, rank_zero_experiment, write_lock
+from leyden.loggers.folder import FolderLogger, append_file, filesystem_of, move_file, replace_file, sync_file
+from leyden.runtime.ranks import rank_zero_info
 from leyden.types import PathLike
 
 METRICS_FILE = "metrics.csv"
+SUPERSEDED_FILE = "metrics.superseded.csv"
 
 
 class CSVLogger(FolderLogger):
     """Keep the metrics of a run in ``<save_dir>/<name>/version_N/metrics.csv``, hyperparameters in ``hparams.yaml``.
 
     Args:
-        save_dir, name, version: see :class:`~leyden.loggers.folder.FolderLogger`. The file of a version that exists is
-            continued.
+        save_dir, name, version, resume: see :class:`~leyden.loggers.folder.FolderLogger`. The file of a version that
+            exists is continued.
         prefix: put before every name, with a dash between.
         flush_logs_every_n_steps: rows are held in memory for at most this many steps; the Trainer brings them to disk
             every few seconds besides, and whenever it saves a checkpoint or ends.
@@ -40,13 +44,14 @@ class CSVLogger(FolderLogger):
         version: int | str | None = None,
         prefix: str = "",
         flush_logs_every_n_steps: int = 100,
+        resume: bool = True,
     ) -> None:
         if flush_logs_every_n_steps < 1:
             raise MisconfigurationException(
                 f"CSVLogger(flush_logs_every_n_steps={flush_logs_every_n_steps!r}) must be at least 1, "
                 "which brings each row to disk at once."
             )
-        super().__init__(save_dir, name, version)
+        super().__init__(save_dir, name, version, resume)
         self._prefix = f"{prefix}{self.LOGGER_JOIN_CHAR}" if prefix else ""
         self._flush_every = flush_logs_every_n_steps
         self._flushed_block = 0
@@ -78,6 +83,8 @@ class CSVLogger(FolderLogger):
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None) -> None:
         """Add ``params`` to ``hparams.yaml``."""
+        if self.knows_hyperparams(params):
+            return
         self.add_hyperparams(params)
         self.write_hyperparams()
 
@@ -85,6 +92,45 @@ class CSVLogger(FolderLogger):
         """Append the rows held in memory to the file."""
         if self._experiment is not None:
             self._experiment.save()
+
+    # ------------------------------------------------------------------ a run that goes on in another process
+
+    def state_dict(self) -> dict[str, Any]:
+        """Bring all rows to disk; return the version, and how many rows its file holds."""
+        with write_lock(self):
+            return {**super().state_dict(), "log": self.experiment.position()} if on_rank_zero() else {}
+
+    def holds(self, state: Mapping[str, Any], folder: str) -> bool:
+        """Whether ``metrics.csv`` in ``folder`` begins with the rows that ``state`` tells of."""
+        return "log" not in state or _rows_until(os.path.join(folder, METRICS_FILE), state["log"]) is not None
+
+    def close(self) -> None:
+        """Bring all rows to disk; the next one opens the file again."""
+        self.save()
+        self._experiment = None
+
+    def rewind(self) -> None:
+        """Cut ``metrics.csv`` back to the rows that the checkpoint knows of, in one move."""
+        state, self._state = self._state, None
+        if state is None or "log" not in state:
+            return
+        self.close()
+        path = os.path.join(self.log_dir, METRICS_FILE)
+        kept, beyond, superseded = _rows_until(path, state["log"]) or (b"", False, 0)
+        if beyond:
+            replace_file(filesystem_of(path), path, [kept])
+            rank_zero_info(f"{path}: {superseded} rows after the checkpoint are taken out; the run logs them again.")
+
+    def set_aside(self) -> None:
+        """Rename ``metrics.csv`` to ``metrics.superseded.csv``."""
+        if not self.begins_anew:
+            return
+        path = os.path.join(self.log_dir, METRICS_FILE)
+        filesystem = filesystem_of(path)
+        self.close()
+        if filesystem.isfile(path):
+            move_file(filesystem, path, os.path.join(self.log_dir, SUPERSEDED_FILE))
+            rank_zero_info(f"{path} is of a run that left no checkpoint: it is put aside as {SUPERSEDED_FILE}.")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_experiment": None}
@@ -102,6 +148,7 @@ class ExperimentWriter:
         self.metrics_file_path = os.path.join(log_dir, METRICS_FILE)
         self.metrics: list[dict[str, Any]] = []
         self.num_rows = 0
+        self._saved = {"rows": 0, "bytes": 0, "crc": 0}
         self._filesystem = filesystem_of(log_dir)
         self._filesystem.makedirs(log_dir, exist_ok=True)
         self.metrics_keys = self._continue_file()
@@ -127,14 +174,35 @@ class ExperimentWriter:
         if len(self._names) > len(columns):
             columns = sorted(self._names)
             if self.metrics_keys:
-                replace_file(self._filesystem, self.metrics_file_path, self._widened(columns))
+                before, self._saved = self._saved, {"rows": self._saved["rows"], "bytes": 0, "crc": 0}
+                try:
+                    replace_file(self._filesystem, self.metrics_file_path, map(self._count, self._widened(columns)))
+                except BaseException:
+                    self._saved = before
+                    raise
                 self.metrics_keys = columns
             else:
                 writer.writerow(columns)
         writer.writerows(map(row.get, columns) for row in rows)  # None, for a name the row lacks, is an empty cell
-        append_file(self._filesystem, self.metrics_file_path, block.getvalue().encode())
+        data = block.getvalue().encode()
+        append_file(self._filesystem, self.metrics_file_path, data)
+        self._count(data)
+        self._saved["rows"] += len(rows)
         self.metrics_keys = columns
         self.metrics = []
+
+    def position(self) -> dict[str, Any]:
+        """Bring all rows to the disk; return how far the file reaches, and by what it can be known again."""
+        self.save()
+        if self.metrics_keys:
+            sync_file(self.metrics_file_path)
+        return {**self._saved, "columns": list(self.metrics_keys)}
+
+    def _count(self, data: bytes) -> bytes:
+        """Note that ``data`` is written to the end of the file; return it."""
+        self._saved["bytes"] += len(data)
+        self._saved["crc"] = zlib.crc32(data, self._saved["crc"])
+        return data
 
     def _widened(self, columns: list[str]) -> Iterator[bytes]:
         """Yield the lines of the file with empty cells for the columns that are new."""
@@ -159,4 +227,32 @@ class ExperimentWriter:
         if not data.endswith(b"\n"):
             data = data[: data.rfind(b"\n") + 1]
             replace_file(self._filesystem, self.metrics_file_path, [data])
-        return next(csv.reader(io.StringIO(data.decode(), newline="")), [])
+        rows = csv.reader(io.StringIO(data.decode(), newline=""))
+        columns = next(rows, [])
+        self._count(data)
+        self.num_rows = self._saved["rows"] = sum(1 for _ in rows)
+        return columns
+
+
+def _rows_until(path: str, position: Mapping[str, Any]) -> tuple[bytes, bool, int] | None:
+    """Return the content of the file as it was at ``position``; None if it is not the file that was there then.
+
+    Also whether it holds more by now, and how many rows. Columns that were added later are left out again.
+    """
+    filesystem = filesystem_of(path)
+    data: bytes = b""
+    if filesystem.isfile(path):
+        with filesystem.open(path, "rb") as file:
+            data = file.read()
+    kept = data[: position["bytes"]]
+    rest = csv.reader(io.StringIO(data[position["bytes"] :].decode(errors="replace"), newline=""))
+    if len(kept) == position["bytes"] and zlib.crc32(kept) == position["crc"]:
+        header = not kept and bool(data)  # is no row
+        return kept, len(data) > len(kept), sum(1 for _ in rest) - header
+    rows = csv.DictReader(io.StringIO(data.decode(errors="replace"), newline=""))
+    block = io.StringIO(newline="")
+    writer = csv.DictWriter(block, position["columns"], restval="", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(itertools.islice(rows, position["rows"]))
+    kept = block.getvalue().encode()
+    return (kept, True, sum(1 for _ in rows)) if zlib.crc32(kept) == position["crc"] else None

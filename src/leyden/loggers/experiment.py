@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
-import subprocess
 import weakref
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -21,9 +21,10 @@ from torch.utils.tensorboard.writer import FileWriter
 
 from leyden.errors import MisconfigurationException
 from leyden.loggers.base import Logger, on_rank_zero, write_lock
-from leyden.loggers.cells import cell_text, read_pairs, read_rows, write_pairs
+from leyden.loggers.cells import cell_text, drop_rows, read_pairs, read_rows, write_pairs
 from leyden.loggers.csv import METRICS_FILE, ExperimentWriter
 from leyden.loggers.folder import append_file, filesystem_of, next_version, replace_file
+from leyden.loggers.git import git
 from leyden.loggers.images import image_extension, save_image
 from leyden.loggers.lock import FolderLock
 from leyden.loggers.params import flatten_params, params_to_dict, plain_params
@@ -120,9 +121,11 @@ class Experiment(SummaryWriter, Logger):
         self._lock: FolderLock | None = None
         self._rows: ExperimentWriter | None = None
         self._settle: weakref.finalize[..., Experiment] | None = None
+        self._reach: Mapping[str, Any] | None = None  # how far the files reached when a checkpoint was written
+        self._found: dict[str, Any] = {}  # how far they reached when this was opened
         marks_code = create_git_tag and self.may_write
         if marks_code:
-            _git("rev-parse", "--git-dir")  # before anything is written
+            git("rev-parse", "--git-dir")  # before anything is written
         self._version = (
             next_version(self.root_dir, claim=self.may_write) if version is None else _checked_version(version)
         )
@@ -171,6 +174,16 @@ class Experiment(SummaryWriter, Logger):
         return f"{self._name}_v{self._version}"
 
     @property
+    def began(self) -> float:
+        """When this version was opened for the first time, in seconds since 1970; infinite if its file does not say."""
+        try:
+            moment = datetime.fromisoformat(self.created_at)
+        except ValueError:
+            return math.inf
+        # 2019's tool wrote the time of UTC without saying so
+        return (moment if moment.tzinfo is not None else moment.replace(tzinfo=timezone.utc)).timestamp()
+
+    @property
     def experiment(self) -> Experiment:
         """This object: it is the logger and the tool behind it in one."""
         return self
@@ -214,7 +227,7 @@ class Experiment(SummaryWriter, Logger):
         Args:
             metrics_dict: numbers, tensors or arrays of one element, or dicts of them (``{"loss": {"val": 1.0}}`` is
                 ``loss/val``). A name that contains ``png``, ``jpg`` or ``jpeg`` may hold an image, an array of shape
-                (H, W), (H, W, 3) or (3, H, W): it is written to ``media/`` at once, and the row has its path.
+                (H, W), (H, W, channels) or (channels, H, W): it is written to ``media/`` at once, and the row has its path.
             global_step: the step; without it that which is named ``step``, or the number of rows so far.
             walltime: the time that TensorBoard shows, in seconds since 1970; without it, now.
         """
@@ -321,7 +334,12 @@ class Experiment(SummaryWriter, Logger):
         if previous is not None and previous is not self:
             previous.close()
         for folder in (self.get_media_path(), self.get_tensorboardx_path()):
-            os.makedirs(folder, exist_ok=True)
+            try:
+                os.makedirs(folder, exist_ok=True)
+            except OSError as error:
+                raise MisconfigurationException(
+                    f"The Experiment cannot make its folder {folder!r} ({error}). Choose another save_dir, name or version."
+                ) from error
         self.file_writer = self.all_writers = None  # in a forked process, the parent's
         lock = FolderLock(self.log_dir)
         try:
@@ -339,10 +357,53 @@ class Experiment(SummaryWriter, Logger):
             raise
         self._lock = lock
         _WRITERS[self.log_dir] = self
+        self._found = self._lengths()
         self._get_file_writer()
         self._settle = weakref.finalize(self, _save_rest, lock, self._rows, self.tags, self.all_writers)
 
     # ------------------------------------------------------------------ in another process
+
+    def state_dict(self) -> dict[str, Any]:
+        """Bring everything to disk; return which version this is and how far its files reach, for a checkpoint."""
+        with write_lock(self):
+            state = {"name": self.name, "version": self.version, "save_dir": self.save_dir}
+            if self.is_open:
+                self.save()
+                state["log"] = {**self._lengths(), "tags": dict(self._tags_shown)}
+            return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Note how far the files of this version reached when a checkpoint was written; see ``rewind``."""
+        same = (state.get("name"), state.get("version")) == (self.name, self.version)
+        self._reach = state.get("log") if same else None
+
+    @_writes
+    def rewind(self) -> None:
+        """Take back what came after the checkpoint, up to when this was opened: the run that goes on logs it again."""
+        (reach, self._reach), found = (self._reach, None), self._found
+        if reach is None or found["rows"] < reach["rows"]:
+            return
+        for path, size in found["events"].items():
+            kept, full = reach["events"].get(path, 0), os.path.join(self.get_logdir(), path)
+            if kept == 0:
+                os.remove(full)
+            elif kept < size:
+                os.truncate(full, kept)
+        self._tags_shown = dict(reach["tags"])
+        if superseded := found["rows"] - reach["rows"]:
+            self.save()
+            del self.metrics[reach["rows"] : found["rows"]]
+            path = os.path.join(self.log_dir, METRICS_FILE)
+            drop_rows(path, reach["rows"], found["rows"])
+            rank_zero_info(f"{path}: {superseded} rows after the checkpoint are taken out; the run logs them again.")
+        self._found = {**reach}
+
+    def _lengths(self) -> dict[str, Any]:
+        """Return how many rows there are, and the sizes of TensorBoard's files by their paths in ``tf/``."""
+        folder = self.get_logdir()
+        paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
+        sizes = {os.path.relpath(path, folder): os.path.getsize(path) for path in paths}
+        return {"rows": len(self.metrics), "events": sizes}
 
     def get_meta_copy(self) -> ExperimentMeta:
         """Save, close, and return plain data about this experiment, with which another process can go on with it."""
@@ -430,7 +491,7 @@ class Experiment(SummaryWriter, Logger):
     def _mark_code(self, claimed: bool) -> None:
         """Tag the commit; if that fails, give back the folder that was claimed for this version."""
         try:
-            _git("tag", "-a", f"tt_{self.exp_hash}", "-m", self.description or f"The code of {self.exp_hash}.")
+            git("tag", "-a", f"tt_{self.exp_hash}", "-m", self.description or f"The code of {self.exp_hash}.")
         except MisconfigurationException:
             if claimed:
                 os.rmdir(self.log_dir)
@@ -532,17 +593,3 @@ def _checked_version(version: Any) -> int:
             f"Experiment(version={version!r}): a version is a whole number from 0, or None for the next free one."
         )
     return number
-
-
-def _git(*args: str) -> None:
-    try:
-        done = subprocess.run(["git", *args], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise MisconfigurationException(
-            "Experiment(create_git_tag=True) needs git, which is not on the path. Install it, or set create_git_tag=False."
-        ) from error
-    if done.returncode != 0:
-        raise MisconfigurationException(
-            f"Experiment(create_git_tag=True): `git {' '.join(args)}` in {os.getcwd()!r} said: {done.stderr.strip()}. "
-            "Start the program inside a git repository that has a commit and no such tag yet, or set create_git_tag=False."
-        )

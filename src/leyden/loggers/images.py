@@ -15,6 +15,7 @@ from leyden.errors import LeydenWarning, MisconfigurationException
 from leyden.runtime.ranks import rank_zero_warn
 
 _EXTENSIONS = ("jpeg", "jpg", "png")
+_CHANNELS = (1, 3, 4)
 
 
 def image_extension(name: str) -> str | None:
@@ -27,8 +28,9 @@ def save_image(value: Any, folder: str, name: str, index: int) -> str:
     """Write ``value`` to a new file in ``folder`` and return its path.
 
     Args:
-        value: a tensor or array of shape (H, W), (H, W, 1 or 3) or (1 or 3, H, W): floats from 0 to 1, integers from 0
-            to 255, or bools. Values beyond are cut off, with a warning.
+        value: a tensor or array of shape (H, W), (H, W, channels) or (channels, H, W): floats from 0 to 1, integers from
+            0 to 255, or bools. There are 1, 3 or 4 channels, the fourth being opacity, which a jpeg leaves out. Values
+            beyond the range are cut off, with a warning.
         folder: a directory that exists.
         name: contains the extension; the file is named after the rest, as in ``png_digits`` -> ``digits_<index>.png``.
         index: a number that tells it from other images of that name.
@@ -53,25 +55,29 @@ def save_image(value: Any, folder: str, name: str, index: int) -> str:
     ):  # two names that differ only in what a file name cannot hold, or a crash before this row
         copies += 1
         path = os.path.join(folder, f"{stem}_{index}-{copies}.{extension}")
-    Image.fromarray(pixels).save(path)
+    image = Image.fromarray(pixels)
+    (image if extension == "png" or image.mode != "RGBA" else image.convert("RGB")).save(path)
     return path
 
 
 def _pixels(value: Any, name: str) -> NDArray[np.uint8]:
-    """Return ``value`` as uint8 of shape (H, W) or (H, W, 3)."""
+    """Return ``value`` as uint8 of shape (H, W), (H, W, 3) or (H, W, 4)."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         value = value.float().numpy() if value.is_floating_point() else value.numpy()  # numpy lacks bfloat16
     array: NDArray[Any] = np.asarray(value)
-    if array.ndim == 3 and array.shape[2] not in (1, 3) and array.shape[0] in (1, 3):
+    first, last = (array.shape[0], array.shape[2]) if array.ndim == 3 else (0, 0)
+    # a width of 4 is likelier than an image of 1 or 3 rows
+    if (first in (1, 3) and last not in (1, 3)) or (first == 4 and last not in _CHANNELS):
         array = np.moveaxis(array, 0, 2)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    shape_is_right = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    shape_is_right = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in _CHANNELS)
     if not shape_is_right or array.size == 0 or array.dtype.kind not in "fiub":
         raise MisconfigurationException(
             f"The value of {name!r} is no image: an array of shape {tuple(np.shape(value))} and type {array.dtype}. "
-            "An image is of shape (H, W), (H, W, 3) or (3, H, W), with floats from 0 to 1 or integers from 0 to 255."
+            "An image is of shape (H, W), (H, W, channels) or (channels, H, W), with 1, 3 or 4 channels, and with floats "
+            "from 0 to 1 or integers from 0 to 255."
         )
     if array.dtype.kind == "b":
         array = array.astype(np.uint8) * 255

@@ -75,14 +75,18 @@ class Recorder:
 
     def flush(self) -> None:
         """Return when every row is written and saved; until the next ``put`` the loggers may be called directly."""
-        with self._pen:
-            while self._queue:
-                self._write(_ROWS_AT_ONCE)
-            self._save()
+        self.settle()
         for logger in self._direct:
             logger.save()
         if self._errors:
             raise self._errors.popleft()
+
+    def settle(self) -> None:
+        """Return when every row is written and saved, as ``flush``; an exception of a logger waits for the next ``put``."""
+        with self._pen:
+            while self._queue:
+                self._write(_ROWS_AT_ONCE)
+            self._save()
 
     def close(self, status: str, *, reraise: bool = True) -> None:
         """Flush, end the thread, and finalize each logger with ``status``. A later ``put`` starts anew.

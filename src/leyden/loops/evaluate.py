@@ -19,8 +19,10 @@ from torch import nn
 from leyden.data.combined import CombinedLoader
 from leyden.loops import batches
 from leyden.loops.dispatch import Calls
+from leyden.loops.metric_state import metrics_of
 from leyden.loops.session import Session
 from leyden.results import to_floats
+from leyden.runtime.seed import rng_state, set_rng_state
 from leyden.types import RunningStage, TrainerFn
 
 
@@ -38,6 +40,7 @@ class EvaluationLoop:
         self.loader: CombinedLoader | None = None
         self.max_batches: list[int | float] = []
         self.batch_idx = 0
+        self._before: Before | None = None
 
     @property
     def ready(self) -> bool:
@@ -70,8 +73,10 @@ class EvaluationLoop:
     def run(self, session: Session, stage: RunningStage | None = None) -> list[dict[str, float]]:
         """Evaluate; return the logged values of each loader."""
         session.enter(stage or self.stage)
+        fitting = session.trainer.state.fn is TrainerFn.FITTING
+        self._before = Before(session) if fitting and not session.trainer.sanity_checking else None
         # inside fit tensors of a validation may be wanted by training later: inference tensors could not
-        inference = session.config.inference_mode and session.trainer.state.fn is not TrainerFn.FITTING
+        inference = session.config.inference_mode and not fitting
         with torch.inference_mode() if inference else torch.no_grad():
             self.load_data(session)
             assert self.loader is not None
@@ -81,7 +86,9 @@ class EvaluationLoop:
             names = _names(session, self.prefix)
             step = getattr(session.module, names.step)
             batches.check_several(step, names.step, len(limits))
-            return self._run(session, names, step, limits)
+            outputs = self._run(session, names, step, limits)
+        self._before = None
+        return outputs
 
     def _run(
         self, session: Session, names: _Names, step: Callable[..., Any], limits: list[int | float]
@@ -134,10 +141,24 @@ class EvaluationLoop:
                 if row:
                     session.rows.write(row, seen[loader_idx])
                 seen[loader_idx] += 1
-            if session.interrupt.received:
-                raise KeyboardInterrupt
+            if session.interrupt.received and self.cuts(session):
+                session.interrupt.answer()
         outputs[current] = self._end_loader(session)
         return self._finish(session, names, outputs, modes)
+
+    def cuts(self, session: Session) -> bool:
+        """Whether this evaluation can be cut short; inside fit it is then as if it had not begun, and is run as a whole
+        when the fit goes on.
+
+        It cannot where somebody does something of his own when a validation begins, such as to exchange the weights for
+        averages: what he undoes when it ends would be left, and saved.
+        """
+        if session.trainer.state.fn is TrainerFn.FITTING:
+            if _is_prepared(session):
+                return False
+            if self._before is not None:
+                self._before.restore(session)
+        return True
 
     def _end_loader(self, session: Session) -> dict[str, Any]:
         """The values of the loader that has just ended."""
@@ -168,6 +189,35 @@ class EvaluationLoop:
             for module, training in modes.items():
                 module.training = training
         return [to_floats(output) for output in outputs]
+
+
+class Before:
+    """What a validation changes, as it was before: a run that is saved after a part of it begins it anew, exactly."""
+
+    def __init__(self, session: Session) -> None:
+        results = session.results
+        self._rng = rng_state()
+        self._seen = list(session.progress.val_batches)
+        self._views = dict(results.callback), dict(results.logged), dict(results.bar)
+        self._idle = [metric for metric in metrics_of(session.module).values() if not metric.update_count]
+
+    def restore(self, session: Session) -> None:
+        """Make it so again."""
+        results = session.results
+        results.eval.reset()
+        results.callback, results.logged, results.bar = self._views
+        for metric in self._idle:
+            metric.reset()
+        session.progress.val_batches[:] = self._seen
+        set_rng_state(self._rng)
+        session.enter(RunningStage.TRAINING)
+
+
+def _is_prepared(session: Session) -> bool:
+    hooks = ("on_validation_model_eval", "on_validation_start", "on_validation_epoch_start")
+    owners = (session.module, *session.trainer.callbacks)
+    homes = [str(getattr(getattr(owner, hook, None), "__module__", "leyden.")) for owner in owners for hook in hooks]
+    return not all(home.startswith("leyden.") for home in homes)
 
 
 class _Names:

@@ -374,7 +374,7 @@ class FitLoop:
         progress.batches_that_stepped += counts
         progress.tail = ""
         if session.interrupt.received:
-            raise KeyboardInterrupt
+            session.interrupt.answer()
         self.due = self.next_due(session)
         if self.last or (config.max_steps >= 0 and progress.global_step >= config.max_steps):
             return False

@@ -78,8 +78,9 @@ def from_lightning(checkpoint: Mapping[str, Any], progress: Progress) -> tuple[b
     fit = (checkpoint.get("loops") or {}).get("fit_loop")
     progress.global_step = int(checkpoint.get("global_step", 0))
     if not fit:
-        # files from before the loops were saved: the epoch and the step are all there is
-        progress.epoch = int(checkpoint.get("epoch", -1)) + 1
+        # files from before the loops were saved: the epoch and the step are all there is. Since Lightning names its version
+        # in them, the epoch is the number of those that were completed; before, the number of the last of these
+        progress.epoch = int(checkpoint.get("epoch", -1)) + ("pytorch-lightning_version" not in checkpoint)
         progress.batches_that_stepped = progress.global_step
         return True, True
     epoch = fit["epoch_progress"]["current"]

@@ -109,7 +109,7 @@ class PredictLoop:
                 self._kept[loader_idx].append(move_to(output, torch.device("cpu")))
             del output
             if session.interrupt.received:
-                raise KeyboardInterrupt
+                session.interrupt.answer()
         hooks.on_predict_epoch_end()
         hooks.on_predict_end()
         if hooks.on_predict_model_train:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from leyden.callback import Callback
-from leyden.config import TrainerConfig, check_switch, parse_duration
+from leyden.config import TrainerConfig, check_switch, default_semantics, parse_duration
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.precision import Precision, make_precision
 from leyden.runtime.devices import Accelerator, choose, make_accelerator
@@ -68,7 +68,7 @@ def strategy(
             f"Trainer(devices={devices!r}, num_nodes={num_nodes!r}) asks for {len(chosen)} devices on {num_nodes} nodes;"
             " this version of Leyden trains on one device. Use devices=1, num_nodes=1."
         )
-    plugin = _precision_plugin(plugins)
+    plugin, checkpoint_io = _plugins(plugins) if plugins is not None else (None, None)
     if plugin is not None and precision is not None:
         raise MisconfigurationException(
             f"Trainer(precision={precision!r}, plugins={plugins!r}): both say how numbers are stored. Give one of them."
@@ -77,6 +77,8 @@ def strategy(
     if isinstance(given, Strategy):
         if plugin is not None or precision is not None:
             given.precision = plugin or make_precision(precision, given.root_device)
+        if checkpoint_io is not None:
+            given.checkpoint_io = checkpoint_io
         fits = accelerator != "auto" or given.root_device.type == backend.name()
         return given, backend if fits else make_accelerator(given.root_device.type)
     name = str(given).lower()
@@ -92,22 +94,52 @@ def strategy(
             f"{did_you_mean(name, known)}"
         )
     cls = SingleDeviceStrategy if name == "auto" else load(STRATEGIES[name])
-    return cls(device, plugin or make_precision(precision, device)), backend
+    return cls(device, plugin or make_precision(precision, device), checkpoint_io), backend
 
 
-def _precision_plugin(plugins: Any) -> Precision | None:
-    items = plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
-    found = None
-    for item in items:
-        if not isinstance(item, Precision):
+def _plugins(given: Any) -> tuple[Precision | None, Any]:
+    """Return the Precision and the CheckpointIO among the plug-ins; None for one that is not there.
+
+    Raises:
+        MisconfigurationException: for something that is no plug-in, or two of a kind.
+    """
+    from leyden.checkpoint_io.base import CheckpointIO  # noqa: PLC0415 - for Trainers that get plug-ins
+
+    found: dict[type, Any] = {}
+    for item in given if isinstance(given, (list, tuple)) else [given]:
+        if _is_environment(item):
+            continue
+        kind = next((kind for kind in (Precision, CheckpointIO) if isinstance(item, kind)), None)
+        if kind is None:
             raise MisconfigurationException(
-                f"Trainer(plugins={item!r}): on one device a plugin must be a Precision object, not"
-                f" {type(item).__name__}."
+                f"Trainer(plugins={_shown(item)}): on one device a plugin must be a Precision, CheckpointIO or"
+                f" SLURMEnvironment object, not {'a class' if isinstance(item, type) else type(item).__name__}.{_made(item)}"
             )
-        if found is not None:
-            raise MisconfigurationException(f"Trainer(plugins={plugins!r}): give one Precision, not several.")
-        found = item
-    return found
+        if kind in found:
+            raise MisconfigurationException(f"Trainer(plugins={given!r}): give one {kind.__name__}, not several.")
+        found[kind] = item
+    return found.get(Precision), found.get(CheckpointIO)
+
+
+def _is_environment(item: Any) -> bool:
+    return any(cls.__name__ == "ClusterEnvironment" for cls in type(item).__mro__)
+
+
+def cluster(plugins: Any) -> Any:
+    """Return what starts a job of a cluster anew, where this is one, and the user has not switched that off; else None.
+
+    Raises:
+        MisconfigurationException: for two of them.
+    """
+    items = plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
+    given = [item for item in items if _is_environment(item)]
+    if len(given) > 1:
+        raise MisconfigurationException(f"Trainer(plugins={plugins!r}): give one cluster environment, not several.")
+    if not os.environ.get("SLURM_JOB_ID"):
+        return None
+    slurm = load("leyden.runtime.cluster:SLURMEnvironment")
+    found = given[0] if given else slurm()
+    return found if isinstance(found, slurm) and found.auto_requeue and found.detect() else None
 
 
 def loggers(given: Any, root: str, config: TrainerConfig, quiet: bool) -> list[Any]:
@@ -420,6 +452,8 @@ def config(given: Mapping[str, Any]) -> TrainerConfig:
         check_switch(name, given[name])
     names = {field.name for field in dataclasses.fields(TrainerConfig)}
     values = {name: _plain_number(value) for name, value in given.items() if name in names}
+    if values["semantics"] is None:
+        values["semantics"] = default_semantics()
     if given["barebones"]:
         for name in _BAREBONES_OFF:
             if given[name] not in (None, False, 0):

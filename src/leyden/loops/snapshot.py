@@ -16,7 +16,8 @@ from leyden.datamodule import LightningDataModule
 from leyden.errors import CheckpointError, MisconfigurationException
 from leyden.hooks import is_written
 from leyden.hparams import hparams_name, pack, plain_hparams
-from leyden.loading import PICKLED, require_checkpoint
+from leyden.loading import FORMAT, PICKLED, modernized, require_checkpoint
+from leyden.loggers.base import run_states
 from leyden.loops.batches import DataLoaderIter
 from leyden.loops.fit import FitLoop
 from leyden.loops.lightning_loops import from_lightning, to_lightning
@@ -29,8 +30,6 @@ from leyden.runtime.ranks import rank_zero_warn
 from leyden.runtime.seed import rng_state, set_rng_state
 from leyden.strategies.base import Strategy
 
-FORMAT = 1
-"""Version of what is under the key ``leyden``; raised when older versions of Leyden could not read it."""
 LIGHTNING_VERSION = "2.6.6"
 """The version of Lightning whose checkpoint layout this is; its own reader asks for it."""
 
@@ -83,6 +82,7 @@ def gather(
         checkpoint["lr_schedulers"] = [schedule.scheduler.state_dict() for schedule in strategy.lr_scheduler_configs]
         if state := strategy.precision.state_dict():
             checkpoint[type(strategy.precision).__qualname__] = state
+        ours["loggers"] = run_states(trainer.loggers)
         ours["rng"] = rng_state()
         ours["epoch_rng"] = fit_loop.epoch_rng
         ours["last"], ours["steps"] = fit_loop.last, fit_loop.steps
@@ -119,19 +119,14 @@ def _add_hparams(checkpoint: dict[str, Any], owner: Any) -> None:
 
 
 def read(strategy: Strategy, path: Any, weights_only: bool | None) -> dict[str, Any]:
-    """Read a checkpoint file and check that this version can use it.
+    """Read a checkpoint, compare it with its checksums, and check that this version can use it.
 
     Raises:
-        CheckpointError: for a file of a newer format, or one that is no checkpoint.
+        CheckpointError: for one that is damaged, of a newer format, or no checkpoint.
     """
     checkpoint: Any = strategy.load_checkpoint(path, weights_only)
     require_checkpoint(checkpoint, str(path))
-    found = checkpoint.get("leyden", {}).get("format", 0)
-    if found > FORMAT:
-        raise CheckpointError(
-            f"{path} has format {found}; this version of Leyden reads up to format {FORMAT}. Update Leyden."
-        )
-    return dict(checkpoint)
+    return modernized(checkpoint)
 
 
 def restore_model(

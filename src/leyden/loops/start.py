@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from leyden import files, vintage
+from leyden import vintage
 from leyden.callback import Callback
 from leyden.config import TrainerConfig, resolve_limits
 from leyden.datamodule import LightningDataModule
@@ -224,44 +223,6 @@ def warn_of_memory(callbacks: Iterable[Any]) -> None:
             f"Trainer.fit() got another module than last time. Its counters begin anew, but {', '.join(names)} go on with"
             " what they have seen of the other one (best scores and files, patience). Make a new Trainer for each module."
         )
-
-
-def find_checkpoint(given: Any, fn: str, callbacks: Iterable[Any], log_dir: str | None) -> Any:
-    """Resolve ``ckpt_path``: None, a path, ``"best"`` or ``"last"`` (the newest complete one, by its step).
-
-    Raises:
-        MisconfigurationException: for ``"best"`` when no best checkpoint is known.
-    """
-    if given is None:
-        return None
-    callbacks = list(callbacks)
-    if given == "best":
-        best = next((path for callback in callbacks if (path := getattr(callback, "best_model_path", ""))), "")
-        if not best:
-            raise MisconfigurationException(
-                f"Trainer.{fn}(ckpt_path='best'): no best checkpoint is known. It takes a ModelCheckpoint that has saved"
-                " one (not under fast_dev_run); otherwise pass the path of a file."
-            )
-        return best
-    if given == "last":
-        folders = [path for callback in callbacks for path in _folders(callback)]
-        if log_dir:
-            folders.append(str(Path(log_dir) / "checkpoints"))
-        newest = [path for folder in dict.fromkeys(folders) if (path := files.newest(folder)) is not None]
-        found = max(newest, key=lambda path: files.recorded_step(path) or 0, default=None)
-        if found is None:
-            rank_zero_warn(
-                f"Trainer.{fn}(ckpt_path='last'): there is no checkpoint in {sorted(set(folders))}; "
-                + ("the fit starts anew." if fn == "fit" else "the weights stay as they are."),
-                category=PossibleUserWarning,
-            )
-        return found
-    return given  # a file that is not there is an error when it is read
-
-
-def _folders(callback: Any) -> list[str]:
-    last, folder = getattr(callback, "last_model_path", ""), getattr(callback, "dirpath", None)
-    return [str(Path(last).parent)] * bool(last) + [str(folder)] * bool(folder)
 
 
 def log_hyperparams(loggers: Iterable[Any], module: LightningModule, datamodule: Any) -> None:

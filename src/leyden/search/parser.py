@@ -13,7 +13,7 @@ from typing import Any
 from leyden.errors import LeydenWarning, MisconfigurationException, did_you_mean
 from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
 from leyden.search import workers
-from leyden.search.trials import Option, at_least_one, check_strategy, choices, draw_trials, number_range
+from leyden.search.trials import Option, at_least_one, check_strategy, choices, draw_trials, formerly, number_range
 from leyden.search.workers import TrialResult
 
 
@@ -24,22 +24,24 @@ class HyperOptNamespace(argparse.Namespace):
     ``vars()`` does not show it, and a copy that went through pickle is without it.
     """
 
-    __slots__ = ("_parser",)  # beside __dict__, which holds the values
+    __slots__ = ("_options", "_parser")  # beside __dict__, which holds the values
 
     hpc_exp_number: int | None = None
     """In a job of ``SlurmCluster``: the number of its trial."""
 
     _parser: HyperOptArgumentParser | None
+    _options: dict[str, Option]
 
     def __init__(self, parser: HyperOptArgumentParser | None = None, /, **values: Any) -> None:
         super().__init__(**values)
         self._parser = parser
+        self._options = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(vars(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._parser = None
+        self._parser, self._options = None, {}
         vars(self).update(state)
 
     def replaced(self, values: dict[str, Any]) -> HyperOptNamespace:
@@ -51,7 +53,7 @@ class HyperOptNamespace(argparse.Namespace):
 
     def tunable_names(self) -> list[str]:
         """Return the names of the options that a search replaces."""
-        return [] if self._parser is None else list(self._parser.opt_args)
+        return list(self._options)
 
     def generate_trials(self, nb_trials: int | None = None) -> list[HyperOptNamespace]:
         """Draw trials: namespaces with the tunable values replaced, all other values as they were parsed.
@@ -64,7 +66,7 @@ class HyperOptNamespace(argparse.Namespace):
                 "This namespace is a trial or a copy and has no search. Draw trials from what"
                 " HyperOptArgumentParser.parse_args() returned."
             )
-        drawn = self._parser.draw(nb_trials)
+        drawn = self._parser.draw(self._options, nb_trials)
         if nb_trials is not None and len(drawn) < nb_trials:
             rank_zero_info(
                 "The search has %d combinations of values: %d trials instead of %d.", *[len(drawn)] * 2, nb_trials
@@ -77,6 +79,7 @@ class HyperOptNamespace(argparse.Namespace):
 
     opt_trials = trials
 
+    @formerly(train_function="fn")
     def optimize_parallel(
         self,
         fn: Callable[..., Any],
@@ -103,6 +106,7 @@ class HyperOptNamespace(argparse.Namespace):
         places = workers.places(nb_parallel, "nb_parallel", numbered=True)
         return workers.run_trials(fn, self.generate_trials(nb_trials), places, monitor, mode)
 
+    @formerly(train_function="fn")
     def optimize_parallel_cpu(
         self,
         fn: Callable[..., Any],
@@ -116,11 +120,13 @@ class HyperOptNamespace(argparse.Namespace):
         places = workers.places(nb_workers, "nb_workers", numbered=False)
         return workers.run_trials(fn, self.generate_trials(nb_trials), places, monitor, mode)
 
+    @formerly(train_function="fn", max_nb_trials="nb_trials")
     def optimize_parallel_gpu(
         self,
         fn: Callable[..., Any],
         gpu_ids: Sequence[str | int],
         nb_trials: int | None = None,
+        nb_workers: int | None = None,
         *,
         monitor: str | None = None,
         mode: str = "min",
@@ -132,18 +138,21 @@ class HyperOptNamespace(argparse.Namespace):
             gpu_ids: The sets: ``["1", "0, 2"]`` runs two trials at a time, one on GPU 1, one on GPUs 0 and 2. A trial sees
                 no others (CUDA_VISIBLE_DEVICES), and calls its own 0, 1, ...
             nb_trials: How many trials at most; None takes the whole grid.
+            nb_workers: Use the first so many sets only; None uses all.
             monitor: As in :meth:`optimize_parallel`.
             mode: As in :meth:`optimize_parallel`.
         """
-        places = workers.gpu_places(gpu_ids)
+        places = workers.gpu_places(gpu_ids, nb_workers)
         return workers.run_trials(fn, self.generate_trials(nb_trials), places, monitor, mode)
 
+    @formerly(train_function="fn")
     def optimize_trials_parallel_gpu(
         self,
         fn: Callable[..., Any],
         nb_trials: int | None,
         trials: Iterable[argparse.Namespace],
         gpu_ids: Sequence[str | int],
+        nb_workers: int | None = None,
         *,
         monitor: str | None = None,
         mode: str = "min",
@@ -151,7 +160,7 @@ class HyperOptNamespace(argparse.Namespace):
         """Run the first ``nb_trials`` of ``trials`` (None: all), else as :meth:`optimize_parallel_gpu`."""
         if nb_trials is not None:
             at_least_one(nb_trials, "nb_trials")
-        return workers.run_trials(fn, list(trials)[:nb_trials], workers.gpu_places(gpu_ids), monitor, mode)
+        return workers.run_trials(fn, list(trials)[:nb_trials], workers.gpu_places(gpu_ids, nb_workers), monitor, mode)
 
 
 _TAKEN = frozenset(name for name in vars(HyperOptNamespace) if not name.startswith("_"))
@@ -174,6 +183,7 @@ class HyperOptArgumentParser(argparse.ArgumentParser):
         self.strategy = strategy
         self.seed = seed
         self.opt_args: dict[str, Option] = {}
+        self._chosen = False
         self._config_dest: str | None = None
         super().__init__(**kwargs)
         for parent in kwargs.get("parents", ()):
@@ -221,6 +231,7 @@ class HyperOptArgumentParser(argparse.ArgumentParser):
 
     def _add_option(self, flags: tuple[str, ...], option: Option | None, kwargs: dict[str, Any]) -> argparse.Action:
         action = self.add_argument(*flags, **kwargs)
+        self.opt_args.pop(action.dest, None)  # with conflict_handler="resolve" it takes the place of an earlier one
         if option is not None:
             self.opt_args[action.dest] = option
         return action
@@ -248,6 +259,8 @@ class HyperOptArgumentParser(argparse.ArgumentParser):
                 )
         if namespace is None:
             namespace = HyperOptNamespace(self)
+        for command in self._commands():
+            command._chosen = False  # noqa: SLF001  # of our own class
         for name, value in self._values_of_config(args).items():
             if not hasattr(namespace, name):
                 setattr(namespace, name, value)
@@ -255,20 +268,38 @@ class HyperOptArgumentParser(argparse.ArgumentParser):
         try:
             for action in required:
                 action.required = False
-            return super().parse_known_args(args, namespace)
+            namespace, rest = super().parse_known_args(args, namespace)
         finally:
             for action in required:
                 action.required = True
+        self._chosen = True
+        if isinstance(namespace, HyperOptNamespace):
+            namespace._options = self._searched()  # noqa: SLF001  # of our own class
+        return namespace, rest
 
-    def draw(self, nb_trials: int | None) -> list[dict[str, Any]]:
-        """Draw trials, as dicts of the tunable values. See :meth:`HyperOptNamespace.generate_trials`."""
-        if not self.opt_args:
+    def _commands(self) -> Iterator[HyperOptArgumentParser]:
+        """Yield the parsers of this one's commands (``add_subparsers``) that know what to search over."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001  # argparse has no public name for it
+                yield from (parser for parser in action.choices.values() if isinstance(parser, HyperOptArgumentParser))
+
+    def _searched(self) -> dict[str, Option]:
+        """Return what is searched over after the last parse: by this parser, and by the command that was given."""
+        found = dict(self.opt_args)
+        for command in self._commands():
+            if command._chosen:  # noqa: SLF001  # of our own class
+                found.update(command._searched())  # noqa: SLF001
+        return found
+
+    def draw(self, options: dict[str, Option], nb_trials: int | None) -> list[dict[str, Any]]:
+        """Draw trials over ``options``, as dicts of their values. See :meth:`HyperOptNamespace.generate_trials`."""
+        if not options:
             rank_zero_warn(
                 "No option of this search is tunable, so there is one trial, of the values as they are. Say tunable=True in"
                 " opt_list or opt_range.",
                 LeydenWarning,
             )
-        return draw_trials(self.opt_args, self.strategy, nb_trials, self.seed)
+        return draw_trials(options, self.strategy, nb_trials, self.seed)
 
     def _values_of_config(self, args: Sequence[str] | None) -> dict[str, Any]:
         """Return what the JSON file holds that the command line (or a default) names, converted as text would be."""

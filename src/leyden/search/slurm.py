@@ -30,7 +30,8 @@ from leyden.search import sbatch
 from leyden.search.parser import HyperOptNamespace
 from leyden.search.sbatch import Directive
 from leyden.search.trial_process import call
-from leyden.search.trials import at_least_one
+from leyden.search.trials import at_least_one, formerly
+from leyden.signals import AnswersSignals
 
 TRIAL_VARIABLE = "LEYDEN_SLURM_TRIAL"
 """In a job: the path of its trial's file."""
@@ -38,7 +39,7 @@ TRIAL_VARIABLE = "LEYDEN_SLURM_TRIAL"
 _MOST_SECONDS = 65535  # of SLURM's --signal
 
 
-class SlurmCluster:
+class SlurmCluster(AnswersSignals):
     """Runs the trials of a search as SLURM jobs.
 
     Args:
@@ -53,7 +54,7 @@ class SlurmCluster:
         per_experiment_nb_gpus: GPUs a node (``optimize_parallel_cluster_gpu`` only).
         per_experiment_nb_cpus: CPU cores a task.
         per_experiment_nb_nodes: Nodes.
-        memory_mb_per_node: Main memory a node, in MB.
+        memory_mb_per_node: Main memory a node, in MB; 0 is all that the node has; or as SLURM writes it, ``"24G"``.
         job_time: The walltime, ``[[days-]hours:]minutes:seconds``.
         minutes_to_checkpoint_before_walltime: So long before its walltime the job is told to save and go; may be a fraction.
         gpu_type: The kind of GPU, such as ``"a100"``; None takes any.
@@ -84,7 +85,7 @@ class SlurmCluster:
         self.per_experiment_nb_gpus = 1
         self.per_experiment_nb_cpus = 1
         self.per_experiment_nb_nodes = 1
-        self.memory_mb_per_node = 2000
+        self.memory_mb_per_node: int | str = 2000
         self.job_time = "15:00"
         self.minutes_to_checkpoint_before_walltime: float = 5
         self.gpu_type: str | None = None
@@ -132,6 +133,7 @@ class SlurmCluster:
 
     # ------------------------------------------------------------------ submit, or run
 
+    @formerly(train_function="train_fn")
     def optimize_parallel_cluster_gpu(
         self,
         train_fn: Callable[..., Any],
@@ -160,6 +162,7 @@ class SlurmCluster:
         """
         return self._optimize(train_fn, nb_trials, job_name, job_display_name, enable_auto_resubmit, on_gpu=True)
 
+    @formerly(train_function="train_fn")
     def optimize_parallel_cluster_cpu(
         self,
         train_fn: Callable[..., Any],
@@ -194,17 +197,17 @@ class SlurmCluster:
             (folder / f"slurm_{name}").mkdir(parents=True, exist_ok=True)
         environment = sbatch.outside_of_the_job(os.environ)
         jobs = []
-        for number, values in enumerate(records, _next_number(folder / "slurm_trials")):
+        for values in records:
+            number, file = _claim_number(folder / "slurm_trials")
             name = f"trial_{number}_{time.strftime('%Y-%m-%d__%H-%M-%S')}"
-            file = folder / "slurm_trials" / f"trial_{number}.json"
             path = folder / "slurm_scripts" / f"{name}.sh"
             record = {"trial": number, "state": "submitted", "values": values, "script": str(path)}
             _write(file, {**record, "checkpoints": 0, "jobs": [], "results": {}})
             text = sbatch.script(
                 f"Trial {number} of {job_name}, submitted by Leyden: {json.dumps(values)}",
                 self._directives(folder, name, f"{display or job_name}v{number}", resubmit, on_gpu),
-                # since 22.05 srun does not take the number of cores over from sbatch by itself
-                {TRIAL_VARIABLE: shlex.quote(str(file)), "SRUN_CPUS_PER_TASK": str(self.per_experiment_nb_cpus)},
+                # since 22.05 srun does not take the number of cores over from sbatch by itself; it may be add_slurm_cmd's
+                {TRIAL_VARIABLE: shlex.quote(str(file)), "SRUN_CPUS_PER_TASK": '"$SLURM_CPUS_PER_TASK"'},
                 self.modules,
                 self.commands,
                 f"{self.python_cmd} {shlex.join(program)}",
@@ -237,7 +240,7 @@ class SlurmCluster:
             yield Directive("gres", f"{kind}:{self.per_experiment_nb_gpus}", "GPUs a node")
         yield Directive("cpus-per-task", self.per_experiment_nb_cpus, "CPU cores")
         yield Directive("nodes", self.per_experiment_nb_nodes, "")
-        yield Directive("mem", self.memory_mb_per_node, "MB a node")
+        yield Directive("mem", self.memory_mb_per_node, "memory a node, in MB unless it says otherwise; 0 is all")
         events = [name for name, wanted in (("END", self.notify_on_end), ("FAIL", self.notify_on_fail)) if wanted]
         if events:
             yield Directive("mail-type", ",".join(events), "e-mail")
@@ -249,8 +252,13 @@ class SlurmCluster:
         for name, value in (("job_name", job_name), ("test_tube_exp_name", self.test_tube_exp_name or job_name)):
             if value in (".", "..") or not re.fullmatch(r"[^/\s]+", str(value)):
                 raise MisconfigurationException(f"{name}={value!r}: must be a name without spaces and slashes.")
-        for name in ("per_experiment_nb_cpus", "per_experiment_nb_nodes", "memory_mb_per_node"):
+        for name in ("per_experiment_nb_cpus", "per_experiment_nb_nodes"):
             at_least_one(getattr(self, name), name)
+        memory = self.memory_mb_per_node
+        if isinstance(memory, bool) or not re.fullmatch(r"\d+[KMGT]?B?", str(memory), re.IGNORECASE):
+            raise MisconfigurationException(
+                f"memory_mb_per_node={memory!r}: must be a number of MB, 0 for all of a node, or a text such as '24G'."
+            )
         if self.per_experiment_nb_gpus:
             at_least_one(self.per_experiment_nb_gpus, "per_experiment_nb_gpus")
         if (self.notify_on_end or self.notify_on_fail) and not self.email:
@@ -274,18 +282,23 @@ class SlurmCluster:
         kills stays ``running``), ``values``, ``results`` (the ``results_dict``), ``checkpoints``, ``jobs``.
         """
         files = (self._folder(job_name) / "slurm_trials").glob("trial_*.json")
-        return sorted((_read(file) for file in files), key=lambda record: int(record["trial"]))
+        # an empty file is that of a trial which is being submitted at this moment
+        return sorted((_read(file) for file in files if file.stat().st_size), key=lambda record: int(record["trial"]))
 
     # ------------------------------------------------------------------ checkpoints
 
-    def set_checkpoint_save_function(self, fn: Callable[..., Any], kwargs: Mapping[str, Any] | None = None) -> None:
-        """Call ``fn(**kwargs)`` when the walltime is near.
+    @formerly(fx="fn")
+    def set_checkpoint_save_function(
+        self, fn: Callable[..., Any] | None, kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Call ``fn(**kwargs)`` when the walltime is near; None: there is nothing to save any more.
 
         It runs between two lines of the trial's main thread, wherever that stands. A Trainer is better served by
         :class:`~leyden.search.walltime.WalltimeCheckpoint`, which saves between two batches.
         """
-        self._save = (fn, dict(kwargs or {}))
+        self._save = None if fn is None else (fn, dict(kwargs or {}))
 
+    @formerly(fx="fn")
     def set_checkpoint_load_function(self, fn: Callable[..., Any], kwargs: Mapping[str, Any] | None = None) -> None:
         """Call ``fn(**kwargs)`` at once if this job goes on from a checkpoint.
 
@@ -382,7 +395,8 @@ class SlurmCluster:
             if terminated:
                 raise SIGTERMException
             self._say(
-                "the walltime is near, but set_checkpoint_save_function was not called: going on until it is over."
+                "the walltime is near, but there is nothing to save (set_checkpoint_save_function was not called, or the"
+                " Trainer is gone): going on until it is over."
             )
             return
         self._leaving = True
@@ -435,10 +449,21 @@ def _values(trial: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _next_number(folder: Path) -> int:
-    """Return the number after the highest trial's, so that a second search of the same name overwrites nothing."""
+def _claim_number(folder: Path) -> tuple[int, Path]:
+    """Return the number after the highest trial's, and its file, which is made at once.
+
+    So a second search of the same name overwrites nothing, even if it is submitted at the same moment.
+    """
     numbers = [int(path.stem.removeprefix("trial_")) for path in folder.glob("trial_*.json")]
-    return max(numbers, default=-1) + 1
+    number = max(numbers, default=-1) + 1
+    while True:
+        file = folder / f"trial_{number}.json"
+        try:
+            file.touch(exist_ok=False)
+        except FileExistsError:
+            number += 1
+        else:
+            return number, file
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from numbers import Real
+from typing import Any, TypeVar, Union, cast
 
 from leyden.errors import MisconfigurationException, did_you_mean
 
+F = TypeVar("F", bound=Callable[..., Any])
 _STALLED = 1000
 """So many draws in a row that were all seen before: what is left is then listed instead of waited for."""
 
@@ -77,6 +80,24 @@ class Range:
 Option = Union[Choices, Range]
 
 
+def formerly(**names: str) -> Callable[[F], F]:
+    """Decorate a function whose arguments had other names in 2019's tool: ``formerly(max_nb_trials="nb_trials")``."""
+
+    def decorate(fn: F) -> F:
+        @functools.wraps(fn)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for then, today in names.items():
+                if then in kwargs:
+                    if today in kwargs:
+                        raise TypeError(f"{fn.__name__}() got {then!r} and {today!r}, two names of one argument.")
+                    kwargs[today] = kwargs.pop(then)
+            return fn(*args, **kwargs)
+
+        return cast("F", call)
+
+    return decorate
+
+
 def at_least_one(value: object, argument: str) -> None:
     """Raise MisconfigurationException unless ``value`` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -86,9 +107,10 @@ def at_least_one(value: object, argument: str) -> None:
 def choices(name: str, values: Any) -> Choices:
     """Check what ``opt_list`` was given for the option ``name`` and return it."""
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        example = "[1, 2]" if values is None else f"[{values!r}]"
         raise MisconfigurationException(
             f"opt_list({name!r}, options={values!r}): a tunable option needs the list of values to try, such as"
-            f" options=[{values!r}]."
+            f" options={example}."
         )
     found = tuple(values)
     if not found:
@@ -99,11 +121,16 @@ def choices(name: str, values: Any) -> Choices:
     return Choices(found)
 
 
-def number_range(name: str, low: Any, high: Any, nb_samples: int, log_base: float | None, integer: bool) -> Range:
+def _is_number(value: Any) -> bool:
+    """Whether ``value`` is a real number, one of numpy too."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def number_range(name: str, low: Any, high: Any, nb_samples: int, log_base: Any, integer: bool) -> Range:
     """Check what ``opt_range`` was given for the option ``name`` and return it."""
     call = f"opt_range({name!r}, low={low!r}, high={high!r})"
     for value in (low, high):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not _is_number(value) or not math.isfinite(value):
             raise MisconfigurationException(f"{call}: low and high must both be given, as finite numbers.")
     if integer and not (float(low).is_integer() and float(high).is_integer()):
         raise MisconfigurationException(
@@ -113,7 +140,7 @@ def number_range(name: str, low: Any, high: Any, nb_samples: int, log_base: floa
         raise MisconfigurationException(f"{call}: low must be less than high.")
     at_least_one(nb_samples, f"opt_range({name!r}): nb_samples")
     if log_base is not None:
-        if not log_base > 1:
+        if not _is_number(log_base) or not log_base > 1:
             raise MisconfigurationException(
                 f"opt_range({name!r}, log_base={log_base!r}): must be greater than 1, such as 10; None for a range that"
                 " is not logarithmic."
@@ -122,7 +149,9 @@ def number_range(name: str, low: Any, high: Any, nb_samples: int, log_base: floa
             raise MisconfigurationException(
                 f"{call}: low must be greater than 0 where log_base is given; there is no logarithm of {low!r}."
             )
-    return Range(low, high, nb_samples, log_base, integer)
+    # numbers of python's own: those of numpy would come out of a search as they are
+    plain = int if integer else float
+    return Range(plain(low), plain(high), nb_samples, None if log_base is None else float(log_base), integer)
 
 
 def _grid(options: dict[str, Option], _: random.Random) -> Iterator[tuple[Any, ...]]:

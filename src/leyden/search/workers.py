@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any
 
 from leyden.errors import MisconfigurationException
 from leyden.runtime.ranks import rank_zero_info
+from leyden.search import trial_process
 from leyden.search.board import Board, make_board
-from leyden.search.trial_process import run
 from leyden.search.trials import at_least_one
 
 _GRACE = 3.0
@@ -85,8 +86,10 @@ def places(count: int, argument: str, numbered: bool) -> list[Place]:
     return [Place((number,) if numbered else (), environment) for number in range(count)]
 
 
-def gpu_places(gpu_ids: object) -> list[Place]:
-    """Return one place for each set of GPUs in ``gpu_ids``, such as ``["1", "0, 2"]``."""
+def gpu_places(gpu_ids: object, nb_workers: int | None = None) -> list[Place]:
+    """Return one place for each set of GPUs in ``gpu_ids``, such as ``["1", "0, 2"]``; for the first ``nb_workers`` only."""
+    if nb_workers is not None:
+        at_least_one(nb_workers, "nb_workers")
     example = 'such as ["0", "1"] for two trials at a time, or ["0,1"] for one trial on two GPUs'
     if isinstance(gpu_ids, (str, bytes)) or not isinstance(gpu_ids, Sequence) or not gpu_ids:
         raise MisconfigurationException(f"gpu_ids={gpu_ids!r}: must be a list with one entry a worker, {example}.")
@@ -99,7 +102,7 @@ def gpu_places(gpu_ids: object) -> list[Place]:
             )
         sets.append(",".join(ids))
     _check_present(sets)
-    return [Place((ids,), {"CUDA_VISIBLE_DEVICES": ids}, f"GPU {ids}") for ids in sets]
+    return [Place((ids,), {"CUDA_VISIBLE_DEVICES": ids}, f"GPU {ids}") for ids in sets[:nb_workers]]
 
 
 def _check_present(sets: Sequence[str]) -> None:
@@ -133,7 +136,6 @@ class _Trial:
     process: BaseProcess
     messages: Connection
     output: Connection
-    started: bool = False
     outcome: tuple[str, Any] | None = None
     unfinished_line: str = ""
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: _utf8(errors="replace"))
@@ -166,6 +168,7 @@ def run_trials(
     Raises:
         MisconfigurationException: if ``fn`` or a trial cannot be sent to another process, or ``mode`` is unknown.
     """
+    trial_process.stop_import()
     if mode not in ("min", "max"):
         raise MisconfigurationException(f"mode={mode!r}: must be 'min' or 'max'.")
     check_function(fn)
@@ -200,9 +203,10 @@ def check_function(fn: Any) -> None:
     remedy = "Define it with `def` at the top level of a .py file, so that the process of a trial can import it."
     if not callable(fn):
         raise MisconfigurationException(f"fn={fn!r} is not a function.")
-    main = sys.modules["__main__"]
-    if getattr(fn, "__module__", None) == "__main__" and not hasattr(main, "__file__"):
-        raise MisconfigurationException(f"fn={fn!r} was defined in an interactive session. {remedy}")
+    if getattr(fn, "__module__", None) == "__main__" and trial_process.script() is None:
+        raise MisconfigurationException(
+            f"fn={fn!r} was defined in an interactive session or a __main__.py, which no other process imports. {remedy}"
+        )
     try:
         pickle.dumps(fn)
     except Exception as error:
@@ -245,6 +249,17 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep multiprocessing from importing the script in the process that it starts: ``trial_process`` does so itself."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def _start(index: int, place: Place, payload: tuple[Callable[..., Any], argparse.Namespace]) -> _Trial:
     context = multiprocessing.get_context("spawn")
     messages, send = context.Pipe(duplex=False)
@@ -252,8 +267,9 @@ def _start(index: int, place: Place, payload: tuple[Callable[..., Any], argparse
     fn, hparams = payload
     data = pickle.dumps((fn, (hparams, *place.args)))
     # not a daemon: trials may start processes, such as the workers of a DataLoader
-    process = context.Process(target=run, args=(data, send, print_to), name=f"trial-{index}", daemon=False)
-    with _environment(place.environment):
+    arguments = (trial_process.script(), data, send, print_to)
+    process = context.Process(target=trial_process.run, args=arguments, name=f"trial-{index}", daemon=False)
+    with _environment(place.environment), _without_main():
         process.start()
     send.close()
     print_to.close()
@@ -267,7 +283,8 @@ def _progress(running: Sequence[_Trial], board: Board) -> list[_Trial]:
     ready = set(wait(sources, timeout=1.0))
     ended = []
     for trial in running:
-        over = trial.process.sentinel in ready
+        # the pipe behind the sentinel stays open as long as a process lives that the trial forked and left behind
+        over = trial.process.sentinel in ready or trial.process.exitcode is not None
         _read(trial, ready, board)
         if over:
             while _read(trial, set(wait(list(trial.open), timeout=0)), board):
@@ -291,10 +308,7 @@ def _read(trial: _Trial, ready: set[Any], board: Board) -> bool:
         except Exception as error:
             trial.outcome = ("error", f"What the trial returned cannot be read back: {type(error).__name__}: {error}")
         else:
-            if kind == "started":
-                trial.started = True
-            else:
-                trial.outcome = (kind, value)
+            trial.outcome = (kind, value)
     if trial.output in found:
         data = os.read(trial.output.fileno(), 65536)
         if not data:
@@ -317,11 +331,6 @@ def _outcome(trial: _Trial) -> tuple[Any, str | None]:
             hint = " That is what the kernel does when memory runs out." if name == "SIGKILL" else ""
             return None, f"The process was killed by {name}.{hint}"
         return None, f"The process was killed by signal {-code}."
-    if not trial.started:
-        return None, (
-            f"The process ended with exit code {code} before it could call the function; what went wrong is printed above."
-            " A script that starts a search must do so under `if __name__ == '__main__':`."
-        )
     return None, f"The process ended with exit code {code} and returned nothing."
 
 

@@ -3,19 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from leyden import files
+from leyden.errors import CheckpointError
 from leyden.loading import apply_state_dict, clean_names
 from leyden.optim import LightningOptimizer
 from leyden.precision import Precision
+from leyden.signals import Interrupt
 from leyden.tree import move_to
 from leyden.types import PathLike
+
+if TYPE_CHECKING:
+    from leyden.checkpoint_io.base import CheckpointIO
+
+T = TypeVar("T")
 
 
 class Strategy:
@@ -24,13 +32,20 @@ class Strategy:
     Args:
         device: The device of this process.
         precision: The number format; None is 32-true.
+        checkpoint_io: Writes, reads and removes checkpoints; None keeps them in files.
     """
 
     strategy_name = "single"
 
-    def __init__(self, device: torch.device | str = "cpu", precision: Precision | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        precision: Precision | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+    ) -> None:
         self._root_device = torch.device(device)
         self.precision = precision or Precision()
+        self._checkpoint_io = checkpoint_io
         self.module: Any = None
         self.optimizers: list[Optimizer] = []
         self.lightning_optimizers: list[LightningOptimizer] = []
@@ -110,7 +125,13 @@ class Strategy:
             ]
 
     def teardown(self) -> None:
-        """Let go of what only the run needed; bring the module and the optimizer state back to the host."""
+        """Let go of what only the run needed; bring the module and the optimizer state back to the host.
+
+        Raises:
+            Exception: what a checkpoint that was still being written failed with.
+        """
+        if self._checkpoint_io is not None:
+            self._checkpoint_io.teardown()
         for wrapped in self.lightning_optimizers:
             wrapped.release()  # user code may have kept it
         self._step = self._manual_backward = None
@@ -187,7 +208,27 @@ class Strategy:
         """Gather a tensor, or a tree of them, from all processes; with one process the input itself."""
         return tensor
 
+    def asked_to_stop(self, interrupt: Interrupt) -> None:
+        """Make ``interrupt.received`` true after the same batch in all processes; runs in a signal handler.
+
+        See ``Interrupt`` for how several processes agree without an exchange in an ordinary batch.
+        """
+        interrupt.received = True
+
     # -- checkpoints
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """What writes, reads and removes checkpoints."""
+        if self._checkpoint_io is None:
+            from leyden.checkpoint_io.base import TorchCheckpointIO  # noqa: PLC0415 - in a run, not on import
+
+            self._checkpoint_io = TorchCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, checkpoint_io: CheckpointIO) -> None:
+        self._checkpoint_io = checkpoint_io
 
     def module_state_dict(self) -> dict[str, Any]:
         """The weights, under the names that they have when no layer is compiled."""
@@ -206,16 +247,80 @@ class Strategy:
         optimizer.load_state_dict(state)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: PathLike, storage_options: Any = None) -> None:
-        """Write a complete checkpoint, atomically."""
+        """Write a complete checkpoint, atomically, on the process that writes.
+
+        Raises:
+            CheckpointError: on every process, if that one could not.
+        """
+        self.on_rank_zero(
+            lambda: self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options), filepath
+        )
+
+    def save_folder(
+        self, path: PathLike, write: Callable[[Path], None], record: Mapping[str, Any] | None = None
+    ) -> None:
+        """Let every process write its part of a checkpoint folder, and commit it only when all of them have.
+
+        Args:
+            path: Where, on a file system that the processes share; see ``files.save_folder``.
+            write: Called on every process with the folder to write into.
+            record: Plain data by which the checkpoint is known without opening it: ``global_step``, ``epoch``.
+
+        Raises:
+            CheckpointError: on every process, if any of them failed; then what was there before is still there.
+        """
+        from leyden import folders  # noqa: PLC0415  # only for checkpoints of several processes
+
+        place = files.require_local(path)
+        folder: Path = self.on_rank_zero(lambda: folders.begin(place), path)
+        try:
+            self.on_all_ranks(lambda: write(folder), path)
+            self.on_all_ranks(lambda: folders.note(folder, self.global_rank, self.world_size), path)
+            self.on_rank_zero(lambda: folders.commit(folder, place, record), path)
+        except BaseException:
+            if self.is_global_zero:
+                folders.abandon(folder)
+            raise
+
+    def on_rank_zero(self, work: Callable[[], T], path: PathLike = "") -> T:
+        """Return what ``work`` returns on rank 0, on every process; what it raises there is raised on every process.
+
+        Args:
+            work: Writes a checkpoint, or a part of it. What it returns must be something that can be broadcast.
+            path: What it writes, for the message of an error that is none of ours.
+        """
+        result, error = None, None
         if self.is_global_zero:
-            files.save(checkpoint, filepath, storage_options=storage_options)
+            try:
+                with files.explained(path):
+                    result = work()
+            except CheckpointError as failure:
+                error = failure
+        result, message = self.broadcast((result, None if error is None else str(error)))
+        if message is not None:
+            raise error if error is not None else CheckpointError(f"On rank 0: {message}")
+        return cast("T", result)
+
+    def on_all_ranks(self, work: Callable[[], None], path: PathLike = "") -> None:
+        """Call ``work`` on every process; if any of them fails, every process raises CheckpointError."""
+        error = None
+        try:
+            with files.explained(path):
+                work()
+        except CheckpointError as failure:
+            error = failure
+        if not self.reduce_boolean_decision(error is None):
+            raise error or CheckpointError(
+                f"The checkpoint {str(path)!r} could not be written: another process failed, and says why."
+            )
 
     def load_checkpoint(self, filepath: PathLike, weights_only: bool | None = True) -> dict[str, Any]:
-        """Read a checkpoint to host memory."""
-        loaded: dict[str, Any] = files.load(filepath, map_location="cpu", weights_only=weights_only is not False)
-        return loaded
+        """Read a checkpoint to host memory, and compare it with its checksums."""
+        from leyden.checkpoint_io.base import load_by  # noqa: PLC0415 - in a run, not on import
+
+        return load_by(self.checkpoint_io, filepath, "cpu", weights_only is not False)
 
     def remove_checkpoint(self, filepath: PathLike) -> None:
         """Delete a checkpoint that this run wrote."""
         if self.is_global_zero:
-            files.remove(filepath)
+            self.checkpoint_io.remove_checkpoint(filepath)

@@ -8,7 +8,7 @@ else is in the files beside this one, which only those load who write the names 
     tables       the names, their defaults, what they are called today
     translate    arguments of the Trainer and of callbacks, turned into those of today
     run          adapters on a module, for the length of a run
-    callbacks    norms of gradients, NaN gradients, the walltime of a cluster
+    callbacks    norms of gradients, NaN gradients
     page         the page of the documentation that lists it all
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MethodType
@@ -74,8 +75,8 @@ def adapt(session: Any, wishes: Any) -> Callable[[], None] | None:
 def earlier_session(trainer: Any, wishes: Any) -> Any:
     """Return the checkpoint from which the first fit of a Trainer goes on by itself; None if there is none.
 
-    That is the one of its cluster, in a job that continues another; or the newest of the version that its Experiment
-    writes.
+    That is the one of its cluster, in a job that continues another; or the newest that the version which its Experiment
+    writes has: in the folder of the version, or in a folder of a callback and written since the version began.
     """
     if wishes is None or trainer.global_step or trainer.fast_dev_run:
         return None
@@ -83,12 +84,16 @@ def earlier_session(trainer: Any, wishes: Any) -> Any:
         return path
     if not wishes.restores or not trainer.log_dir:
         return None
-    folders = [f"{trainer.log_dir}/checkpoints"]
-    if getattr(trainer.logger, "metrics", None):
-        # the version has a history: what lies in the folders of the callbacks is its own
-        folders += [callback.dirpath for callback in trainer.checkpoint_callbacks if getattr(callback, "dirpath", None)]
-    found = [path for folder in folders if (path := files.newest(folder)) is not None]
-    return max(found, key=lambda path: files.recorded_step(path) or 0, default=None)
+    savers = [each for each in trainer.checkpoint_callbacks if not getattr(each, "save_weights_only", False)]
+    if trainer.checkpoint_callbacks and not savers:
+        return None  # training cannot go on from weights alone
+    folders = [folder for each in savers if (folder := getattr(each, "dirpath", None))]
+    # several versions may share a callback's folder
+    found = [
+        files.newest(f"{trainer.log_dir}/checkpoints"),
+        files.newest(folders, since=getattr(trainer.logger, "began", math.inf)),
+    ]
+    return max((path for path in found if path), key=lambda path: files.recorded_step(path) or 0, default=None)
 
 
 def writes_2019(module: Any) -> bool:
@@ -111,8 +116,11 @@ def signature(init: F) -> F:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         from leyden.vintage import translate  # noqa: PLC0415 - only who makes such a callback loads them
 
+        call = args, dict(kwargs)
         if translate.is_dated(name, init, args, kwargs):
             args, kwargs = (), translate.callback_arguments(name, init, args, kwargs)
+        elif translate.fits_both(name, args, kwargs):
+            self._call = call  # what takes it tells the year: see translate.as_then
         init(self, *args, **kwargs)
 
     # inspect.getfullargspec looks here, not behind __wrapped__

@@ -29,8 +29,10 @@ then runs once its imports say `leyden`:
     import leyden as ptl
     from leyden import Trainer, Experiment
 
+The import lines of then serve, too: after `leyden.compat.install()`, or under `leyden run script.py`.
+
 `ptl.LightningModel` is `ptl.LightningModule`. `Experiment`, `HyperOptArgumentParser` and `SlurmCluster` have kept their
-names. An old name and its new one mean the same thing: use either, and only one of them.
+names and those of their arguments. An old name and its new one mean the same thing: use either, and only one of them.
 
 This page is made from the tables in `leyden.vintage.tables`; a test holds the two together."""
 
@@ -50,8 +52,9 @@ def page() -> str:
         _arguments([*TRAINER_ARGUMENTS, *SAME_ARGUMENTS]),
         _members(TRAINER_MEMBERS),
         "## Callbacks",
-        "A callback is called as in 2019 if one of its arguments has a name that is gone, if `mode` is `'auto'`, or if"
-        " what is needed today is left out. Then its arguments are these, in this order.",
+        "A callback is called as in 2019 if one of its arguments has a name or a place that is gone, if `mode` is `'auto'`,"
+        " or if what is needed today is left out; and where its call could be of either year, if the Trainer gets it by"
+        " `checkpoint_callback=` or `early_stop_callback=`. Then its arguments are these, in this order.",
     ]
     for name, rows in CALLBACK_ARGUMENTS.items():
         parts += [f"### {name}", _arguments(rows)]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -96,12 +97,18 @@ def adapt(session: Any, wishes: Any, base: type) -> Callable[[], None]:
 def _hooks(adapters: Adapters) -> None:
     for old, (new, count) in HOOKS.items():
         if adapters.written(old):
-            adapters.at(new, _first(getattr(adapters.module, old), count))
+            call = _first(getattr(adapters.module, old), count)
+            adapters.at(new, _but_for_sanity(adapters.module, call) if new.startswith("on_validation") else call)
 
 
 def _first(call: Callable[..., Any], count: int) -> Callable[..., Any]:
     """Return ``call`` with only the first ``count`` arguments passed on."""
     return lambda *args: call(*args[:count])
+
+
+def _but_for_sanity(module: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``call`` without the sanity check, which was no performance check in 2019."""
+    return lambda *args: None if module.trainer.sanity_checking else call(*args)
 
 
 # --------------------------------------------------------------------------------------------- training
@@ -179,7 +186,8 @@ def _flush(progress: Any, recorder: Any, every: int, *_: Any) -> None:
 def _collect(adapters: Adapters, kind: str) -> None:
     """Give what the steps return to ``validation_end`` or ``test_end``, and log what that returns."""
     module = adapters.module
-    if not adapters.written(f"{kind}_end"):
+    step_is_written = is_written(module, f"{kind}_step", sys.modules["leyden.module"].LightningModule)  # a floor above
+    if not adapters.written(f"{kind}_end") or not step_is_written:
         return
     step, end = getattr(module, f"{kind}_step"), getattr(module, f"{kind}_end")
     outputs: list[list[Any]] = []

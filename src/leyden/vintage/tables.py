@@ -39,7 +39,9 @@ TRAINER_ARGUMENTS: tuple[Argument, ...] = (
     Argument("process_position", 0, "callbacks", "row of the progress bar when several run in one terminal"),
     Argument("current_gpu_name", 0, "", "accepted; the device of a run is trainer.strategy.root_device"),
     Argument("nb_gpu_nodes", 1, "num_nodes", "number of machines; more than one turns dp into ddp"),
-    Argument("gpus", None, "devices", "ids as a list or '0,1', or '-1' for all; None is the CPU"),
+    Argument(
+        "gpus", None, "devices", "ids as a list or '0,1', or '-1' for all; None is the CPU; left out, what there is"
+    ),
     Argument("progress_bar", True, "enable_progress_bar", "whether there is a progress bar"),
     Argument(
         "overfit_pct", 0.0, "overfit_batches", "train, validate and test on this fraction of the data, unshuffled"
@@ -109,8 +111,10 @@ MODULE_MEMBERS: tuple[Member, ...] = (
     Member("on_epoch_end", "on_epoch_end()", "on_train_epoch_end", "a training epoch ends"),
     Member("on_batch_start", "on_batch_start(batch)", "on_train_batch_start", "return -1 to end the epoch"),
     Member("on_batch_end", "on_batch_end()", "on_train_batch_end", "a training batch is done"),
-    Member("on_pre_performance_check", "on_pre_performance_check()", "on_validation_start", "validation begins"),
-    Member("on_post_performance_check", "on_post_performance_check()", "on_validation_end", "validation is done"),
+    Member("on_pre_performance_check", "on_pre_performance_check()", "on_validation_start",
+           "validation begins; not for the sanity check"),
+    Member("on_post_performance_check", "on_post_performance_check()", "on_validation_end",
+           "validation is done; not for the sanity check"),
     Member("on_before_zero_grad", "on_before_zero_grad(optimizer)", "on_before_zero_grad", "gradients are to be cleared"),
     Member("on_after_backward", "on_after_backward()", "on_after_backward", "gradients are there"),
     Member("current_epoch", "current_epoch", "current_epoch", "epochs completed"),

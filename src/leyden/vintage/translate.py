@@ -63,12 +63,14 @@ def arguments(old: Mapping[str, Any], given: dict[str, Any], hint: Callable[[str
             given[rows[name].modern] = float(old[name]) if name in _FRACTIONS else old[name]
     if old.get("overfit_pct") and given["limit_test_batches"] is None:
         given["limit_test_batches"] = float(old["overfit_pct"])
-    if old.get("gradient_clip"):
+    clip = old.get("gradient_clip")
+    if clip and not (isinstance(clip, (int, float)) and clip < 0):  # the default options of then say -1 for none
         given["gradient_clip_val"] = old["gradient_clip"]
     _devices(old, given)
     _precision(old, given)
     _callbacks(old, given)
     _defaults(given)
+    given["semantics"] = given["semantics"] or "leyden"  # what a program imports changes nothing for 2019's arguments
     every = old.get("log_save_interval", 0)
     if not isinstance(every, int) or isinstance(every, bool) or every < 0:
         raise MisconfigurationException(
@@ -173,7 +175,7 @@ def _precision(old: Mapping[str, Any], given: dict[str, Any]) -> None:
 
 
 def _load(target: str) -> Any:
-    """Import ``"module:name"``: callbacks stand above this file, and only who asks for one loads it."""
+    """Import ``"module:name"``: it stands above this file, and only who asks for it loads it."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -183,18 +185,18 @@ def _callbacks(old: Mapping[str, Any], given: dict[str, Any]) -> None:
     found = list(own) if isinstance(own, (list, tuple)) else [] if own is None else [own]
     early, checkpoint = old.get("early_stop_callback"), old.get("checkpoint_callback")
     if early not in (None, False):
-        found.append(_load("leyden.callbacks:EarlyStopping")() if early is True else early)
+        found.append(_load("leyden.callbacks:EarlyStopping")() if early is True else as_then(early))
     if checkpoint is False:
         given["enable_checkpointing"] = False
     elif checkpoint not in (None, True):
-        found.append(checkpoint)
+        found.append(as_then(checkpoint))
     norm = _norm(old.get("track_grad_norm", -1))
     if norm is not None:
         found.append(_load("leyden.vintage.callbacks:GradientNorms")(norm))
     if old.get("print_nan_grads"):
         found.append(_load("leyden.vintage.callbacks:NaNGradients")())
     if old.get("cluster") is not None:
-        found.append(_load("leyden.vintage.callbacks:Walltime")(old["cluster"]))
+        found.append(_load("leyden.search:WalltimeCheckpoint")(old["cluster"]))
     position = old.get("process_position", 0)
     if not isinstance(position, int) or isinstance(position, bool) or position < 0:
         raise MisconfigurationException(
@@ -223,13 +225,39 @@ def _norm(value: Any) -> float | None:
 
 
 def is_dated(name: str, init: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a callback is called as in 2019: by a name of then, with mode 'auto', or without what is needed today."""
+    """Whether a callback is called as in 2019: by a name or in the order of then, with mode 'auto', or without what is
+    needed today.
+    """
     today = inspect.signature(init).parameters
     place = [row.name for row in CALLBACK_ARGUMENTS[name]].index("mode")
     if any(key not in today for key in kwargs) or "auto" in (kwargs.get("mode"), *args[place : place + 1]):
         return True
+    if name == "ModelCheckpoint" and any(isinstance(arg, int) for arg in args[2:3]):
+        return True  # the third is the metric today, and was verbose
     needed = [p.name for p in list(today.values())[1:] if p.default is p.empty]
     return any(key not in kwargs for key in needed[len(args) :])
+
+
+def fits_both(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a callback, which is one of today, could be one of 2019: no argument is of today alone."""
+    names = [row.name for row in CALLBACK_ARGUMENTS[name]]
+    return len(args) <= len(names) and all(key in names[len(args) :] for key in kwargs)
+
+
+def as_then(callback: Any) -> Any:
+    """Return a callback, made anew with the defaults and the order of 2019 if nothing but its Trainer tells that year.
+
+    ``ModelCheckpoint(path, "val_loss")`` has a filename today and a metric in 2019; the Trainer's ``checkpoint_callback=``
+    settles it.
+    """
+    init = getattr(type(callback).__init__, "__wrapped__", None)
+    name = type(callback).__name__
+    call = vars(callback).pop("_call", None) if name in CALLBACK_ARGUMENTS else None
+    # not one of the user's own class, whose constructor may do more
+    if call is not None and init is not None and init.__qualname__ == f"{name}.__init__":
+        args, kwargs = call
+        init(callback, **callback_arguments(name, init, args, kwargs))
+    return callback
 
 
 def callback_arguments(
