@@ -52,12 +52,11 @@ bench: $(READY)
 
 bench-peers: $(PEERS)/.ready
 
-# fastai alone, for it would fetch a torchvision that is made for another torch; torchtnt still wants pkg_resources
-$(PEERS)/.ready: pyproject.toml constraints.txt
+$(PEERS)/.ready: pyproject.toml benchmarks/peers.txt constraints.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps fastai
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[examples]' -r benchmarks/peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps fastai==2.8.12
 	@touch $@
 
 gpu:

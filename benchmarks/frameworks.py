@@ -65,7 +65,7 @@ def with_trainer(
     L = importlib.import_module(name)
     known = importlib.import_module(f"{name}.callbacks")
     loggers = importlib.import_module(f"{name}.loggers")
-    names = ["loss", *(f"metric_{index}" for index in range(1, metrics))][:metrics]
+    more = [f"metric_{index}" for index in range(1, metrics)]
 
     class Module(L.LightningModule):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:
@@ -75,7 +75,9 @@ def with_trainer(
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
             inputs, targets = batch
             loss = work.loss(self.net(inputs), targets)
-            for each in names:
+            if metrics:
+                self.log("loss", loss, batch_size=work.batch_size)
+            for each in more:
                 self.log(each, loss, batch_size=work.batch_size)
             return loss
 
