@@ -18,6 +18,7 @@ SEMANTICS: dict[str, dict[str, Any]] = {
     # short_window: divisor of the last, short window of gradient accumulation
     # global_step: what one step counts      bare_scheduler: when a scheduler that knows its total is stepped
     # interrupt: what Ctrl-C does            log_folder: the default folder of the default logger
+    # worker_seeds: what the random numbers of data workers follow from: the batch, or the worker that loads it
     # loading: how checkpoint files are read by default (None: as torch.load decides)
     # data_wait: whether ThroughputMonitor also logs the share of time that was spent waiting for data
     "leyden": {
@@ -26,6 +27,7 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "several_optimizers": "automatic",
         "bare_scheduler": "step",
         "interrupt": "return",
+        "worker_seeds": "batch",
         "loading": True,
         "log_folder": "leyden_logs",
         "data_wait": True,
@@ -36,6 +38,7 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "several_optimizers": "manual only",
         "bare_scheduler": "epoch",
         "interrupt": "exit",
+        "worker_seeds": "worker",
         "loading": None,
         "log_folder": "lightning_logs",
         "data_wait": False,

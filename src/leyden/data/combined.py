@@ -27,6 +27,9 @@ class _Together:
         self.loaders = loaders
         self.iterators = [iter(loader) for loader in loaders]
         self.index = 0
+        self.starts = [0] * len(loaders)
+        """The index of the first batch that was drawn from each iterator: not 0 where a loader has started again."""
+        self.consumed = [False] * len(loaders)
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -65,10 +68,6 @@ class _Longest(_Together):
 class _Cycle(_Longest):
     """Draws until the longest is exhausted (``max_size_cycle``); the others start again."""
 
-    def __init__(self, loaders: list[Any], limits: Limits) -> None:
-        super().__init__(loaders, limits)
-        self.consumed = [False] * len(loaders)
-
     def draw(self) -> list[Any]:
         batches = []
         for i, loader in enumerate(self.loaders):
@@ -78,7 +77,7 @@ class _Cycle(_Longest):
                 self.consumed[i] = True
                 if all(self.consumed):
                     raise
-                self.iterators[i] = iter(loader)
+                self.iterators[i], self.starts[i] = iter(loader), self.index
                 batches.append(next(self.iterators[i]))
         return batches
 
@@ -212,8 +211,25 @@ class CombinedLoader:
         self._limits = limits
 
     def __iter__(self) -> CombinedLoader:
-        self._iterator = self._MODES[self._mode](self._flattened, self._limits)
+        return self.begin(self._flattened)
+
+    def begin(self, iterables: list[Any]) -> CombinedLoader:
+        """Begin to iterate, like ``iter``, but draw from ``iterables``, one in the place of each of ``flattened``."""
+        self._iterator = self._MODES[self._mode](iterables, self._limits)
         return self
+
+    def place(self) -> dict[str, Any]:
+        """Return which loaders have started again, and when; empty where none can."""
+        if not isinstance(self._iterator, _Together):
+            return {}
+        return {"starts": list(self._iterator.starts), "consumed": list(self._iterator.consumed)}
+
+    def put_place(self, place: dict[str, Any], index: int) -> None:
+        """Go on at ``index`` from what ``place`` returned; the iterables have begun where they stood then."""
+        if isinstance(self._iterator, _Together):
+            self._iterator.index = index
+            if place:
+                self._iterator.starts, self._iterator.consumed = list(place["starts"]), list(place["consumed"])
 
     def __next__(self) -> Step:
         if self._iterator is None:

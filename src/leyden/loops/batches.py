@@ -7,18 +7,24 @@ import inspect
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from torch import Tensor
 
 from leyden.data.combined import CombinedLoader
-from leyden.data.loaders import check_iterable, length, num_batches, set_epoch, why_empty, without_shuffle
+from leyden.data.loaders import check_iterable, length, num_batches, why_empty, without_shuffle
 from leyden.datamodule import LightningDataModule
 from leyden.errors import MisconfigurationException, PossibleUserWarning
 from leyden.hooks import is_written
+from leyden.loops.profiled import measured_iterator
 from leyden.loops.session import Session
 from leyden.module import LightningModule
 from leyden.runtime.ranks import rank_zero_warn
+from leyden.runtime.seed import given_seed, rng_state, seeds_workers
+
+if TYPE_CHECKING:
+    from leyden.data.position import Place, Supply
 
 _END = object()
 
@@ -26,29 +32,38 @@ _END = object()
 class Lookahead:
     """Iterates one item ahead, so that ``last`` is True as soon as the last item has been handed out.
 
+    ``cut`` is True then if it was the limit that ended it.
+
     Args:
         iterator: Where the items come from.
         limit: How many of them to take at most.
-        state: Called ahead of each item; ``before`` is what it returned ahead of the item that comes next.
+        place: Called ahead of each item, with the number of items before it.
+        taken: How many of the limit have been taken already.
     """
 
     def __init__(
-        self, iterator: Iterator[Any], limit: int | float = math.inf, state: Callable[[], Any] | None = None
+        self,
+        iterator: Iterator[Any],
+        limit: int | float = math.inf,
+        place: Callable[[int], Place] | None = None,
+        taken: int = 0,
     ) -> None:
-        self._iterator, self._left, self._state = iterator, limit, state
+        self._iterator, self._limit, self._place = iterator, limit, place
         self._items: list[Any] = []
-        self.last = False
-        self.before: Any = None
+        self._taken = taken
+        self.last = self.cut = False
+        self._places: deque[Place] = deque(maxlen=2)
         self._fetch()
 
     def _fetch(self) -> None:
-        if self._state is not None:
-            self.before = self._state()
-        self._left -= 1
+        if self._place is not None:
+            self._places.append(self._place(self._taken))
         try:
-            if self._left < 0:
+            if self._taken >= self._limit:
+                self.cut = True
                 raise StopIteration
             self._items.append(next(self._iterator))
+            self._taken += 1
         except StopIteration:
             self.last = True
 
@@ -61,6 +76,14 @@ class Lookahead:
         item = self._items.pop()
         self._fetch()
         return item
+
+    def place(self, done: int) -> Place:
+        """The place ahead of the item that comes next when ``done`` have been dealt with."""
+        return next((place for place in self._places if place.drawn == done), self._places[-1])
+
+    def close(self) -> None:
+        """Let go of the iterator; where it stands is still known."""
+        self._iterator, self._place, self._items = iter(()), None, []
 
 
 class DataLoaderIter:
@@ -78,35 +101,48 @@ class DataLoaderIter:
         triples: Iterator[tuple[Any, int, int]],
         limit: int | float = math.inf,
         drawn: Callable[[Any], None] | None = None,
+        place: Callable[[int], Place] | None = None,
+        taken: int = 0,
     ) -> None:
-        self._triples, self._limit, self._drawn = triples, limit, drawn
+        self._triples, self._limit, self._drawn, self._here = triples, limit, drawn, place
         self._ahead: deque[tuple[Any, int, int]] = deque()
-        self._asked = 0
+        self._places: deque[Place] = deque()
+        self._asked = taken
         self.batch: Any = None
-        self.fetched = 0
+        self.fetched = taken
 
-    def _fill(self, count: int) -> bool:
+    def fill(self, count: int) -> bool:
         """Draw until ``count`` batches wait; return whether there are so many."""
         while len(self._ahead) < count:
             if self._asked == self._limit:
                 return False
+            place = self._here(self._asked) if self._here is not None else None
             try:
                 self._ahead.append(next(self._triples))
             except StopIteration:
                 self._limit = self._asked
                 return False
+            if place is not None:
+                self._places.append(place)
             self._asked += 1
         return True
 
     @property
     def done(self) -> bool:
         """Whether no batch is left."""
-        return not self._fill(1)
+        return not self.fill(1)
 
     @property
     def last(self) -> bool:
         """Whether at most one batch is left."""
-        return not self._fill(2)
+        return not self.fill(2)
+
+    def place(self, done: int) -> Place:
+        """The place ahead of the batch that comes next, with the generators before each one that waits."""
+        if not self._places:
+            assert self._here is not None
+            return replace(self._here(self._asked), ahead=[])
+        return replace(self._places[0], ahead=[state for place in self._places for state in place.ahead])
 
     def __iter__(self) -> DataLoaderIter:
         return self
@@ -115,6 +151,8 @@ class DataLoaderIter:
         if self.done:
             raise StopIteration
         item = self._ahead.popleft()
+        if self._places:
+            self._places.popleft()
         self.batch = item[0]
         self.fetched += 1
         if self._drawn is not None:
@@ -125,6 +163,14 @@ class DataLoaderIter:
         """Yield this iterator, with the indices of the batch that comes next, as long as there is one."""
         while not self.done:
             yield self, *self._ahead[0][1:]
+
+    def close(self) -> None:
+        """Let go of the iterator; where it stands is still known."""
+        self._triples = iter(())
+        self._ahead.clear()
+
+
+Ahead: TypeAlias = Union[Lookahead, DataLoaderIter, None]
 
 
 def has_source(session: Session, prefix: str) -> bool:
@@ -174,10 +220,14 @@ def limits(combined: CombinedLoader, stage: str, limit: int | float, argument: s
     return [num_batches(stage, length(loader), limit, argument) for loader in combined.flattened]
 
 
-def start_epoch(combined: CombinedLoader, epoch: int) -> None:
-    """Tell all samplers which epoch begins."""
-    for loader in combined.flattened:
-        set_epoch(loader, epoch)
+def supply(session: Session, combined: CombinedLoader) -> Supply:
+    """Return what the loops draw from: the loaders, with the random streams that this run's workers have."""
+    from leyden.data.position import Supply  # noqa: PLC0415  # when a run begins, not when a script imports names
+
+    lightning = session.config.rule("worker_seeds") == "worker"
+    if not seeds_workers():
+        return Supply(combined, "torch" if lightning else "batch")
+    return Supply(combined, "worker") if lightning else Supply(combined, "sample", given_seed())
 
 
 def total(combined: CombinedLoader) -> int | float:
@@ -188,50 +238,103 @@ def total(combined: CombinedLoader) -> int | float:
         return math.inf
 
 
-def train_iterator(
-    combined: CombinedLoader, limit: int | float, sized: bool, drawn: Callable[[Any], None] | None
-) -> tuple[Iterator[Any], Lookahead | DataLoaderIter | None]:
-    """Iterate over at most ``limit`` training batches.
+class TrainingData:
+    """The training loaders of a fit, asked for and checked, and the iterator over the batches of an epoch.
 
-    The second value tells when the end is reached, where the loaders do not (``sized``). With ``drawn``, the step draws
-    its batches itself, and ``drawn`` is told each of them.
+    Attributes:
+        loader: The loaders, as they were given.
+        supply: What batches are drawn from: the loaders, with the memory of how their order came about.
+        num_batches: How many batches an epoch has; infinity if that is not known.
+        sized: Whether the loaders have a length.
+        load_rng: State of the random generators when the loaders were asked for.
+        iterator: Over the batches of an epoch that has not begun; None otherwise.
+        ahead: What tells when the end is reached, where the loaders do not.
+
+    Raises:
+        MisconfigurationException: for a mode that cannot train.
     """
-    single = len(combined.flattened) == 1 and combined.flattened[0] is combined.iterables
-    if drawn is not None:
-        triples = ((batch, i, 0) for i, batch in enumerate(iter(combined.flattened[0]))) if single else iter(combined)
-        source = DataLoaderIter(triples, limit, drawn)
-        return (turn for turn, _, _ in source.turns()), source
-    # one plain loader: its own iterator, with nothing of ours in between
-    iterator: Iterator[Any] = iter(combined.flattened[0]) if single else _only_batches(iter(combined))
-    if sized:
-        return iterator, None
-    ahead = Lookahead(iterator, limit, combined.state_dicts if combined.state_dicts() else None)
-    return ahead, ahead
+
+    def __init__(self, session: Session) -> None:
+        limit = session.config.limit_train_batches
+        self.load_rng = rng_state()
+        self.loader = loader = request(session, "train", "max_size_cycle")
+        if loader.mode == "sequential":
+            raise MisconfigurationException(
+                "CombinedLoader(mode='sequential') cannot train: use 'min_size', 'max_size' or 'max_size_cycle'."
+            )
+        self.sized = total(loader) < math.inf
+        loader.limits = [num_batches("train", length(x), limit, "limit_train_batches") for x in loader.flattened]
+        self.num_batches = total(loader)
+        self.supply = supply(session, loader)
+        self.iterator: Iterator[Any] | None = None
+        self.ahead: Ahead = None
+
+    def begin(self, session: Session, place: Place | None = None) -> None:
+        """Begin an epoch, or go on at ``place``."""
+        data, limit = self.supply, self.num_batches
+        draws = takes(session.module.training_step, "dataloader_iter")
+        iterator = data.iterate(place)
+        taken, waiting = (0, []) if place is None else (place.drawn, place.ahead)
+        if draws:
+            triples = ((batch, i, 0) for i, batch in enumerate(iterator, taken)) if data.single else iterator
+            source = DataLoaderIter(triples, limit, session.results.train.start_batch, self._here, taken)
+            for count, state in enumerate(waiting, 1):
+                data.streams.put(state)
+                source.fill(count)
+            iterator, self.ahead = (turn for turn, _, _ in source.turns()), source
+        elif self.sized and not data.keeps_state:
+            # one plain loader: its own iterator, with nothing of ours in between
+            iterator, self.ahead = iterator if data.single else _only_batches(iterator), None
+        else:
+            if waiting:
+                data.streams.put(waiting[0])
+            self.ahead = Lookahead(iterator if data.single else _only_batches(iterator), limit, self._here, taken)
+            iterator = self.ahead
+        if session.profiler is not None:
+            iterator = measured_iterator(iterator, session.profiler, "train_dataloader_next")
+        self.iterator = iterator
+
+    def _here(self, drawn: int) -> Place:
+        place = self.supply.place(drawn)
+        place.ahead = [self.supply.streams.now()]
+        return place
+
+    def take(self) -> tuple[Iterator[Any], Ahead]:
+        """Hand over the iterator, an empty one if no epoch was begun, and what tells when its end is reached."""
+        iterator, self.iterator = self.iterator or iter(()), None
+        return iterator, self.ahead
+
+    def place(self, done: int, inside: bool) -> Place | None:
+        """Where the loaders stand when ``done`` batches are done; None unless ``inside`` an epoch, or one was begun."""
+        if not inside and self.iterator is None:
+            return None
+        return self.supply.place(done) if self.ahead is None else self.ahead.place(done)
+
+    def release(self) -> None:
+        """Let go of iterators; where they stand is still known."""
+        self.iterator = None
+        if self.ahead is not None:
+            self.ahead.close()
+        self.supply.release()
 
 
-def states(combined: CombinedLoader, ahead: Lookahead | DataLoaderIter | None) -> list[dict[str, Any]]:
-    """The states of those loaders that keep one, as of the batch that comes next, even where one more has been taken."""
-    if isinstance(ahead, Lookahead) and ahead.before:
-        return list(ahead.before)
-    return combined.state_dicts()
-
-
-def check_end(combined: CombinedLoader | None, count: int, epoch: int, expected: int | float | None) -> None:
-    """Judge an epoch that ended after ``count`` batches, although ``expected`` were announced (None: none were).
+def check_end(data: TrainingData | None, count: int, epoch: int) -> None:
+    """Judge an epoch that ended after ``count`` batches, although more were announced.
 
     Raises:
         MisconfigurationException: when it had no batch at all.
     """
-    kinds = ", ".join(sorted({type(loader).__name__ for loader in combined.flattened})) if combined is not None else ""
+    assert data is not None
+    kinds = ", ".join(sorted({type(loader).__name__ for loader in data.loader.flattened}))
     if count == 0:
         raise MisconfigurationException(
             f"The training data ({kinds}) gave no batch in epoch {epoch}. A generator can be gone through only once: pass"
             " an iterable that begins anew each time, such as a DataLoader or a list."
         )
-    if expected is not None:
+    if data.sized and not isinstance(data.ahead, DataLoaderIter):
         rank_zero_warn(
-            f"The training data ({kinds}) announced {expected} batches but gave {count}. Correct its __len__, so that"
-            " windows of accumulation and the progress bar fit."
+            f"The training data ({kinds}) announced {data.num_batches} batches but gave {count}. Correct its __len__, so"
+            " that windows of accumulation and the progress bar fit."
         )
 
 

@@ -10,8 +10,8 @@ on_*_epoch_end, a row with the values of the epoch, on_*_end, on_*_model_train
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,6 +24,9 @@ from leyden.loops.session import Session
 from leyden.results import to_floats
 from leyden.runtime.seed import rng_state, set_rng_state
 from leyden.types import RunningStage, TrainerFn
+
+if TYPE_CHECKING:
+    from leyden.data.position import Supply
 
 
 class EvaluationLoop:
@@ -38,9 +41,13 @@ class EvaluationLoop:
         self.prefix = "test" if stage is RunningStage.TESTING else "val"
         self.verbose = False
         self.loader: CombinedLoader | None = None
+        self.supply: Supply | None = None
+        self.load_rng: dict[str, Any] | None = None
+        """State of the random generators when the loaders were asked for."""
         self.max_batches: list[int | float] = []
         self.batch_idx = 0
-        self._before: Before | None = None
+        self.before: Before | None = None
+        """While a validation of a fit runs: what it changes, as it was before."""
 
     @property
     def ready(self) -> bool:
@@ -54,11 +61,13 @@ class EvaluationLoop:
         due = progress.reload_due(progress.last_val_reload, config.reload_dataloaders_every_n_epochs)
         if fitting and self.loader is not None and not due:
             return
+        self.load_rng = rng_state() if fitting else None
         self.loader = batches.request(session, self.prefix, "sequential")
+        self.supply = batches.supply(session, self.loader)
         limit = config.limit_test_batches if self.prefix == "test" else config.limit_val_batches
         self.max_batches = batches.limits(self.loader, str(self.stage), limit, f"limit_{self.prefix}_batches")
         if fitting:
-            if due:
+            if due and session.position is None:  # a run that goes on has to catch up with the former loaders first
                 progress.last_val_reload = progress.epoch
             if len(progress.val_batches) != len(self.max_batches):
                 progress.val_batches = [0] * len(self.max_batches)
@@ -74,7 +83,7 @@ class EvaluationLoop:
         """Evaluate; return the logged values of each loader."""
         session.enter(stage or self.stage)
         fitting = session.trainer.state.fn is TrainerFn.FITTING
-        self._before = Before(session) if fitting and not session.trainer.sanity_checking else None
+        self.before = Before(session, self) if fitting and not session.trainer.sanity_checking else None
         # inside fit tensors of a validation may be wanted by training later: inference tensors could not
         inference = session.config.inference_mode and not fitting
         with torch.inference_mode() if inference else torch.no_grad():
@@ -87,19 +96,20 @@ class EvaluationLoop:
             step = getattr(session.module, names.step)
             batches.check_several(step, names.step, len(limits))
             outputs = self._run(session, names, step, limits)
-        self._before = None
+        self.before = None
         return outputs
 
     def _run(
         self, session: Session, names: _Names, step: Callable[..., Any], limits: list[int | float]
     ) -> list[dict[str, float]]:
-        loader, results, store = self.loader, session.results, session.results.eval
+        loader, supply, results, store = self.loader, self.supply, session.results, session.results.eval
         assert loader is not None
-        if session.trainer.state.fn is TrainerFn.FITTING:
-            batches.start_epoch(loader, session.progress.epoch)
+        assert supply is not None
+        fitting, progress = session.trainer.state.fn is TrainerFn.FITTING, session.progress
+        supply.start_epoch(*(self.prefix, progress.epoch, progress.batches) if fitting else (self.prefix, None))
         loader.limits = limits
         several = len(limits) > 1 and loader.mode == "sequential"
-        iterator: Iterator[tuple[Any, int, int]] = iter(loader)
+        iterator = supply.triples()
         draws = batches.takes(step, "dataloader_iter")
         if draws:
             iterator = batches.DataLoaderIter(
@@ -156,8 +166,8 @@ class EvaluationLoop:
         if session.trainer.state.fn is TrainerFn.FITTING:
             if _is_prepared(session):
                 return False
-            if self._before is not None:
-                self._before.restore(session)
+            if self.before is not None:
+                self.before.restore(session)
         return True
 
     def _end_loader(self, session: Session) -> dict[str, Any]:
@@ -194,22 +204,23 @@ class EvaluationLoop:
 class Before:
     """What a validation changes, as it was before: a run that is saved after a part of it begins it anew, exactly."""
 
-    def __init__(self, session: Session) -> None:
-        results = session.results
-        self._rng = rng_state()
-        self._seen = list(session.progress.val_batches)
-        self._views = dict(results.callback), dict(results.logged), dict(results.bar)
-        self._idle = [metric for metric in metrics_of(session.module).values() if not metric.update_count]
+    def __init__(self, session: Session, loop: EvaluationLoop) -> None:
+        results, progress = session.results, session.progress
+        self.rng, self.load_rng = rng_state(), loop.load_rng
+        self.loaders = None if loop.supply is None else loop.supply.state_dict(None)
+        self.counters = {"val_batches": list(progress.val_batches), "last_val_reload": progress.last_val_reload}
+        self.views = {"callback": dict(results.callback), "logged": dict(results.logged), "bar": dict(results.bar)}
+        self.idle = {name: metric for name, metric in metrics_of(session.module).items() if not metric.update_count}
 
     def restore(self, session: Session) -> None:
         """Make it so again."""
         results = session.results
         results.eval.reset()
-        results.callback, results.logged, results.bar = self._views
-        for metric in self._idle:
+        results.callback, results.logged, results.bar = self.views.values()
+        for metric in self.idle.values():
             metric.reset()
-        session.progress.val_batches[:] = self._seen
-        set_rng_state(self._rng)
+        session.progress.load_state_dict(self.counters)
+        set_rng_state(self.rng)
         session.enter(RunningStage.TRAINING)
 
 

@@ -27,17 +27,14 @@ from torch import Tensor
 
 from leyden.config import ValInterval, parse_val_check_interval
 from leyden.data.combined import CombinedLoader
-from leyden.errors import MisconfigurationException
 from leyden.loops import batches, when
 from leyden.loops.evaluate import EvaluationLoop
 from leyden.loops.optimize import Optimization, check_loss, detached, read_loss, step_losses, weighted
 from leyden.loops.paths import choose
-from leyden.loops.profiled import measured_iterator
 from leyden.loops.schedule import step_schedules
 from leyden.loops.session import Session
 from leyden.loops.show import who_stopped
 from leyden.runtime.ranks import rank_zero_info
-from leyden.runtime.seed import rng_state
 from leyden.types import RunningStage
 
 _END = object()
@@ -50,7 +47,7 @@ class FitLoop:
         self.min_epochs: int | None = None
         self.max_epochs: int = -1
         self.validation = EvaluationLoop(RunningStage.VALIDATING)
-        self.loader: CombinedLoader | None = None
+        self.data: batches.TrainingData | None = None
         self.num_batches: int | float = math.inf
         self.interval = ValInterval("epoch", 1.0)
         self.val_every: float = math.inf
@@ -62,11 +59,13 @@ class FitLoop:
         """Whether the batch that runs now ends with an update."""
         self.due: float = 0
         """The number of batches at which something may be due: the only thing an ordinary step compares."""
-        self.epoch_rng: dict[str, Any] | None = None
-        """State of the random generators when the iterator of this epoch was made."""
-        self._iterator: Iterator[Any] | None = None
-        self._ahead: batches.Lookahead | batches.DataLoaderIter | None = None
-        self._sized = True
+        self.told = False
+        """Whether somebody has been told of a loader that cannot be resumed."""
+
+    @property
+    def loader(self) -> CombinedLoader | None:
+        """The training loaders, as they were given; None until they have been asked for."""
+        return self.data.loader if self.data is not None else None
 
     # ------------------------------------------------------------------ the loop
 
@@ -81,12 +80,12 @@ class FitLoop:
         transfer = session.transfer(draws=batches.takes(session.module.training_step, "dataloader_iter"))
         hooks.on_train_start()
         while not self.finished(session):
-            iterator = self.start_epoch(session)
+            iterator, ahead = self.start_epoch(session)
             # a run that was resumed inside the tail of a batch finishes that tail first
             open_epoch = not progress.tail or self.finish_batch(session)
             while open_epoch and (batch := next(iterator, _END)) is not _END:
                 batch_idx, accumulate = progress.batch_idx, trainer.config.accumulate_grad_batches
-                self.last = last = batch_idx + 1 == self.num_batches or (self._ahead is not None and self._ahead.last)
+                self.last = last = batch_idx + 1 == self.num_batches or (ahead is not None and ahead.last)
                 self.steps = steps = last or (batch_idx + 1) % accumulate == 0
                 if transfer is not None:
                     batch = transfer(batch, 0)
@@ -170,18 +169,26 @@ class FitLoop:
         session.enter(RunningStage.TRAINING)
         if config.limit_train_batches == 0:
             return False
-        if session.position is None:
-            session.progress.tail, session.progress.epoch_done = "", False  # of a fit that an exception ended
-        elif session.progress.epoch_done:
-            self.last = session.position.last
+        progress, resumed = session.progress, session.position
+        if resumed is None:
+            progress.tail, progress.epoch_done = "", False  # of a fit that an exception ended
+        elif progress.epoch_done:
+            self.last = resumed.last
             self.close_epoch(session)
-        self.load_data(session)
-        if session.position is None and self._iterator is None:
-            self._iterate(session)
-        progress = session.progress
+        if resumed is not None:
+            resumed.load(self, session)
+        data = self.data or self.load_data(session)
+        if resumed is None and data.iterator is None:
+            data.supply.start_epoch("train", progress.epoch)
+            data.begin(session)
         if self.finished(session):
+            if resumed is not None:
+                resumed.settle(data.supply)
             return False
-        if trainer.enable_validation and not self.validation.ready and when.epoch_validates(config, progress.epoch):
+        validated = resumed is not None and resumed.validated
+        if trainer.enable_validation and not self.validation.ready and (
+            validated or when.epoch_validates(config, progress.epoch)
+        ):  # fmt: skip
             session.enter(RunningStage.VALIDATING)
             self.validation.load_data(session)
             session.enter(RunningStage.TRAINING)
@@ -190,75 +197,60 @@ class FitLoop:
 
     def renew(self) -> None:
         """Forget the loaders of an earlier fit."""
-        self.loader = self.validation.loader = None
-        self.release()
+        self.data = self.validation.loader = self.validation.supply = None
+        self.told = False
 
     def release(self) -> None:
-        """Let go of iterators; the loaders stay, for those who look at them after a run."""
-        self._iterator = self._ahead = None
+        """Let go of iterators; the loaders stay, for those who look at them after a run, and so does their place."""
+        for part in (self.data, self.validation.supply):
+            if part is not None:
+                part.release()
 
-    def load_data(self, session: Session) -> None:
+    def load_data(self, session: Session) -> batches.TrainingData:
         """Ask for the training loaders, once or when they are to be reloaded, and work out what depends on them."""
         config, progress = session.config, session.progress
         due = progress.reload_due(progress.last_train_reload, config.reload_dataloaders_every_n_epochs)
-        if self.loader is not None and not due:
-            return
-        loader = batches.request(session, "train", "max_size_cycle")
-        if loader.mode == "sequential":
-            raise MisconfigurationException(
-                "CombinedLoader(mode='sequential') cannot train: use 'min_size', 'max_size' or 'max_size_cycle'."
-            )
-        self._sized = batches.total(loader) < math.inf
-        loader.limits = batches.limits(loader, "train", config.limit_train_batches, "limit_train_batches")
-        self.loader, self.num_batches = loader, batches.total(loader)
+        if self.data is not None and not due:
+            return self.data
+        self.data = data = batches.TrainingData(session)
+        self.num_batches = data.num_batches
         if due:
             progress.last_train_reload = progress.epoch
         self.interval = parse_val_check_interval(config.val_check_interval)
         self.val_every, self.val_across = when.validation_batches(
             self.interval, self.num_batches, config.check_val_every_n_epoch is None
         )
-        self.release()
-
-    def loader_states(self) -> list[Any]:
-        """States of those training loaders that keep one, as of the batch that comes next."""
-        return [] if self.loader is None else batches.states(self.loader, self._ahead)
-
-    def _iterate(self, session: Session) -> None:
-        """Begin to iterate over the training loaders; remember the generators' state, from which the order follows."""
-        assert self.loader is not None
-        self.epoch_rng = rng_state()
-        draws = batches.takes(session.module.training_step, "dataloader_iter")
-        drawn = session.results.train.start_batch if draws else None
-        self._iterator, self._ahead = batches.train_iterator(self.loader, self.num_batches, self._sized, drawn)
-        if session.profiler is not None:
-            self._iterator = measured_iterator(self._iterator, session.profiler, "train_dataloader_next")
+        return data
 
     # ------------------------------------------------------------------ around an epoch
 
-    def start_epoch(self, session: Session) -> Iterator[Any]:
+    def start_epoch(self, session: Session) -> tuple[Iterator[Any], batches.Ahead]:
         """Reload data if asked, run ``on_train_epoch_start``, and return the iterator over the epoch's batches."""
-        progress, position = session.progress, session.position
-        if position is None:
+        progress, resumed = session.progress, session.position
+        if resumed is None:
             progress.batch_idx, progress.tail, progress.cut = 0, "", False
         begun = progress.batch_idx > 0 or bool(progress.tail)
-        self.load_data(session)
-        assert self.loader is not None
-        batches.start_epoch(self.loader, progress.epoch)
+        place = None if resumed is None else resumed.arrive(self, progress, begun)
+        data = self.load_data(session)
+        if data.iterator is None:
+            data.supply.start_epoch("train", progress.epoch)
         self.last = False
-        if position is not None:
-            position.before(self.loader, mid_epoch=begun)
-        if not begun or progress.cut:
+        if progress.cut or not (begun or place):
             session.hooks.on_train_epoch_start()
-        if self._iterator is None:
-            self._iterate(session)
-        assert self._iterator is not None
-        iterator, self._iterator = self._iterator, None
-        if position is not None and begun:
-            self.last, self.steps = position.after(iterator, progress.batch_idx)
-            session.optimization.stepped = self.steps
+        if resumed is not None and (begun or place):
+            if place is not None:
+                data.begin(session, place)
+            resumed.settle(data.supply)
+            if begun:
+                self.last, self.steps = resumed.last, resumed.steps
+                session.optimization.stepped = self.steps
+            else:
+                session.hooks.on_train_epoch_start()
+        elif data.iterator is None:
+            data.begin(session)
         session.position, progress.cut = None, False
         self.due = self.next_due(session)
-        return iterator
+        return data.take()
 
     def end_epoch(self, session: Session) -> None:
         """Run ``on_train_epoch_end``, the schedules that wait for a metric, and write the row of the epoch."""
@@ -314,7 +306,7 @@ class FitLoop:
     def ran_out(self, session: Session) -> None:
         """Deal with an epoch that ended before its loader said it would: all that belongs to its end still happens."""
         progress, optimization = session.progress, session.optimization
-        batches.check_end(self.loader, progress.batch_idx, progress.epoch, None if self._ahead else self.num_batches)
+        batches.check_end(self.data, progress.batch_idx, progress.epoch)
         validated = self.validation_is_due(session)
         self.last, optimization.stepped = True, 0
         self.steps = bool(progress.batch_idx % session.trainer.accumulate_grad_batches) and optimization.automatic

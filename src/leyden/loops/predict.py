@@ -81,7 +81,10 @@ class PredictLoop:
 
     def _run(self, session: Session, indices: list[Callable[[int], list[int]]], keep: bool) -> None:
         hooks, module = session.hooks, session.module
-        iterator: Iterator[tuple[Any, int, int]] = iter(self.loader or ())
+        assert self.loader is not None
+        supply = batches.supply(session, self.loader)
+        supply.start_epoch("predict", None)
+        iterator = supply.triples()
         modes = {child: child.training for child in module.modules()}
         if hooks.on_predict_model_eval:
             hooks.on_predict_model_eval()

@@ -7,18 +7,16 @@ counters, random generators and the position in the data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from leyden.callback import Callback
-from leyden.data.combined import CombinedLoader
 from leyden.datamodule import LightningDataModule
 from leyden.errors import CheckpointError, MisconfigurationException
 from leyden.hooks import is_written
 from leyden.hparams import hparams_name, pack, plain_hparams
 from leyden.loading import FORMAT, PICKLED, modernized, require_checkpoint
 from leyden.loggers.base import run_states
-from leyden.loops.batches import DataLoaderIter
 from leyden.loops.fit import FitLoop
 from leyden.loops.lightning_loops import from_lightning, to_lightning
 from leyden.loops.metric_state import gather_metrics, metrics_of, restore_metrics
@@ -27,8 +25,11 @@ from leyden.module import LightningModule
 from leyden.progress import Progress
 from leyden.results import Results
 from leyden.runtime.ranks import rank_zero_warn
-from leyden.runtime.seed import rng_state, set_rng_state
+from leyden.runtime.seed import rng_state
 from leyden.strategies.base import Strategy
+
+if TYPE_CHECKING:
+    from leyden.loops.position import Position
 
 LIGHTNING_VERSION = "2.6.6"
 """The version of Lightning whose checkpoint layout this is; its own reader asks for it."""
@@ -61,9 +62,12 @@ def gather(
         version: Leyden's.
         name: That of the file, by which whoever marks its files knows it again.
     """
+    from leyden.loops import position  # noqa: PLC0415  # where a checkpoint is written
+
     module: LightningModule = strategy.module
     callbacks = list(callbacks)
-    loaders = fit_loop.loader_states()
+    data = {} if weights_only else position.gather(fit_loop, progress)
+    loaders = position.lightning_states(data.get("train"), fit_loop.data.supply if fit_loop.data is not None else None)
     checkpoint: dict[str, Any] = {
         "epoch": progress.epoch,
         "global_step": progress.global_step,
@@ -71,7 +75,9 @@ def gather(
         "state_dict": strategy.module_state_dict(),
         "loops": to_lightning(progress, loaders, fit_loop.last),
     }
-    ours: dict[str, Any] = {"format": FORMAT, "version": version, "progress": progress.state_dict()}
+    before = position.unfinished(fit_loop, progress)
+    counters = progress.state_dict() if before is None else {**progress.state_dict(), **before.counters}
+    ours: dict[str, Any] = {"format": FORMAT, "version": version, "progress": counters}
     ours["file"] = name
     ours["marks"] = [mark for callback in callbacks if isinstance(mark := getattr(callback, "mark", None), str)]
     if not weights_only:
@@ -83,15 +89,18 @@ def gather(
         if state := strategy.precision.state_dict():
             checkpoint[type(strategy.precision).__qualname__] = state
         ours["loggers"] = run_states(trainer.loggers)
-        ours["rng"] = rng_state()
-        ours["epoch_rng"] = fit_loop.epoch_rng
+        ours["rng"] = rng_state() if before is None else before.rng
+        ours["data"] = data
         ours["last"], ours["steps"] = fit_loop.last, fit_loop.steps
         metrics = metrics_of(module)
         ours["results"] = trainer.results.state_dict({id(metric): name for name, metric in metrics.items()})
+        if before is not None:
+            ours["results"].update(before.views)
+            metrics = {name: metric for name, metric in metrics.items() if name not in before.idle}
         ours["metrics"] = gather_metrics(metrics)
         inside = progress.batch_idx > 0 and not progress.epoch_done
-        # by hand, only the module knows whether its gradients are still wanted
-        if optimization is not None and inside and not (fit_loop.steps and optimization.automatic):
+        # by hand, only the module knows whether its gradients are still wanted; after the end of an epoch too
+        if optimization is not None and (not optimization.automatic or (inside and not fit_loop.steps)):
             ours["window"] = optimization.state_dict()
     checkpoint["leyden"] = ours
     for owner in (module, datamodule):
@@ -182,6 +191,8 @@ def restore_training(
         CheckpointError: for a file that does not hold what a resume needs, or that is of other optimizers.
         MisconfigurationException: for one that stands beyond ``max_epochs`` (-1: no bound).
     """
+    from leyden.loops.position import Position  # noqa: PLC0415  # where a fit goes on from a checkpoint
+
     missing = [key for key in ("optimizer_states", "lr_schedulers") if key not in checkpoint]
     if missing:
         raise CheckpointError(
@@ -221,7 +232,7 @@ def restore_training(
             f"{source} stands at epoch {progress.epoch}, but Trainer(max_epochs={max_epochs}): raise max_epochs to go on."
         )
     loaders = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader", [])
-    return Position(ours.get("rng"), ours.get("epoch_rng"), loaders, last, steps, ours.get("window"))
+    return Position(ours.get("rng"), ours.get("data"), loaders, last, steps, ours.get("window"))
 
 
 def _restore_each(key: str, what: str, checkpoint: Mapping[str, Any], parts: list[Any], source: str, load: Any) -> None:
@@ -239,47 +250,3 @@ def _restore_each(key: str, what: str, checkpoint: Mapping[str, Any], parts: lis
                 f"The state of {type(part).__name__} in {source} does not fit: {error}. Resume with the same model and"
                 " configure_optimizers()."
             ) from error
-
-
-class Position:
-    """Where a fit stood in its data: brings the generators and the loader there, once, when its epoch begins.
-
-    Args:
-        rng: Generators when the checkpoint was written; None for files that have none.
-        epoch_rng: Generators when the epoch's iterator was made.
-        loaders: States of loaders that keep their own.
-        last: Whether the last batch before the checkpoint ended the epoch.
-        steps: Whether it ended with an update.
-        window: State of a window of accumulation that was open; None if none was.
-    """
-
-    def __init__(
-        self,
-        rng: Any,
-        epoch_rng: Any,
-        loaders: list[Any],
-        last: bool,
-        steps: bool,
-        window: dict[str, Any] | None = None,
-    ) -> None:
-        self.rng, self.epoch_rng, self.loaders = rng, epoch_rng, loaders
-        self.last, self.steps, self.window = last, steps, window
-
-    def before(self, loader: CombinedLoader, mid_epoch: bool) -> None:
-        """Call before the iterator is made."""
-        if self.loaders:
-            loader.load_state_dicts(self.loaders)
-        state = self.epoch_rng if mid_epoch else self.rng
-        if state is not None:
-            set_rng_state(state)
-
-    def after(self, iterator: Iterator[Any], batches: int) -> tuple[bool, bool]:
-        """Call once the iterator of an epoch that had begun is made; skips the batches that are done."""
-        if not self.loaders:
-            for _ in range(batches):
-                turn = next(iterator, None)
-                if isinstance(turn, DataLoaderIter):
-                    next(turn, None)  # one that is drawn from by the step
-        if self.rng is not None:
-            set_rng_state(self.rng)
-        return self.last, self.steps

@@ -28,9 +28,11 @@ _MASK = 2**64 - 1
 def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
     """Seed python's, numpy's and torch's global generators, on every device, and return the seed.
 
-    ``seed`` None takes ``PL_GLOBAL_SEED`` from the environment, or else is 0. ``workers=True`` asks the Trainer
-    to seed the workers of its data loaders by :func:`pl_worker_init_function`. Both are left in the environment
-    (``PL_GLOBAL_SEED``, ``PL_SEED_WORKERS``), so that processes which this one starts follow.
+    ``seed`` None takes ``PL_GLOBAL_SEED`` from the environment, or else is 0. ``workers=True`` gives each sample that a
+    Trainer loads a random stream of its own, a function of the seed, the epoch and its index: random augmentation is then
+    the same with any number of workers (``semantics="lightning"`` seeds workers by :func:`pl_worker_init_function`
+    instead). Both are left in the environment (``PL_GLOBAL_SEED``, ``PL_SEED_WORKERS``), so that processes which this one
+    starts follow.
 
     Raises MisconfigurationException (a ValueError) if the seed is not an integer in [0, 2**32 - 1].
     """
@@ -52,9 +54,13 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
 
 def reset_seed() -> None:
     """Seed everything again with what :func:`seed_everything` was last given; nothing if it never was."""
-    seed = os.environ.get(_SEED)
-    if seed is not None:
-        seed_everything(_as_seed(seed, _SEED), workers=seeds_workers(), verbose=False)
+    if os.environ.get(_SEED) is not None:
+        seed_everything(given_seed(), workers=seeds_workers(), verbose=False)
+
+
+def given_seed() -> int:
+    """Return the seed that :func:`seed_everything` was last given, here or in a parent process; 0 if it never was."""
+    return _as_seed(os.environ.get(_SEED, 0), _SEED)
 
 
 def seeds_workers() -> bool:
@@ -121,7 +127,7 @@ def rng_state(include_cuda: bool = True) -> dict[str, Any]:
     state: dict[str, Any] = {"python": [version, list(internal), gauss], "torch": torch.get_rng_state()}
     # a numpy that nobody has imported has no state yet
     if (numpy := sys.modules.get("numpy")) is not None:
-        state["numpy"] = _tensors(numpy.random.get_state(legacy=False))
+        state["numpy"] = plain_numpy(numpy.random.get_state(legacy=False))
     if include_cuda and torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
@@ -131,12 +137,11 @@ def rng_state(include_cuda: bool = True) -> dict[str, Any]:
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Put all global generators into a state that :func:`rng_state` returned; what it lacks is left as it is."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    put_python(random, state["python"])
     # `.cpu()`: a checkpoint may have been loaded onto another device
     torch.set_rng_state(state["torch"].cpu())
-    if "numpy" in state and (numpy := _numpy()) is not None:
-        numpy.random.set_state(_arrays(state["numpy"]))
+    if "numpy" in state:
+        put_numpy(None, state["numpy"])
     if "cuda" in state and torch.cuda.is_available():
         for index, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(device_state.cpu(), index)
@@ -157,14 +162,44 @@ def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
         set_rng_state(state)
 
 
-def _tensors(tree: Any) -> Any:
-    """Turn the arrays in numpy's state into tensors (of int64: torch has few unsigned types)."""
-    if isinstance(tree, Mapping):
-        return {key: _tensors(value) for key, value in tree.items()}
-    return torch.tensor(tree.tolist(), dtype=torch.int64) if hasattr(tree, "tolist") else tree
+def put_python(generator: Any, state: Any) -> None:
+    """Set ``generator``, python's module or a ``random.Random``, to a state as it gave it, or as plain data."""
+    version, internal, gauss = state
+    generator.setstate((version, tuple(internal), gauss))
 
 
-def _arrays(tree: Any) -> Any:
+def put_numpy(generator: Any, state: Mapping[str, Any]) -> None:
+    """Set a generator of numpy, None for the global one, to a state as it gave it, or as :func:`plain_numpy` made it."""
+    if (numpy := _numpy()) is None:
+        return
+    if generator is None:
+        numpy.random.set_state(as_numpy(state))
+    elif hasattr(generator, "set_state"):
+        generator.set_state(as_numpy(state))
+    else:
+        getattr(generator, "bit_generator", generator).state = as_numpy(state)
+
+
+def plain_numpy(tree: Any) -> Any:
+    """Turn the state of a generator of numpy into plain data and tensors."""
     if isinstance(tree, Mapping):
-        return {key: _arrays(value) for key, value in tree.items()}
+        return {key: plain_numpy(value) for key, value in tree.items()}
+    if isinstance(tree, Tensor) or not hasattr(tree, "tolist"):
+        return tree
+    if getattr(tree, "ndim", 0) == 0:
+        return tree.item()
+    # as tensors of int64, since torch has few unsigned types; those of 64 bits as a list under their name
+    values = tree.tolist()
+    return {tree.dtype.name: values} if tree.dtype.itemsize > 4 else torch.tensor(values, dtype=torch.int64)
+
+
+def as_numpy(tree: Any) -> Any:
+    """Turn what :func:`plain_numpy` made back into the state of a generator of numpy."""
+    if isinstance(tree, Mapping):
+        for name in ("uint64", "int64"):
+            if list(tree) == [name]:
+                numpy = _numpy()
+                assert numpy is not None
+                return numpy.array(tree[name], dtype=name)
+        return {key: as_numpy(value) for key, value in tree.items()}
     return tree.cpu().numpy().astype("uint32") if isinstance(tree, Tensor) else tree

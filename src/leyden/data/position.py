@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loaders of one stage as a loop draws from them, and the place in them from which a later run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from leyden.data.combined import CombinedLoader
+from leyden.data.feed import Feed, Pass
+from leyden.data.generators import Streams, plain, raw
+from leyden.data.loaders import length, set_epoch
+from leyden.errors import CheckpointError
+from leyden.runtime.ranks import rank_zero_warn
+
+
+@dataclass
+class Place:
+    """Where loaders stand between two batches. Cheap to take; it becomes plain data when it is written."""
+
+    drawn: int
+    """How many batches have been drawn from all of them together."""
+    passes: list[Pass]
+    done: list[int]
+    """How many of them were drawn from each loader in its pass."""
+    own: list[Any]
+    """States of loaders or data sets that keep one."""
+    combined: dict[str, Any] = field(default_factory=dict)
+    """Which loaders have started again in the epoch."""
+    ahead: list[dict[str, Any]] = field(default_factory=list)
+    """Random generators before each batch that had been drawn already though its turn comes later."""
+
+
+class Supply:
+    """All loaders of one stage, each by way of a feed.
+
+    Args:
+        combined: The loaders.
+        seeding: As for ``Feed``.
+        seed: As for ``Feed``.
+    """
+
+    def __init__(self, combined: CombinedLoader, seeding: str = "torch", seed: int = 0) -> None:
+        self.combined = combined
+        self.feeds = [Feed(loader, seeding, seed) for loader in combined.flattened]
+        self.single = len(self.feeds) == 1 and combined.flattened[0] is combined.iterables
+        held = {f"{i}.{name}": g for i, feed in enumerate(self.feeds) for name, g in feed.streams.held.items()}
+        self.streams = Streams(held)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a loader, or its data set, keeps a state: it must come to know that an epoch has ended."""
+        return any(feed.how in ("state", "dataset") for feed in self.feeds)
+
+    def start_epoch(self, stage: str, epoch: int | None, moment: int = 0) -> None:
+        """Tell all samplers which epoch begins (None: there are none); ``moment`` tells passes of one epoch apart."""
+        for i, feed in enumerate(self.feeds):
+            if epoch is not None:
+                set_epoch(feed.loader, epoch)
+            feed.key, feed.passes = (stage, i, epoch or 0, moment), 0
+
+    def iterate(self, place: Place | None = None) -> Iterator[Any]:
+        """Begin an epoch, or go on at ``place``; yields batches of a single loader, else triples as CombinedLoader does."""
+        if place is not None:
+            for feed, run, done, own in zip(self.feeds, place.passes, place.done, place.own, strict=True):
+                feed.put_own(own)
+                feed.resume = (run, done)
+        if self.single:
+            return iter(self.feeds[0])
+        iterator = self.combined.begin(self.feeds)
+        if place is not None:
+            iterator.put_place(place.combined, place.drawn)
+        return iterator
+
+    def triples(self) -> Iterator[tuple[Any, int, int]]:
+        """Begin to iterate; yields triples as CombinedLoader does, of a single loader too."""
+        return self.combined.begin(self.feeds)
+
+    def place(self, drawn: int) -> Place:
+        """Return where the loaders stand when ``drawn`` batches of the epoch are done."""
+        combined = {} if self.single else self.combined.place()
+        starts = [min(start, drawn) for start in combined.get("starts", [0] * len(self.feeds))]
+        passes = [feed.run or Pass() for feed in self.feeds]
+        return Place(drawn, passes, [drawn - start for start in starts], [feed.own() for feed in self.feeds], combined)
+
+    def release(self) -> None:
+        """Let go of iterators and of the copies that iterate; the loaders stay."""
+        for feed in self.feeds:
+            feed.release()
+
+    def why_not(self) -> list[str]:
+        """Say, for each loader that a resume cannot set to its place, why, and what it does instead."""
+        return [why for feed in self.feeds if (why := feed.why_not())]
+
+    # ------------------------------------------------------------------ in a checkpoint
+
+    def state_dict(self, place: Place | None, cut: bool = False) -> dict[str, Any]:
+        """Return all that a resume needs, as plain data; ``place`` is None between two epochs.
+
+        ``cut`` says that the last epoch has ended before its loaders did: the next begins anew, not where they stand.
+        """
+        state: dict[str, Any] = {
+            "loaders": [{**feed.now(), "about": _about(feed)} for feed in self.feeds],
+            "place": None,
+        }
+        if place is None:
+            state["own"] = [None if cut else feed.own() for feed in self.feeds]
+            return state
+        state["place"] = {
+            "drawn": place.drawn,
+            "done": place.done,
+            "own": place.own,
+            "combined": place.combined,
+            "ahead": [plain(streams) for streams in place.ahead],
+            "passes": [run.plain(feed.changed) for run, feed in zip(place.passes, self.feeds, strict=True)],
+        }
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], what: str) -> Place | None:
+        """Put back what holds wherever the loaders stand; return the place in the epoch, None for between two epochs.
+
+        Raises:
+            CheckpointError: where the loaders are not those that the state was taken from.
+        """
+        loaders = state["loaders"]
+        if len(loaders) != len(self.feeds):
+            raise CheckpointError(
+                f"The checkpoint stands in {len(loaders)} {what} loaders, but there are {len(self.feeds)} now. Resume with"
+                " as many loaders as it was written with."
+            )
+        for feed, saved in zip(self.feeds, loaders, strict=True):
+            feed.put_now(saved)
+        place = state["place"]
+        drawn = None if place is None else place["drawn"]
+        changed = [_compare(feed, saved["about"], drawn, what) for feed, saved in zip(self.feeds, loaders, strict=True)]
+        if place is None:
+            for feed, own in zip(self.feeds, state["own"], strict=True):
+                feed.put_end(own)
+            return None
+        found = Place(
+            **{**place, "passes": [Pass.of(run) for run in place["passes"]], "ahead": [raw(s) for s in place["ahead"]]}
+        )
+        if any(changed) and not self.single:
+            raise CheckpointError(
+                "The batch size of a loader has changed inside an epoch that draws from several loaders together: their"
+                " places cannot be matched. Go on with the former batch size until the epoch has ended, or resume from a"
+                " checkpoint that was written at the end of an epoch."
+            )
+        if changed[0] is not None:
+            found.drawn = found.done[0] = changed[0]
+            found.passes[0].mark = None
+        for run, feed, saved in zip(found.passes, self.feeds, loaders, strict=True):
+            if saved["about"].get("samples") != _about(feed).get("samples"):
+                run.mark = None  # another order was announced
+        return found
+
+
+def _about(feed: Feed) -> dict[str, Any]:
+    """What a later run compares, to say what has changed."""
+    loader = feed.loader
+    if not isinstance(loader, DataLoader):
+        return {"batches": _count(loader)}
+    sized = feed.how == "indices"
+    size = getattr(loader.batch_sampler, "batch_size", None) if sized else loader.batch_size
+    return {
+        "batch_size": size if isinstance(size, int) else None,
+        "workers": loader.num_workers,
+        "samples": _count(loader.dataset) if sized else None,
+        "seeding": feed.seeding,
+    }
+
+
+def _count(sized: Any) -> int | None:
+    count = length(sized)
+    return count if isinstance(count, int) else None
+
+
+def _compare(feed: Feed, then: Mapping[str, Any], drawn: int | None, what: str) -> int | None:
+    """Say what has changed since the checkpoint; return how many batches are done, if that is another number now."""
+    now, name = _about(feed), f"the {what} {type(feed.loader).__name__}"
+    done = None
+    if then.get("samples") != now.get("samples"):
+        goes_on = (
+            f"the epoch that was running goes on after {drawn} batches, but of another order, so that some of its samples"
+            " come twice and others not at all; from the next epoch on all samples are drawn"
+            if drawn
+            else "the epochs that follow draw from all of them"
+        )
+        rank_zero_warn(
+            f"The data set of {name} had {then.get('samples')} samples when the checkpoint was written and has"
+            f" {now.get('samples')} now: {goes_on}."
+        )
+    before, after = then.get("batch_size"), now.get("batch_size")
+    if before != after and before and after:
+        if drawn:
+            done, rest = divmod(drawn * before, after)
+            twice = f" The first {rest} samples of the next batch come a second time." if rest else ""
+            rank_zero_warn(
+                f"The batch size of {name} was {before} when the checkpoint was written and is {after} now. The"
+                f" {drawn * before} samples that are done count as {done} batches.{twice}"
+            )
+        else:
+            rank_zero_warn(
+                f"The batch size of {name} was {before} when the checkpoint was written and is {after} now: epochs have"
+                " another number of batches from here on."
+            )
+    if bool(then.get("workers")) != bool(now.get("workers")) and "sample" not in (
+        now.get("seeding"),
+        then.get("seeding"),
+    ):
+        rank_zero_warn(
+            f"num_workers of {name} was {then.get('workers')} when the checkpoint was written and is {now.get('workers')}"
+            " now. The order of samples goes on as it was, but random augmentation is another one, unless the run is"
+            " seeded with seed_everything(seed, workers=True)."
+        )
+    return done

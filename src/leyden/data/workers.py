@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the worker processes of a DataLoader are given: their streams of random numbers, and a shield against signals.
+
+A worker's generators are seeded anew for each batch: what it draws is a function of the pass over the data and of the
+number of the batch, not of the worker that happens to load it. So a pass that is resumed in its middle draws what it
+would have drawn. With ``seed_everything(seed, workers=True)`` the same holds for each sample.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.sharedctypes
+import multiprocessing.util
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch.utils.data import get_worker_info
+
+from leyden.data import generators
+from leyden.data.generators import Streams, digest
+from leyden.runtime.seed import pl_worker_init_function
+
+_leaving: dict[int, Any] = {}
+"""By process: one byte, shared with its workers, that is set when the process is about to end."""
+_processes: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The worker processes that this process has started."""
+_PATIENCE = 3.0
+"""Seconds that workers have to end when the main process does."""
+_held: dict[int, list[Any]] = {}
+"""By worker process: the generators that its data set holds."""
+
+
+class Numbered(tuple[Any, int, int]):
+    """``(index, seed, number)``: on its way to a worker it becomes the index, and seeds the worker's generators.
+
+    That happens where the worker takes it from its queue, right before it loads the batch.
+    """
+
+    __slots__ = ()
+
+    def __reduce__(self) -> Any:
+        return _arrive, tuple(self)
+
+
+class NumberedSamples(Numbered):
+    """The same, for a stream of random numbers of its own for each sample of the batch."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> Any:
+        return _arrive_samples, tuple(self)
+
+
+def _arrive(index: Any, seed: int, number: int) -> Any:
+    generators.seed(digest(seed, number), _held_by_worker())
+    return index
+
+
+def _arrive_samples(index: Any, seed: int, number: int) -> Any:
+    return seeded(index, seed, number, _held_by_worker())
+
+
+def _held_by_worker() -> list[Any]:
+    pid = os.getpid()
+    if pid not in _held:
+        info = get_worker_info()
+        _held[pid] = [] if info is None else list(generators.find({"dataset": info.dataset}).values())
+    return _held[pid]
+
+
+class Samples(list[Any]):
+    """The indices of one batch: each one that is taken out seeds the generators for its sample, the end for the batch."""
+
+    seed: int
+    number: int
+    held: list[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in super().__iter__():
+            generators.seed(digest(self.seed, _plain(index)), self.held)
+            yield index
+        generators.seed(digest(self.seed, "batch", self.number), self.held)
+
+    def __reduce__(self) -> Any:
+        return list, (list(super().__iter__()),)
+
+
+def seeded(index: Any, seed: int, number: int, held: list[Any]) -> Any:
+    """Seed the generators for what comes next: one sample, or a batch, whose samples then seed them one by one."""
+    several = isinstance(index, (list, tuple)) and not isinstance(index, str)
+    generators.seed(digest(seed, "batch", number) if several else digest(seed, _plain(index)), held)
+    if type(index) is not list:
+        return index
+    samples = Samples(index)
+    samples.seed, samples.number, samples.held = seed, number, held
+    return samples
+
+
+def _plain(index: Any) -> Any:
+    """The same number for an index of whatever type."""
+    return int(index) if hasattr(index, "__index__") else str(index)
+
+
+class InMain:
+    """Streams for each sample where the main process loads the data: its own generators are put back after each batch."""
+
+    def __init__(self, streams: Streams, held: list[Any]) -> None:
+        self._streams, self._held = streams, held
+        self._former: dict[str, Any] | None = None
+
+    def __call__(self, index: Any, seed: int, number: int) -> Any:
+        """Return what the loader is to fetch."""
+        self.restore()
+        self._former = self._streams.now()
+        return seeded(index, seed, number, self._held)
+
+    def restore(self) -> None:
+        """Put the main process's generators back to where they were before the batch."""
+        former, self._former = self._former, None
+        if former is not None:
+            self._streams.put(former)
+
+    def around(self, collate: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Return ``collate``, the last that is done for a batch, with the generators put back after it."""
+
+        def collated(samples: Any) -> Any:
+            try:
+                return collate(samples)
+            finally:
+                self.restore()
+
+        return collated
+
+
+class Start:
+    """The ``worker_init_fn`` of a run: the shield, then Lightning's seeding if it is wanted, then the user's own.
+
+    Args:
+        own: The user's; None for none.
+        rank: Seed by ``pl_worker_init_function`` with this rank; None does not.
+    """
+
+    def __init__(self, own: Callable[[int], Any] | None, rank: int | None = None) -> None:
+        self.own, self.rank, self.leaving = own, rank, leaving()
+
+    def __call__(self, worker_id: int) -> None:
+        shield(self.leaving)
+        if self.rank is not None:
+            pl_worker_init_function(worker_id, self.rank)
+        if self.own is not None:
+            self.own(worker_id)
+
+
+def leaving() -> Any:
+    """Return the byte that tells workers that this process is about to end, and see to it that it will."""
+    pid = os.getpid()
+    if pid not in _leaving:
+        flag = _leaving[pid] = multiprocessing.sharedctypes.RawValue("b", 0)
+        # ahead of the moment where multiprocessing terminates, and then waits for, all its daemons
+        multiprocessing.util.Finalize(None, _leave, args=(flag,), exitpriority=100)
+    return _leaving[pid]
+
+
+def watch(processes: Iterable[Any]) -> None:
+    """Note worker processes, so that none keeps this process from ending."""
+    _processes.update(processes)
+
+
+def _leave(flag: Any) -> None:
+    """Tell the workers to end, and end those that hang in code that is not Python's and notice nothing."""
+    flag.value = 1
+    alive = [process for process in list(_processes) if process.is_alive()]
+    for process in alive:
+        process.terminate()
+    until = time.monotonic() + _PATIENCE
+    for process in alive:
+        process.join(max(0.0, until - time.monotonic()))
+    hanging = [process for process in alive if process.is_alive()]
+    if hanging and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error for each
+    for process in hanging:
+        process.kill()
+
+
+def shield(leaving: Any) -> None:
+    """Let this worker outlive the signals by which a scheduler asks a whole job to end: it is the main process that acts.
+
+    SIGINT, SIGUSR1 and SIGUSR2 do nothing. The first SIGTERM does nothing, unless the main process is about to end; a
+    second one ends the worker. Programs that it starts have the signals' defaults.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    received = False
+
+    def terminate(number: int, _: Any) -> None:
+        nonlocal received
+        if leaving.value:
+            os._exit(0)  # as torch's own handler does where the main process asks for it
+        if received:
+            os._exit(128 + number)
+        received = True
+
+    for name, handler in (("SIGINT", _nothing), ("SIGUSR1", _nothing), ("SIGUSR2", _nothing), ("SIGTERM", terminate)):
+        number = getattr(signal, name, None)
+        if number is not None:
+            signal.signal(number, handler)
+            if hasattr(signal, "siginterrupt"):
+                signal.siginterrupt(number, False)
+
+
+def _nothing(number: int, _: Any) -> None:
+    """Take a signal and go on. A handler, unlike SIG_IGN, is not handed on to programs that the worker starts."""

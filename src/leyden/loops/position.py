@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a fit stands in its data: gathered for a checkpoint, and found again when a fit goes on from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from leyden.data.feed import Pass
+from leyden.data.position import Place, Supply
+from leyden.loops.evaluate import Before
+from leyden.loops.fit import FitLoop
+from leyden.loops.session import Session
+from leyden.progress import Progress
+from leyden.runtime.ranks import rank_zero_warn
+from leyden.runtime.seed import set_rng_state
+
+
+def gather(loop: FitLoop, progress: Progress) -> dict[str, Any]:
+    """Return the state of the loaders of a fit, training and validation, as plain data; warns, once, of those without."""
+    before, validation = unfinished(loop, progress), loop.validation
+    state: dict[str, Any] = {"load_rng": None, "val_load_rng": validation.load_rng}
+    if loop.data is not None:
+        # all batches are done where the tail of the last one is what is left of the epoch
+        inside = progress.batch_idx > 0 and not progress.epoch_done and not (loop.last and progress.tail)
+        place = loop.data.place(progress.batch_idx, inside)
+        state["load_rng"] = loop.data.load_rng
+        state["train"] = loop.data.supply.state_dict(place, cut=getattr(loop.data.ahead, "cut", False))
+        if place is not None and not loop.told:
+            for why in loop.data.supply.why_not():
+                loop.told = True
+                rank_zero_warn(f"This checkpoint is inside an epoch that cannot be gone on with exactly: {why}.")
+    if before is not None and before.loaders is not None:
+        state["val"], state["val_load_rng"] = before.loaders, before.load_rng
+    elif validation.supply is not None:
+        state["val"] = validation.supply.state_dict(None)
+    return state
+
+
+def unfinished(loop: FitLoop, progress: Progress) -> Before | None:
+    """What was there before the validation that runs now, which a resume begins anew; None if none runs."""
+    return loop.validation.before if progress.tail == "validate" else None
+
+
+def lightning_states(train: Mapping[str, Any] | None, supply: Supply | None) -> list[Any]:
+    """Return, of what ``gather`` returned for training, the states of loaders that keep one, in Lightning's way."""
+    if train is None or supply is None:
+        return []
+    own = train["own"] if train["place"] is None else train["place"]["own"]
+    return [state for feed, state in zip(supply.feeds, own, strict=True) if feed.how == "state"]
+
+
+class Position:
+    """Brings the generators and the loaders to where a checkpoint was written, once, when its epoch begins.
+
+    Args:
+        rng: Generators when the checkpoint was written; None for files that have none.
+        data: What ``gather`` returned; None for files that have none.
+        loaders: States of the training loaders that keep one, as Lightning saves them.
+        last: Whether the last batch before the checkpoint ended the epoch.
+        steps: Whether it ended with an update.
+        window: State of a window of accumulation that was open; None if none was.
+    """
+
+    def __init__(
+        self,
+        rng: Any,
+        data: dict[str, Any] | None,
+        loaders: list[Any],
+        last: bool,
+        steps: bool,
+        window: dict[str, Any] | None = None,
+    ) -> None:
+        self.rng, self.loaders = rng, loaders
+        self.data: dict[str, Any] = data or {}
+        self.last, self.steps, self.window = last, steps, window
+
+    @property
+    def validated(self) -> bool:
+        """Whether the validation loaders had been asked for."""
+        return "val" in self.data
+
+    def load(self, loop: FitLoop, session: Session) -> None:
+        """Ask for the loaders; hooks that draw random numbers then draw those that they drew the first time.
+
+        Where they are due to be reloaded, that comes later, as it did in the run that was not interrupted.
+        """
+        progress = session.progress
+        if session.config.reload_dataloaders_every_n_epochs:
+            loop.data = None  # they may depend on the epoch, which was not known if they have been asked for already
+        last = progress.last_train_reload
+        self._put(self.data.get("load_rng"))
+        loop.load_data(session)
+        progress.last_train_reload = last
+        self._put(self.data.get("val_load_rng"))
+
+    def arrive(self, loop: FitLoop, progress: Progress, begun: bool) -> Place | None:
+        """Put back, before an iterator is made, all that holds wherever the loaders stand; return their place, if any."""
+        assert loop.data is not None
+        supply, validation = loop.data.supply, loop.validation.supply
+        if "train" in self.data:
+            place = supply.load_state_dict(self.data["train"], "training")
+            if place is not None and place.drawn != self.data["train"]["place"]["drawn"]:
+                progress.batch_idx = place.drawn  # batches have another size now
+        else:
+            place = self._lightning(supply, progress, begun)
+        if "val" in self.data and validation is not None:
+            validation.load_state_dict(self.data["val"], "validation")
+        self._put(self.rng)
+        return place
+
+    def _lightning(self, supply: Supply, progress: Progress, begun: bool) -> Place | None:
+        """The place by a file that knows only how many batches are done, and the states of loaders that keep one."""
+        own = iter(self.loaders)
+        states = [next(own, None) if feed.how == "state" else None for feed in supply.feeds]
+        if begun and not (self.last and progress.tail):
+            done = progress.batch_idx
+            return Place(done, [Pass() for _ in states], [done] * len(states), states)
+        for feed, state in zip(supply.feeds, states, strict=True):
+            feed.put_own(state)
+        return None
+
+    def settle(self, supply: Supply) -> None:
+        """Put back what finding the place has changed, once the iterator stands there."""
+        if "train" in self.data:
+            for feed, saved in zip(supply.feeds, self.data["train"]["loaders"], strict=True):
+                feed.streams.put(saved["held"])
+        self._put(self.rng)
+
+    @staticmethod
+    def _put(state: Any) -> None:
+        if state is not None:
+            set_rng_state(state)
