@@ -1,18 +1,20 @@
 # Every target makes its own environment (.venv) on first use; `make demo` is the place to start.
 PYTHON ?= python3
 VENV := .venv
+PEERS := .venv-peers
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check format bench gpu clean
+.PHONY: help demo test check format bench bench-peers gpu clean
 
 help:
 	@echo "make demo    train a classifier of handwritten digits (under a minute)"
 	@echo "make test    run the tests"
 	@echo "make check   lint, format, types, import floors, and the bars of the design"
 	@echo "make format  let ruff rewrite what make check would complain about"
-	@echo "make bench   compare with a hand-written loop and with installed peers"
+	@echo "make bench   compare with a hand-written loop, and with the peers of make bench-peers"
+	@echo "make bench-peers  make an environment, .venv-peers, with Lightning, Accelerate and others beside Leyden"
 	@echo "make gpu     tests and benchmarks that need a GPU, with the python3 that is there; installs nothing"
 	@echo "make clean   remove the environment, caches and logs"
 
@@ -43,10 +45,19 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# in the environment with the peers where `make bench-peers` has made one; BENCH="--quick" takes two minutes
 bench: $(READY)
-	$(BIN)/python benchmarks/imports.py
-	$(BIN)/python benchmarks/overhead.py
+	$(if $(wildcard $(PEERS)/.ready),$(PEERS),$(VENV))/bin/python benchmarks/bench.py $(BENCH)
 	$(BIN)/python benchmarks/checkpoint.py
+
+bench-peers: $(PEERS)/.ready
+
+$(PEERS)/.ready: pyproject.toml benchmarks/peers.txt constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[examples]' -r benchmarks/peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps fastai==2.8.12
+	@touch $@
 
 gpu:
 	@if ! $(PYTHON) -c "import torch" 2>/dev/null; then \
@@ -58,5 +69,5 @@ gpu:
 	fi
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis leyden_logs
+	rm -rf $(VENV) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis leyden_logs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

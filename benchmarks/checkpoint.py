@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 import leyden as L
+from harness import machine, quiet
 from leyden.callbacks import Callback
 from leyden.checkpoint_io import AsyncCheckpointIO, TorchCheckpointIO
-from overhead import machine, quiet
 
 QUIET_STEPS = 8
 STEPS_AFTER = 3  # a synchronous save leaves cold caches behind: these steps are part of it, too

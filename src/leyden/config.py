@@ -21,6 +21,7 @@ SEMANTICS: dict[str, dict[str, Any]] = {
     # worker_seeds: what the random numbers of data workers follow from: the batch, or the worker that loads it
     # loading: how checkpoint files are read by default (None: as torch.load decides)
     # resumed_log: where a fit that goes on from a checkpoint logs
+    # data_wait: whether ThroughputMonitor also logs the share of time that was spent waiting for data
     "leyden": {
         "short_window": "actual",
         "global_step": "model updates",
@@ -31,6 +32,7 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "loading": True,
         "log_folder": "leyden_logs",
         "resumed_log": "same version",
+        "data_wait": True,
     },
     "lightning": {
         "short_window": "constant",
@@ -42,6 +44,7 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "loading": None,
         "log_folder": "lightning_logs",
         "resumed_log": "new version",
+        "data_wait": False,
     },
 }
 _default = ["leyden"]

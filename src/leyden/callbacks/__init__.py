@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from leyden.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
     from leyden.callbacks.prediction_writer import BasePredictionWriter
     from leyden.callbacks.progress import ProgressBar, RichProgressBar, TQDMProgressBar
+    from leyden.callbacks.throughput_monitor import ThroughputMonitor
     from leyden.callbacks.timer import Timer
 
 _HOME = {
@@ -34,6 +35,7 @@ _HOME = {
     "RichModelSummary": "leyden.callbacks.model_summary",
     "RichProgressBar": "leyden.callbacks.progress",
     "TQDMProgressBar": "leyden.callbacks.progress",
+    "ThroughputMonitor": "leyden.callbacks.throughput_monitor",
     "Timer": "leyden.callbacks.timer",
 }
 
@@ -52,6 +54,7 @@ __all__ = [
     "RichModelSummary",
     "RichProgressBar",
     "TQDMProgressBar",
+    "ThroughputMonitor",
     "Timer",
 ]
 

@@ -28,7 +28,7 @@ _PYTORCH = (
         "leyden.callbacks",
         "BasePredictionWriter Callback Checkpoint EarlyStopping GradientAccumulationScheduler LambdaCallback"
         " LearningRateMonitor ModelCheckpoint ModelSummary OnExceptionCheckpoint ProgressBar RichModelSummary RichProgressBar"
-        " TQDMProgressBar Timer",
+        " TQDMProgressBar ThroughputMonitor Timer",
     ),
     ("callbacks.callback", "leyden.callback", "Callback"),
     ("callbacks.checkpoint", "leyden.callbacks.checkpoint", "Checkpoint"),
@@ -45,6 +45,7 @@ _PYTORCH = (
     ("callbacks.progress.rich_progress", "leyden.callbacks.progress", "RichProgressBar RichProgressBarTheme"),
     ("callbacks.progress.tqdm_progress", "leyden.callbacks.progress", "TQDMProgressBar"),
     ("callbacks.rich_model_summary", "leyden.callbacks.model_summary", "RichModelSummary"),
+    ("callbacks.throughput_monitor", "leyden.callbacks.throughput_monitor", "ThroughputMonitor get_available_flops"),
     ("callbacks.timer", "leyden.callbacks.timer", "Interval Timer"),
     ("core", "leyden", "LightningDataModule LightningModule"),
     ("core.datamodule", "leyden", "LightningDataModule"),
@@ -88,6 +89,7 @@ _PYTORCH = (
     ("utilities", "leyden.compat.pieces", "move_data_to_device"),
     ("utilities.combined_loader", "leyden", "CombinedLoader"),
     ("utilities", "leyden.compat.pieces", "grad_norm"),
+    ("utilities", "leyden.runtime.flops", "measure_flops"),
     ("utilities.enums", "leyden.compat.pieces", "GradClipAlgorithmType"),
     ("utilities.exceptions", "leyden.errors", "MisconfigurationException SIGTERMException"),
     ("utilities.grads", "leyden.compat.pieces", "grad_norm"),
@@ -153,6 +155,8 @@ _FABRIC = (
     ("utilities", "leyden", "rank_zero_deprecation rank_zero_info rank_zero_only rank_zero_warn"),
     ("utilities", "leyden.hparams", "AttributeDict"),
     ("utilities", "leyden.compat.pieces", "move_data_to_device"),
+    ("utilities", "leyden.profilers.throughput", "Throughput"),
+    ("utilities", "leyden.runtime.flops", "measure_flops"),
     ("utilities.apply_func", "leyden.compat.pieces", "move_data_to_device"),
     ("utilities.data", "leyden.hparams", "AttributeDict"),
     ("utilities.exceptions", "leyden.errors", "MisconfigurationException"),
@@ -163,6 +167,8 @@ _FABRIC = (
     ),
     ("utilities.rank_zero", "leyden.errors", "LightningDeprecationWarning=LeydenDeprecationWarning"),
     ("utilities.seed", "leyden.runtime.seed", "pl_worker_init_function reset_seed seed_everything"),
+    ("utilities.throughput", "leyden.profilers.throughput", "Throughput"),
+    ("utilities.throughput", "leyden.runtime.flops", "get_available_flops measure_flops"),
     ("utilities.warnings", "leyden.errors", "PossibleUserWarning"),
 )
 
