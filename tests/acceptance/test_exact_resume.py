@@ -252,6 +252,7 @@ def test_R1_loaders_whose_hooks_draw_random_numbers_are_the_same_after_a_resume(
     _check(lambda: (Splits(), None, None), tmp_path, reload_dataloaders_every_n_epochs=1, max_epochs=3)
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata's affair
 @pytest.mark.parametrize("data", [parts.Noisy, parts.Stream])
 def test_R1_torchdatas_loader_goes_on_by_its_own_state(tmp_path: Path, data: Any) -> None:
     module = pytest.importorskip("torchdata.stateful_dataloader")
