@@ -26,7 +26,7 @@ class AnswersSignals:
 class Interrupt:
     """A context manager that takes the signals that end a run over for its duration, in the main thread only.
 
-    The handler sets flags and does nothing else. The loop reads ``received`` at the end of each batch, where everything
+    The handler sets flags and saves nothing. The loop reads ``received`` at the end of each batch, where everything
     is whole, and calls ``answer``. A second signal leaves at once: SIGINT raises KeyboardInterrupt where the program
     stands, the others do what the system does by default. One that follows SIGUSR1 or SIGUSR2 for the first time is
     no second one: they say that SIGTERM will come, and then it comes.
@@ -64,6 +64,7 @@ class Interrupt:
         self._on_asked = asked
         self._seen: set[int] = set()
         self._former: dict[int, Any] = {}
+        self._children: tuple[Any, Any] | None = None  # the handler of SIGCHLD that was there, and the one in its place
         self._below: int | None = None
         self._pid = 0  # of the process that the handlers are for; 0 is none
 
@@ -126,6 +127,7 @@ class Interrupt:
         if first:
             if self.number is None:
                 self.number = number
+            self._pardon_workers()
             self._ask()
             if number == signal.SIGINT:
                 with contextlib.suppress(Exception):  # a signal may come in the middle of another print
@@ -138,12 +140,30 @@ class Interrupt:
             self.forced = True
             _act(signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL, number, frame)
 
+    def _pardon_workers(self) -> None:
+        """From now on, no worker that the signal ends too raises an error in the middle of a step, as torch has it."""
+        former = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+        if getattr(former, "__module__", "") != "torch.utils.data._utils.signal_handling":
+            return
+
+        def pardon(number: int, frame: FrameType | None) -> None:
+            with contextlib.suppress(RuntimeError):
+                former(number, frame)  # type: ignore[operator,misc]  # it is torch's function
+
+        self._children = former, pardon
+        signal.signal(signal.SIGCHLD, pardon)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._on_asked = None  # it keeps the strategy alive, and with it the module
         if self._pid != os.getpid():
             return
+        if self._children is not None:
+            former, pardon = self._children
+            if signal.getsignal(signal.SIGCHLD) is pardon:
+                signal.signal(signal.SIGCHLD, former)
+            self._children = None
         self._pid = 0  # whoever still has the handler, because he chained it, gets what was there before
         for number, former in self._former.items():
             # a handler that was installed during the run is somebody else's, and stays

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import json
 import os
 import pkgutil
@@ -176,8 +175,7 @@ def trials(root: Path, count: int, seed: int) -> Iterator[dict[str, Any]]:
     done = 0
     while done < count:
         workers = chance.choice((0, 0, 2))
-        shielded = not workers or importlib.util.find_spec("leyden.data.workers") is not None
-        number = chance.choice((signal.SIGTERM,) * shielded + (signal.SIGUSR1, signal.SIGUSR2))
+        number = chance.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
         to_group, delay = bool(workers) or chance.random() < 0.5, chance.random() * lengths[workers]
         folder = root / f"trial-{done}"
         child, begun = start(lambda pipe: train(folder, pipe, workers))  # noqa: B023

@@ -192,7 +192,8 @@ def test_a_failed_write_ends_the_fit_within_one_step(tmp_path):
     class Waits(Callback):
         def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
             if trainer.global_step == 7:
-                threads()[0].join()
+                for thread in threads():
+                    thread.join()
 
     io = Slow(steps=1, fails_at=6)
     trainer = run(tmp_path, io, Waits(), every_n_train_steps=3, save_top_k=-1)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import faulthandler
-import importlib.util
 import json
 import os
 import signal
@@ -428,14 +427,11 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Script]:
         yield run
 
 
-SHIELDED = importlib.util.find_spec("leyden.data.workers") is not None
 AT_3 = "trainer.global_step == 3 and "
 
 
 @pytest.mark.parametrize("number", TERMINATING, ids=lambda number: number.name)
 def test_P4_workers_go_on_when_the_whole_group_is_told_to_end(script: Script, number: int, tmp_path: Path) -> None:
-    if number == signal.SIGTERM and not SHIELDED:
-        pytest.skip("workers have torch's handler of SIGTERM")
     # once they wait for something to do, and once as soon as they are started
     for step in (f"{AT_3}os.killpg(0, {int(number)})", f"trainer.global_step or os.killpg(0, {int(number)})"):
         folder = tmp_path / str(len(step))
