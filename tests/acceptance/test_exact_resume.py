@@ -62,16 +62,19 @@ def _generators() -> Any:
     return torch.get_rng_state().tolist(), random.getstate(), numpy["state"]["key"].tolist(), numpy["state"]["pos"]
 
 
-def _check(make: Make, folder: Path, every: int = 1, samples: bool = False, **options: Any) -> L.Trainer:
+def _check(
+    make: Make, folder: Path, every: int = 1, samples: bool = False, drawing: bool = True, **options: Any
+) -> L.Trainer:
     """Run through, saving everywhere; go on from every ``every``-th file, and compare all that can be compared."""
     _seed(7, samples)
     saver = parts.SaveEverywhere(folder)
-    model, whole, _ = _fit(make, [parts.Drawing(), parts.Watch(), saver], **options)
+    careless = [parts.Drawing()] if drawing else []
+    model, whole, _ = _fit(make, [*careless, parts.Watch(), saver], **options)
     generators, rows = _generators(), [dict(row) for row in whole.history]
     assert len(saver.saved) >= 6
     for path, (events, written) in list(saver.saved.items())[::every]:
         _seed(99, samples) if not samples else random.seed(99)
-        again, resumed, _ = _fit(make, [parts.Drawing(), parts.Watch()], path, **options)
+        again, resumed, _ = _fit(make, [*careless, parts.Watch()], path, **options)
         assert again.events == model.events[events:], path
         assert [dict(row) for row in resumed.history] == rows[written:], path
         for name, value in model.state_dict().items():
@@ -247,6 +250,19 @@ def test_R1_loaders_whose_hooks_draw_random_numbers_are_the_same_after_a_resume(
             return parts.loader("plain", data=torch.utils.data.random_split(parts.Noisy(8), [4, 4])[0])
 
     _check(lambda: (Splits(), None, None), tmp_path, reload_dataloaders_every_n_epochs=1, max_epochs=3)
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata's affair
+@pytest.mark.parametrize("data", [parts.Noisy, parts.Stream])
+def test_R1_torchdatas_loader_goes_on_by_its_own_state(tmp_path: Path, data: Any) -> None:
+    module = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def make() -> tuple[Any, Any, Any]:
+        shuffle = True if data is parts.Noisy else None
+        train = module.StatefulDataLoader(data(14), batch_size=2, shuffle=shuffle)
+        return parts.Recording(), train, parts.loader("shuffle", size=4)
+
+    _check(make, tmp_path, every=2, drawing=False, val_check_interval=1.0)
 
 
 class SaveInValidation(parts.SaveEverywhere):

@@ -100,14 +100,15 @@ class Supply:
     def state_dict(self, place: Place | None, cut: bool = False) -> dict[str, Any]:
         """Return all that a resume needs, as plain data; ``place`` is None between two epochs.
 
-        ``cut`` says that the last epoch has ended before its loaders did: the next begins anew, not where they stand.
+        ``cut`` says that the next epoch begins anew, not where loaders with a state stand: the last was shorter than they.
         """
         state: dict[str, Any] = {
             "loaders": [{**feed.now(), "about": _about(feed)} for feed in self.feeds],
             "place": None,
         }
         if place is None:
-            state["own"] = [None if cut else feed.own() for feed in self.feeds]
+            # asking one that has not begun could make it begin
+            state["own"] = [None if cut or feed.run is None else feed.own() for feed in self.feeds]
             return state
         state["place"] = {
             "drawn": place.drawn,

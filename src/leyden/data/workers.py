@@ -181,7 +181,7 @@ def _leave(flag: Any) -> None:
     for process in alive:
         process.join(max(0.0, until - time.monotonic()))
     hanging = [process for process in alive if process.is_alive()]
-    if hanging and threading.current_thread() is threading.main_thread():
+    if hanging and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error for each
     for process in hanging:
         process.kill()

@@ -207,7 +207,7 @@ class Before:
     def __init__(self, session: Session, loop: EvaluationLoop) -> None:
         results, progress = session.results, session.progress
         self.rng, self.load_rng = rng_state(), loop.load_rng
-        self.loaders = None if loop.supply is None else loop.supply.state_dict(None)
+        self.loaders = None if loop.supply is None else loop.supply.state_dict(None, cut=True)
         self.counters = {"val_batches": list(progress.val_batches), "last_val_reload": progress.last_val_reload}
         self.views = {"callback": dict(results.callback), "logged": dict(results.logged), "bar": dict(results.bar)}
         self.idle = {name: metric for name, metric in metrics_of(session.module).items() if not metric.update_count}

@@ -33,7 +33,7 @@ def gather(loop: FitLoop, progress: Progress) -> dict[str, Any]:
     if before is not None and before.loaders is not None:
         state["val"], state["val_load_rng"] = before.loaders, before.load_rng
     elif validation.supply is not None:
-        state["val"] = validation.supply.state_dict(None)
+        state["val"] = validation.supply.state_dict(None, cut=True)
     return state
 
 
