@@ -312,7 +312,7 @@ def bars() -> Iterable[Bar]:
     yield Bar("files and public names without a docstring", len(silent), 0, "; ".join(silent))
     yield Bar("modules loaded by import leyden", len(modules_loaded("import leyden")), 60)
     names = "from leyden import Callback, LightningDataModule, LightningModule, Trainer"
-    yield Bar("modules loaded by the names a script needs", len(modules_loaded(names)), 66)
+    yield Bar("modules loaded by the names a script needs", len(modules_loaded(names)), 60)
 
 
 def _with_limit(measured: tuple[int, str], limit: int) -> tuple[int, int, str]:

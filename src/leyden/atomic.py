@@ -14,7 +14,6 @@ import os
 import pickle
 import platform
 import re
-import secrets
 import shutil
 import sys
 import time
@@ -69,7 +68,7 @@ def temporary(path: Path) -> Iterator[Path]:
 def temporary_name(name: str, kind: str = "tmp") -> str:
     """Return a name for what will be (kind ``"tmp"``) or was (``"old"``, ``"del"``) ``name``: another one at each call."""
     # a file name has at most 255 bytes, and a character up to four
-    return f".{name[:50]}.{os.getpid()}-{_host()}-{secrets.token_hex(4)}.{kind}"
+    return f".{name[:50]}.{os.getpid()}-{_host()}-{os.urandom(4).hex()}.{kind}"
 
 
 def claim(path: Path) -> None:

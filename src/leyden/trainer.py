@@ -330,10 +330,13 @@ class Trainer(TrainerFace):
                     self.state.status = TrainerStatus.FINISHED
                 except BaseException as exception:
                     ending = self._fail(exception)
-                    if not self._returns_after(ending):
-                        if ending is exception:
-                            raise
-                        raise ending from exception
+                    try:
+                        if not self._returns_after(ending):
+                            if ending is exception:
+                                raise
+                            raise ending from exception
+                    finally:
+                        del ending  # or the exception and this frame would keep each other alive
                 else:
                     if self._interrupt.received:  # while everybody was told that the run is over
                         from leyden.loops import leave  # noqa: PLC0415  # few runs end so

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +27,7 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.mark = secrets.token_hex(8)
+        self.mark = os.urandom(8).hex()
         self.files: list[str] = []
         self.doomed: list[str] = []
         self.interrupted = ""

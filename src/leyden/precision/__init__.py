@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.precision.base import Precision
-from leyden.precision.double import DoublePrecision
-from leyden.precision.half import HalfPrecision
-from leyden.precision.mixed import MixedPrecision
 from leyden.runtime.ranks import rank_zero_warn
 
+if TYPE_CHECKING:
+    from leyden.precision.double import DoublePrecision
+    from leyden.precision.half import HalfPrecision
+    from leyden.precision.mixed import MixedPrecision
+
+_HOMES = {"DoublePrecision": "double", "HalfPrecision": "half", "MixedPrecision": "mixed"}
 PRECISIONS = ("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")
 _SHORT = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
@@ -44,11 +50,28 @@ def make_precision(precision: Precision | str | int | None, device: torch.device
         name = "bf16-mixed"
     if name == "32-true":
         return Precision()
+    # most runs need none of these
     if name == "64-true":
+        from leyden.precision.double import DoublePrecision  # noqa: PLC0415
+
         return DoublePrecision()
     if name.endswith("-true"):
+        from leyden.precision.half import HalfPrecision  # noqa: PLC0415
+
         return HalfPrecision(name)
+    from leyden.precision.mixed import MixedPrecision  # noqa: PLC0415
+
     return MixedPrecision(name, device_type)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [
