@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ import leyden as L
 import resume_parts as parts
 from leyden.data import CombinedLoader
 from leyden.errors import CheckpointError, LeydenWarning
+from leyden.precision import MixedPrecision
 from resume_script import VARIANTS
 
 pytestmark = [
@@ -45,6 +47,8 @@ def _seeding() -> Iterator[None]:
 def _fit(make: Make, callbacks: list[Any], path: str | None = None, **options: Any) -> tuple[Any, L.Trainer, Any]:
     model, train, validation = make()
     defaults = {"max_epochs": 2, "val_check_interval": 3, "log_every_n_steps": 1}
+    if "plugins" in options:  # each run has its own
+        options["plugins"] = options["plugins"]()
     trainer = L.Trainer(
         **{**defaults, **options}, callbacks=callbacks, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
@@ -111,6 +115,31 @@ def test_R1_metric_objects_go_on_with_what_they_have_counted(tmp_path: Path) -> 
 
     whole = _check(_simple(module=Measured), tmp_path)
     assert {"mean_step", "mean_epoch", "rank"} <= {name for row in whole.history for name in row}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_R1_the_scale_of_a_gradient_scaler_goes_on(tmp_path: Path, accumulate: int) -> None:
+    scales: list[list[float]] = []
+
+    class Scaled(parts.Recording):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            scales[-1].append(self.trainer.precision_plugin.scaler.get_scale())
+            # too large to be stored in 16 bits: that step is skipped, and the scale shrinks
+            return loss * (1e30 if self.trainer.progress.batches == 4 else 1.0)
+
+    def scaler() -> MixedPrecision:
+        scales.append([])
+        return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2))
+
+    _check(_simple(module=Scaled), tmp_path, plugins=scaler, accumulate_grad_batches=accumulate)
+    whole, *resumed = scales
+    turns = {(after > before) - (after < before) for before, after in pairwise(whole)}
+    assert turns == {-1, 0, 1}  # it has shrunk, and grown
+    assert len(resumed) >= 6
+    for part in (part for part in resumed if part):
+        # what a step has found out is waiting for the next loss, but not where a checkpoint is written, as in the whole run
+        assert part[1:] == whole[len(whole) - len(part) : -1]
 
 
 class Plateau(parts.Recording):
