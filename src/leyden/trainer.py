@@ -394,9 +394,15 @@ class Trainer(TrainerFace):
         check(session, fn)
         if self._profiler is not None:
             self._profiler.setup(stage=str(fn), local_rank=self.local_rank, log_dir=self.log_dir)
+        checkpoint = self._read(path, weights_only) if path is not None else None
+        session.checkpoint = checkpoint if fitting else None
         session.prepare_data()
         session.set_up(str(fn), self._callbacks)
-        checkpoint = self._restore_model(path, weights_only, datamodule) if path is not None else None
+        if checkpoint is not None:
+            snapshot.restore_model(
+                checkpoint, str(path), trainer=self, strategy=strategy, datamodule=datamodule,
+                callbacks=self._callbacks, fitting=True,
+            )  # fmt: skip
         self.results.clear()
         session.bind(self._callbacks, self._profiler)
         strategy.setup()
@@ -413,6 +419,7 @@ class Trainer(TrainerFace):
                 max_epochs=self.fit_loop.max_epochs,
             )  # fmt: skip
             self._rewind()
+            session.checkpoint = None
         if path is not None:
             rank_zero_info(f"{'Restored the run' if fitting else 'Loaded the weights'} from {path}.")
         model.zero_grad()
@@ -422,14 +429,9 @@ class Trainer(TrainerFace):
             self._interrupt.answer()  # it came while data were prepared, say
         return session
 
-    def _restore_model(self, path: Any, weights_only: bool | None, datamodule: Any) -> dict[str, Any]:
+    def _read(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
         safe = self.config.rule("loading") if weights_only is None else weights_only
-        checkpoint = snapshot.read(self._strategy, path, safe)
-        snapshot.restore_model(
-            checkpoint, str(path), trainer=self, strategy=self._strategy, datamodule=datamodule,
-            callbacks=self._callbacks, fitting=True,
-        )  # fmt: skip
-        return checkpoint
+        return snapshot.read(self._strategy, path, safe)
 
     def _checkpoint_path(self, given: Any, provided: bool) -> Any:
         """Resolve ``"best"``, ``"last"``, a path, or what ``trainer.ckpt_path`` was set to."""

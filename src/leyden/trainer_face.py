@@ -225,7 +225,9 @@ class TrainerFace(VintageTrainer):
                     "Trainer.estimated_stepping_batches is known inside fit (in configure_optimizers, say): before, the"
                     " length of the training data is not."
                 )
-            self.fit_loop.load_data(self._session)
+            from leyden.loops.position import ask_ahead  # noqa: PLC0415  # a run has loaded it
+
+            ask_ahead(self.fit_loop, self._session)
         batches = self.fit_loop.num_batches
         if batches == math.inf:
             return math.inf if max_steps == -1 else max_steps

@@ -61,6 +61,8 @@ class FitLoop:
         """The number of batches at which something may be due: the only thing an ordinary step compares."""
         self.told = False
         """Whether somebody has been told of a loader that cannot be resumed."""
+        self.asked_ahead = False
+        """Whether a fit that goes on has asked for its loaders before its counters were back."""
 
     @property
     def loader(self) -> CombinedLoader | None:
@@ -198,7 +200,7 @@ class FitLoop:
     def renew(self) -> None:
         """Forget the loaders of an earlier fit."""
         self.data = self.validation.loader = self.validation.supply = None
-        self.told = False
+        self.told = self.asked_ahead = False
 
     def release(self) -> None:
         """Let go of iterators; the loaders stay, for those who look at them after a run, and so does their place."""

@@ -13,7 +13,7 @@ from leyden.loops.fit import FitLoop
 from leyden.loops.session import Session
 from leyden.progress import Progress
 from leyden.runtime.ranks import rank_zero_warn
-from leyden.runtime.seed import set_rng_state
+from leyden.runtime.seed import rng_state, set_rng_state
 
 
 def gather(loop: FitLoop, progress: Progress) -> dict[str, Any]:
@@ -35,6 +35,31 @@ def gather(loop: FitLoop, progress: Progress) -> dict[str, Any]:
     elif validation.supply is not None:
         state["val"] = validation.supply.state_dict(None, cut=True)
     return state
+
+
+def ask_ahead(loop: FitLoop, session: Session) -> None:
+    """Ask for the training loaders before a fit that goes on has its counters back: as of the epoch in which it goes on."""
+    ours = (session.checkpoint or {}).get("leyden") or {}
+    if "data" not in ours:
+        loop.load_data(session)
+        return
+    progress, random = session.progress, rng_state()
+    before = progress.state_dict()
+    progress.load_state_dict(ours["progress"])
+    if progress.epoch_done:
+        progress.end_epoch(ours.get("last", False))
+    if (state := ours["data"].get("load_rng")) is not None:
+        set_rng_state(state)
+    _ask(loop, session)
+    loop.asked_ahead = True
+    progress.load_state_dict(before)
+    set_rng_state(random)
+
+
+def _ask(loop: FitLoop, session: Session) -> None:
+    last = session.progress.last_train_reload
+    loop.load_data(session)
+    session.progress.last_train_reload = last
 
 
 def unfinished(loop: FitLoop, progress: Progress) -> Before | None:
@@ -85,13 +110,12 @@ class Position:
 
         Where they are due to be reloaded, that comes later, as it did in the run that was not interrupted.
         """
-        progress = session.progress
-        if session.config.reload_dataloaders_every_n_epochs:
+        if session.config.reload_dataloaders_every_n_epochs and not loop.asked_ahead:
             loop.data = None  # they may depend on the epoch, which was not known if they have been asked for already
-        last = progress.last_train_reload
-        self._put(self.data.get("load_rng"))
-        loop.load_data(session)
-        progress.last_train_reload = last
+        loop.asked_ahead = False
+        if loop.data is None:
+            self._put(self.data.get("load_rng"))
+            _ask(loop, session)
         self._put(self.data.get("val_load_rng"))
 
     def arrive(self, loop: FitLoop, progress: Progress, begun: bool) -> Place | None:

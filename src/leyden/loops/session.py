@@ -56,6 +56,8 @@ class Session:
     """The verbs of the fit, once the optimizers are configured."""
     undo: Callable[[], None] | None = None
     """Takes away what was put on the module for the length of the run."""
+    checkpoint: dict[str, Any] | None = None
+    """What a fit goes on from, until all of it is restored."""
     position: Any = None
     """Where a resumed fit stood in its data; None once it is there."""
 
