@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -102,7 +104,12 @@ def test_streams_of_samples_leave_the_main_process_where_it_was() -> None:
     assert ends[0] == ends[1]
 
 
-def test_an_exception_in_a_sample_is_the_users() -> None:
+def test_an_exception_in_a_sample_is_the_users_and_no_worker_outlives_it() -> None:
+    def workers() -> set[int]:
+        return {child.pid for child in psutil.Process().children() if child.name() == "pt_data_worker"}
+
+    before = workers()
+
     class Fails(Draws):
         def __getitem__(self, index: int) -> Tensor:
             raise ValueError("broken sample")
@@ -111,6 +118,8 @@ def test_an_exception_in_a_sample_is_the_users() -> None:
         batches(0, "sample", data=Fails())
     with pytest.raises(ValueError, match="broken sample"):
         batches(1, "sample", data=Fails())
+    gc.collect()  # the exception and the iterator hold each other; torch can then end the worker by SIGTERM only
+    assert workers() <= before
 
 
 def test_the_data_set_and_the_init_function_are_the_users_own() -> None:

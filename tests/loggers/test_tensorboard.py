@@ -26,7 +26,11 @@ def read(folder):
 
 def scalars(folder):
     events = read(folder)
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    # in the order of writing: tensorboard reads files of the same second by their names, in which 10 comes before 9
+    return {
+        tag: [(event.step, event.value) for event in sorted(events.Scalars(tag), key=lambda event: event.wall_time)]
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def hparams_of(folder):

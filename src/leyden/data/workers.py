@@ -13,10 +13,12 @@ import multiprocessing.sharedctypes
 import multiprocessing.util
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 from torch.utils.data import get_worker_info
@@ -149,7 +151,7 @@ class Start:
         self.own, self.rank, self.leaving = own, rank, leaving()
 
     def __call__(self, worker_id: int) -> None:
-        shield(self.leaving)
+        shield(self.leaving, _done())
         if self.rank is not None:
             pl_worker_init_function(worker_id, self.rank)
         if self.own is not None:
@@ -187,11 +189,21 @@ def _leave(flag: Any) -> None:
         process.kill()
 
 
-def shield(leaving: Any) -> None:
+def _done() -> Any:
+    """Return the event by which torch's main process tells this worker that it is not needed any more; None if unknown."""
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001  # torch hands it to the function that calls us, and to nobody else
+    while frame is not None and frame.f_code.co_name != "_worker_loop":
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("done_event")
+
+
+def shield(leaving: Any, done: Any = None) -> None:
     """Let this worker outlive the signals by which a scheduler asks a whole job to end: it is the main process that acts.
 
-    SIGINT, SIGUSR1 and SIGUSR2 do nothing. The first SIGTERM does nothing, unless the main process is about to end; a
-    second one ends the worker. Programs that it starts have the signals' defaults.
+    SIGINT, SIGUSR1 and SIGUSR2 do nothing. The first SIGTERM does nothing, unless the main process is about to end
+    (``leaving``) or gives up its workers (``done``, as it does where the garbage collector finds an iterator: the queue
+    by which it would tell them is closed then); a second one ends the worker. Programs that it starts have the signals'
+    defaults.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -204,6 +216,13 @@ def shield(leaving: Any) -> None:
         if received:
             os._exit(128 + number)
         received = True
+        if done is not None:
+            # beside this handler: what it interrupts may hold the event's lock
+            threading.Thread(target=leave_if_done, daemon=True).start()
+
+    def leave_if_done() -> None:
+        if done.is_set():
+            os._exit(0)
 
     for name, handler in (("SIGINT", _nothing), ("SIGUSR1", _nothing), ("SIGUSR2", _nothing), ("SIGTERM", terminate)):
         number = getattr(signal, name, None)
