@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from leyden import atomic
 from leyden.errors import CheckpointError
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.types import PathLike, TrainerView
@@ -195,7 +196,8 @@ def bears(path: str, mark: str) -> bool:
 
 def link(path: str, linkpath: str) -> None:
     """Make ``linkpath`` a symbolic link to ``path``, or a copy where links cannot be made; replaces what was there."""
-    fresh = f"{linkpath}.{os.getpid()}.tmp"
+    folder, name = os.path.split(linkpath)
+    fresh = os.path.join(folder, atomic.temporary_name(name))  # what a killed process leaves of it is swept away
     try:
         os.symlink(os.path.relpath(path, os.path.dirname(linkpath)), fresh)
     except OSError:  # Windows asks for a privilege

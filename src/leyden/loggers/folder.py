@@ -7,8 +7,10 @@ import os
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from leyden import atomic
 from leyden.errors import MisconfigurationException
 from leyden.loggers.base import Logger, on_rank_zero, write_lock
 from leyden.loggers.params import params_to_dict, plain_params
@@ -279,11 +281,7 @@ def append_file(filesystem: Any, path: str, data: bytes) -> None:
 def sync_file(path: str) -> None:
     """Bring what was written to a local file to the disk, so that even a power failure cannot take it back."""
     if is_local(path):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        atomic.sync_file(Path(path))
 
 
 def is_local(path: str) -> bool:

@@ -13,11 +13,10 @@ import os
 import re
 import signal
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from leyden import files
+from leyden import atomic, files
 from leyden.callbacks.checkpoint_files import is_url, paths_in
 from leyden.data.loaders import says_workers_are_gone
 from leyden.errors import CheckpointError, CheckpointNotFoundError
@@ -156,8 +155,7 @@ def _second_name(path: str, name: str) -> None:
         import shutil  # noqa: PLC0415  # another disk
 
         shutil.copyfile(path, name)
-        with open(name, "rb") as copied:
-            os.fsync(copied.fileno())
+        atomic.sync_file(Path(name))
 
 
 def _take_name(temporary: str, root: str, number: int) -> str:
@@ -177,12 +175,7 @@ def _take_name(temporary: str, root: str, number: int) -> str:
         else:
             os.unlink(temporary)
             break
-    with suppress(OSError):  # the name is on the disk, too; some file systems cannot
-        descriptor = os.open(root, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    atomic.sync_folder(Path(root))  # the name is on the disk, too
     return path
 
 
