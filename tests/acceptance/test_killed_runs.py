@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -81,9 +82,12 @@ def live(root: Path, options: list[str], draw: random.Random, most: int, start: 
     """Start the script and kill it at a random moment: while it starts, or some steps later. Return whether it ended."""
     process, begun = start(root, options), count(root)
     wanted = draw.choice([0, draw.randint(1, most), draw.randint(1, most)])
-    while process.ended() is None and count(root) < begun + wanted:
+    until = math.inf if wanted else time.monotonic() + draw.uniform(0.0, longest_start)
+    # on a fast machine it has long started when the time to start is over
+    while process.ended() is None and count(root) < begun + (wanted or most) and time.monotonic() < until:
         time.sleep(0.002)
-    time.sleep(draw.uniform(0.0, longest_start) if not wanted else draw.uniform(0.0, 0.03))
+    if wanted:
+        time.sleep(draw.uniform(0.0, 0.03))
     ended = process.ended()
     if ended is None:
         process.kill()
