@@ -479,7 +479,8 @@ class Trainer(TrainerFace):
         steps = self.config.num_sanity_val_steps
         if not self.enable_validation or not steps:
             return
-        if session.position is not None and (self.progress.batch_idx or self.progress.tail):
+        position = session.position
+        if position is not None and (self.progress.batch_idx or self.progress.tail or position.opened):
             return
         with isolate_rng(), self.results.aside():
             self.state.stage = RunningStage.SANITY_CHECKING

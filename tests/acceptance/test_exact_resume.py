@@ -266,6 +266,32 @@ def test_R1_with_streams_of_samples(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:overfit_batches needs the same batches")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_R1_saved_when_an_epoch_had_begun_and_none_of_its_batches_was_done(tmp_path: Path, workers: int) -> None:
+    class AtFirst(L.Callback):
+        """As a run that a signal ends while it waits for the first batch."""
+
+        order: ClassVar[int] = -100
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 0:
+                trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+                begun[trainer.current_epoch] = len(pl_module.events)
+
+    begun: dict[int, int] = {}
+    make = _simple(size=14, data=parts.Quiet(14), num_workers=workers)
+    _seed(7)
+    model, whole, _ = _fit(make, [AtFirst()])
+    generators = _generators()
+    assert list(begun) == [0, 1]
+    for epoch, events in begun.items():
+        _seed(99)
+        again, resumed, _ = _fit(make, [], str(tmp_path / f"{epoch}.ckpt"))
+        assert again.events == model.events[events:]
+        assert _generators() == generators
+        assert resumed.progress == whole.progress
+
+
 def test_R1_overfit_batches(tmp_path: Path) -> None:
     _check(_simple(), tmp_path, overfit_batches=4)
 

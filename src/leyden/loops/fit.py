@@ -63,6 +63,8 @@ class FitLoop:
         """Whether somebody has been told of a loader that cannot be resumed."""
         self.asked_ahead = False
         """Whether a fit that goes on has asked for its loaders before its counters were back."""
+        self.opened: int | None = None
+        """The epoch whose batches were last begun to be drawn."""
 
     @property
     def loader(self) -> CombinedLoader | None:
@@ -200,7 +202,7 @@ class FitLoop:
     def renew(self) -> None:
         """Forget the loaders of an earlier fit."""
         self.data = self.validation.loader = self.validation.supply = None
-        self.told = self.asked_ahead = False
+        self.told, self.asked_ahead, self.opened = False, False, None
 
     def release(self) -> None:
         """Let go of iterators; the loaders stay, for those who look at them after a run, and so does their place."""
@@ -231,7 +233,7 @@ class FitLoop:
         progress, resumed = session.progress, session.position
         if resumed is None:
             progress.batch_idx, progress.tail, progress.cut = 0, "", False
-        begun = progress.batch_idx > 0 or bool(progress.tail)
+        begun = progress.batch_idx > 0 or bool(progress.tail) or (resumed is not None and resumed.opened)
         place = None if resumed is None else resumed.arrive(self, progress, begun)
         data = self.load_data(session)
         if data.iterator is None:
@@ -251,7 +253,7 @@ class FitLoop:
         elif data.iterator is None:
             data.begin(session)
         session.position, progress.cut = None, False
-        self.due = self.next_due(session)
+        self.due, self.opened = self.next_due(session), progress.epoch
         return data.take()
 
     def end_epoch(self, session: Session) -> None:

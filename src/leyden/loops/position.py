@@ -22,7 +22,9 @@ def gather(loop: FitLoop, progress: Progress) -> dict[str, Any]:
     state: dict[str, Any] = {"load_rng": None, "val_load_rng": validation.load_rng}
     if loop.data is not None:
         # all batches are done where the tail of the last one is what is left of the epoch
-        inside = progress.batch_idx > 0 and not progress.epoch_done and not (loop.last and progress.tail)
+        opened = loop.opened == progress.epoch and not progress.epoch_done
+        inside = (progress.batch_idx > 0 or opened) and not progress.epoch_done and not (loop.last and progress.tail)
+        state["opened"] = opened and not progress.batch_idx
         place = loop.data.place(progress.batch_idx, inside)
         state["load_rng"] = loop.data.load_rng
         state["train"] = loop.data.supply.state_dict(place, cut=getattr(loop.data.ahead, "cut", False))
@@ -99,6 +101,11 @@ class Position:
         self.rng, self.loaders = rng, loaders
         self.data: dict[str, Any] = data or {}
         self.last, self.steps, self.window = last, steps, window
+
+    @property
+    def opened(self) -> bool:
+        """Whether the epoch had begun, and its iterator been made, though no batch of it was done."""
+        return bool(self.data.get("opened"))
 
     @property
     def validated(self) -> bool:
