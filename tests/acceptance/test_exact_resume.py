@@ -265,7 +265,6 @@ def test_R1_with_streams_of_samples(tmp_path: Path) -> None:
     _check(_simple("shuffle"), tmp_path, samples=True, every=2)
 
 
-@pytest.mark.filterwarnings("ignore:overfit_batches needs the same batches")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_R1_saved_when_an_epoch_had_begun_and_none_of_its_batches_was_done(tmp_path: Path, workers: int) -> None:
     class AtFirst(L.Callback):
@@ -292,6 +291,7 @@ def test_R1_saved_when_an_epoch_had_begun_and_none_of_its_batches_was_done(tmp_p
         assert resumed.progress == whole.progress
 
 
+@pytest.mark.filterwarnings("ignore:overfit_batches needs the same batches")
 def test_R1_overfit_batches(tmp_path: Path) -> None:
     _check(_simple(), tmp_path, overfit_batches=4)
 
