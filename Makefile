@@ -45,7 +45,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# in the environment with the peers where `make bench-peers` has made one; BENCH="--quick" takes two minutes
+# in the environment with the peers where `make bench-peers` has made one; BENCH="--quick" takes a few minutes
 bench: $(READY)
 	$(if $(wildcard $(PEERS)/.ready),$(PEERS),$(VENV))/bin/python benchmarks/bench.py $(BENCH)
 	$(BIN)/python benchmarks/checkpoint.py
