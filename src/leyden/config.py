@@ -94,6 +94,11 @@ class TrainerConfig:
     enable_autolog_hparams: bool = True
     barebones: bool = False
     semantics: str = "leyden"
+    compile: bool | Mapping[str, Any] = False
+    cuda_graphs: bool = False
+    fused_optimizers: bool = False
+    fast_data: bool = True
+    num_workers: int | str | None = None
 
     def __post_init__(self) -> None:
         _check_counts(self)
@@ -105,8 +110,9 @@ class TrainerConfig:
             )
         if self.deterministic not in (None, True, False, "warn"):
             raise _bad("deterministic", self.deterministic, "True, False, 'warn' or None")
-        for name in ("benchmark", "inference_mode", "detect_anomaly", "enable_autolog_hparams", "barebones"):
+        for name in _SWITCHES:
             check_switch(name, getattr(self, name))
+        _check_speed(self)
         parse_val_check_interval(self.val_check_interval)
         parse_duration(self.max_time, "max_time")
         if self.check_val_every_n_epoch is None and parse_val_check_interval(self.val_check_interval).unit == "epoch":
@@ -127,6 +133,12 @@ class TrainerConfig:
     def rule(self, topic: str) -> Any:
         """Return what the chosen semantics say on one topic of the table ``SEMANTICS``."""
         return SEMANTICS[self.semantics][topic]
+
+
+_SWITCHES = (
+    "benchmark", "inference_mode", "detect_anomaly", "enable_autolog_hparams", "barebones", "cuda_graphs",
+    "fused_optimizers", "fast_data",
+)  # fmt: skip
 
 
 def _bad(name: str, value: Any, allowed: str, hint: str = "") -> MisconfigurationException:
@@ -198,6 +210,14 @@ def _check_clipping(config: TrainerConfig) -> None:
         raise _bad(
             "gradient_clip_algorithm", algorithm, "'norm' or 'value'", did_you_mean(str(algorithm), ("norm", "value"))
         )
+
+
+def _check_speed(config: TrainerConfig) -> None:
+    if not isinstance(config.compile, (bool, Mapping)):
+        raise _bad("compile", config.compile, "True, False or a dict of arguments of torch.compile")
+    workers = config.num_workers
+    if workers is not None and workers != "auto" and not (_is_int(workers) and int(workers) >= 0):
+        raise _bad("num_workers", workers, "an int >= 0, 'auto' or None")
 
 
 def parse_duration(value: Interval, name: str) -> timedelta | None:

@@ -23,6 +23,7 @@ from leyden.loops.session import Session
 from leyden.loops.show import table
 from leyden.loops.start import (
     check,
+    checkpoint_path,
     configure_optimizers,
     epoch_bounds,
     log_hyperparams,
@@ -93,6 +94,12 @@ class Trainer(TrainerFace):
         model_registry: Accepted for compatibility.
         semantics: ``"leyden"``, or ``"lightning"`` for its behaviour where ours differs on purpose. None is ``"leyden"``,
             except in a program that imports Lightning's names (``leyden.compat``).
+        compile: Compile the steps with ``torch.compile``; a dict holds its arguments (``{"mode": "max-autotune"}``).
+        cuda_graphs: Capture the whole update as a CUDA graph and replay it, where it can be.
+        fused_optimizers: Give Adam, AdamW, SGD and Adagrad their fused form, where the device has one.
+        fast_data: Read data that lies in memory a batch at a time, keep it on the device where it is small, copy batches
+            ahead, keep workers. The batches are the same, to the last bit; False leaves it all to the DataLoader.
+        num_workers: Worker processes of the DataLoaders: an int, or ``"auto"``, which measures; None leaves them as they are.
 
     Raises:
         MisconfigurationException: for a value that cannot be; the message names the argument.
@@ -145,6 +152,11 @@ class Trainer(TrainerFace):
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
         semantics: str | None = None,
+        compile: bool | dict[str, Any] = False,
+        cuda_graphs: bool = False,
+        fused_optimizers: bool = False,
+        fast_data: bool = True,
+        num_workers: int | str | None = None,
         **unknown: Any,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "unknown", "__class__")}
@@ -414,11 +426,13 @@ class Trainer(TrainerFace):
         if self.config.enable_autolog_hparams and not self.config.barebones:
             log_hyperparams(self._loggers, model, datamodule)
         if checkpoint is not None and fitting:
+            from leyden.loops import resume  # noqa: PLC0415  # only a run that goes on with another
+
             session.position = snapshot.restore_training(
                 checkpoint, str(path), strategy=strategy, progress=self.progress, results=self.results,
                 max_epochs=self.fit_loop.max_epochs,
             )  # fmt: skip
-            self._rewind()
+            resume.rewind(self._loggers)
             session.checkpoint = None
         if path is not None:
             rank_zero_info(f"{'Restored the run' if fitting else 'Loaded the weights'} from {path}.")
@@ -435,44 +449,15 @@ class Trainer(TrainerFace):
 
     def _checkpoint_path(self, given: Any, provided: bool) -> Any:
         """Resolve ``"best"``, ``"last"``, a path, or what ``trainer.ckpt_path`` was set to."""
-        fn = self.state.fn
-        assert fn is not None
         if self._ckpt_wish and given is not None:
             rank_zero_warn(
-                f"trainer.ckpt_path is {self._ckpt_wish!r}, but {fn}(ckpt_path={given!r}) was called: that one is taken."
+                f"trainer.ckpt_path is {self._ckpt_wish!r}, but {self.state.fn}(ckpt_path={given!r}) was called: that one"
+                " is taken."
             )
             self._ckpt_wish = None
-        elif self._ckpt_wish:
-            given = self._ckpt_wish
-        if given is None and fn is TrainerFn.FITTING:
-            given = vintage.earlier_session(self, self._vintage)
-        if given == "hpc" or (self._cluster is not None and fn is TrainerFn.FITTING):
-            from leyden.loops import leave  # noqa: PLC0415  # only for jobs of a cluster
-
-            given = leave.resume_point(self, given, self._cluster if fn is TrainerFn.FITTING else None)
-        if given is None and fn is not TrainerFn.FITTING and not provided:
-            given = "best" if getattr(self.checkpoint_callback, "best_model_path", "") else None
-            if given is not None:
-                rank_zero_info(
-                    f"Trainer.{fn}() without a model takes the best weights. Pass the model for its weights as they are."
-                )
-        if given is None:
-            self._ckpt_path = None
-            return None
-        from leyden.loops import resume  # noqa: PLC0415  # only a run that goes on with another
-
-        self._ckpt_path = path = resume.find_checkpoint(given, self)
-        if fn is TrainerFn.FITTING:
-            if path is None:
-                resume.set_aside(self._loggers)
-            elif self.config.rule("resumed_log") == "same version":
-                resume.continue_runs(self._loggers, path)
+        given = self._ckpt_wish or given
+        self._ckpt_path = path = checkpoint_path(self, given, provided, self._cluster, self._vintage)
         return path
-
-    def _rewind(self) -> None:
-        from leyden.loops import resume  # noqa: PLC0415  # only a run that goes on with another
-
-        resume.rewind(self._loggers)
 
     def _sanity_check(self, session: Session) -> None:
         """Run a few validation batches ahead of training; they leave no trace in metrics, loggers or generators."""

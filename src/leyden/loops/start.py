@@ -204,6 +204,41 @@ def _warn_misspelt(session: Session) -> None:
             )
 
 
+def checkpoint_path(trainer: Any, given: Any, provided: bool, cluster: Any, dated: Any) -> Any:
+    """Return the checkpoint that the run begins with, or None; a fit's loggers go on with its run, or begin a new one.
+
+    Args:
+        trainer: Whose run begins.
+        given: A path, ``"best"``, ``"last"``, ``"hpc"``, or None.
+        provided: Whether the entry point was given a module.
+        cluster: What starts this job anew; None where nobody does.
+        dated: The arguments of 2019; None where there are none.
+    """
+    fn = trainer.state.fn
+    fitting = fn is TrainerFn.FITTING
+    if given is None and fitting:
+        given = vintage.earlier_session(trainer, dated)
+    if given == "hpc" or (cluster is not None and fitting):
+        from leyden.loops import leave  # noqa: PLC0415  # only for jobs of a cluster
+
+        given = leave.resume_point(trainer, given, cluster if fitting else None)
+    if given is None and not fitting and not provided and getattr(trainer.checkpoint_callback, "best_model_path", None):
+        given = "best"
+        rank_zero_info(
+            f"Trainer.{fn}() without a model takes the best weights. Pass the model for its weights as they are."
+        )
+    if given is None:
+        return None
+    from leyden.loops import resume  # noqa: PLC0415  # only a run that goes on with another
+
+    path = resume.find_checkpoint(given, trainer)
+    if fitting and path is None:
+        resume.set_aside(trainer.loggers)
+    elif fitting and trainer.config.rule("resumed_log") == "same version":
+        resume.continue_runs(trainer.loggers, path)
+    return path
+
+
 def epoch_bounds(config: TrainerConfig) -> tuple[int | None, int]:
     """The bounds on epochs that the Trainer's arguments come to: the smallest and the largest number (-1: no bound)."""
     min_epochs, max_epochs, defaulted = resolve_limits(config)
