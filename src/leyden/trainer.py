@@ -24,10 +24,12 @@ from leyden.loops.show import table
 from leyden.loops.start import (
     check,
     checkpoint_path,
+    compile_steps,
     configure_optimizers,
     epoch_bounds,
     log_hyperparams,
     make_session,
+    uncompiled,
     unwrap,
     warn_of_memory,
 )
@@ -188,6 +190,7 @@ class Trainer(TrainerFace):
             summary=wanted["enable_model_summary"],
             explicit=given,
         )
+        self._given: Any = None
         self._datamodule: Any = None
         self._session: Session | None = None
         self._interrupt = Interrupt()
@@ -320,6 +323,8 @@ class Trainer(TrainerFace):
 
     def _known(self, model: Any, entry: str) -> Any:
         found = self.lightning_module if model is None else model
+        if model is None and found is not None and uncompiled(self._given) is found:
+            return self._given  # compiled, if it was given so
         if found is None:
             raise MisconfigurationException(
                 f"Trainer.{entry}(model=None): this Trainer has not run any module yet. Pass one."
@@ -374,12 +379,13 @@ class Trainer(TrainerFace):
         return True
 
     def _start(
-        self, model: LightningModule, sources: dict[str, Any], datamodule: Any, ckpt_path: Any, weights_only: bool | None,
+        self, model: Any, sources: dict[str, Any], datamodule: Any, ckpt_path: Any, weights_only: bool | None,
         provided: bool = True,
     ) -> Session:  # fmt: skip
         """Everything before the first batch, in Lightning's order of hooks."""
         fn, strategy = self.state.fn, self._strategy
         assert fn is not None
+        self._given, model = model, uncompiled(model)
         fitting = fn is TrainerFn.FITTING
         named = ckpt_path or self._ckpt_path
         path = self._checkpoint_path(ckpt_path, provided)
@@ -398,7 +404,7 @@ class Trainer(TrainerFace):
             self.config = self.config.replace(semantics="leyden")
         self._datamodule = datamodule
         session = self._session = make_session(self, model, datamodule, sources, self._interrupt)
-        self._recorder = session.recorder
+        self._recorder, session.compiler = session.recorder, getattr(self._given, "dynamo_ctx", None)
         session.undo = vintage.adapt(session, self._vintage)
         self._dated = session.undo is not None
         strategy.connect(model)
@@ -418,6 +424,7 @@ class Trainer(TrainerFace):
         self.results.clear()
         session.bind(self._callbacks, self._profiler)
         strategy.setup()
+        compile_steps(session, fn)
         if fitting:
             # after the set-up: a callback may have asked for saving behind the training
             strategy.checkpoint_io.listen(self._interrupt.fail)

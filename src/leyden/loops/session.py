@@ -20,9 +20,16 @@ from leyden.progress import Progress
 from leyden.results import Results
 from leyden.signals import Interrupt
 from leyden.strategies.base import Strategy
-from leyden.types import RunningStage, TrainerView
+from leyden.types import RunningStage, TrainerFn, TrainerView
 
 _LENT = ("log", "log_dict")
+STEPS = {
+    TrainerFn.FITTING: ("training_step", "validation_step"),
+    TrainerFn.VALIDATING: ("validation_step",),
+    TrainerFn.TESTING: ("test_step",),
+    TrainerFn.PREDICTING: ("predict_step",),
+}
+"""The steps that each kind of run takes."""
 
 
 class TrainerCore(TrainerView, Protocol):
@@ -54,6 +61,10 @@ class Session:
     """Whether this fit has all that a validation needs."""
     optimization: Any = None
     """The verbs of the fit, once the optimizers are configured."""
+    compiler: Any = None
+    """What the user has compiled the module with; None if he has not."""
+    compilation: Any = None
+    """What stands on the module while the run is compiled."""
     undo: Callable[[], None] | None = None
     """Takes away what was put on the module for the length of the run."""
     checkpoint: dict[str, Any] | None = None
@@ -128,6 +139,8 @@ class Session:
     def release(self, callbacks: list[Any]) -> None:
         """Take back what the run lent out."""
         self.module.log_into(None)
+        if self.compilation is not None:
+            self.compilation.remove()
         if self.undo is not None:
             self.undo()
         for callback in callbacks:

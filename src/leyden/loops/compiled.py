@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is compiled: its steps go through ``torch.compile`` whole, and what they log comes out beside the result.
+
+    whole steps      the loss is compiled with the model; under manual optimization the layers are, one by one, since a
+                     step that runs backward and optimizers is no graph
+    self.log         writes on a tape while it is traced; after the step the tape is played to where values are kept
+    numbers          the index of the batch and the counters come in as sizes of empty tensors, which may change without
+                     a new graph; so may the number of samples, where the last batch of a loader is a short one
+    failures         torch runs the code that it cannot compile as it is, and from then on so do we
+    reports          torch tells when it compiles; only then is anything looked at
+
+It is made when a run begins and taken away when it ends: no setting of torch, no attribute of the module outlives it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import callback, config, maybe_mark_dynamic
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import get_compilation_metrics
+from torch._functorch import config as backward_config
+from torch.utils.data import BatchSampler
+
+from leyden.errors import MisconfigurationException
+from leyden.hooks import names_in
+from leyden.loops import batches
+from leyden.loops.session import STEPS, Session
+from leyden.module import LightningModule
+from leyden.results import Store
+from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
+from leyden.tree import leaves
+from leyden.types import MetricLike, TrainerFn
+
+REPORTS = 3
+"""So many recompilations of a run are told of one by one."""
+_COUNTERS = {"current_epoch": "epoch", "global_step": "global_step"}
+_NOTHING = object()
+
+
+class Tape:
+    """Stands in for ``Store.log``: code that is traced writes on it; calls of other code go on to the store.
+
+    Args:
+        store: Where values are kept.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.entries: list[tuple[Any, ...]] = []
+        self.before = vars(store).get("log", _NOTHING)
+        vars(store)["log"] = self.log
+
+    def log(self, name: str, value: Any, *options: Any) -> None:
+        """Take the arguments of ``Store.log``; the last of ``options`` begins with ``enable_graph``."""
+        if torch.compiler.is_dynamo_compiling():
+            if isinstance(value, Tensor):
+                # a copy: what the step does to its tensor afterwards must not change what was logged
+                value = (value if options[-1][0] else value.detach()).clone()
+            self.entries.append((name, value, *options))
+            return
+        if self.entries:
+            self.play()  # what the step has logged until here
+        Store.log(self.store, name, value, *options)
+
+    def play(self) -> None:
+        """Store what is on the tape, and leave it empty."""
+        entries, self.entries = self.entries, []
+        for entry in entries:
+            Store.log(self.store, *entry)
+
+    def remove(self) -> None:
+        """Give the store back as it was."""
+        _put(vars(self.store), "log", self.before)
+
+
+def _put(attributes: dict[str, Any], name: str, value: Any) -> None:
+    if value is _NOTHING:
+        attributes.pop(name, None)
+    else:
+        attributes[name] = value
+
+
+def _traced(
+    step: Callable[..., Any], batch: Any, rest: tuple[Any, ...], number: Any, counters: Mapping[str, Any], progress: Any
+) -> Any:
+    """What is compiled: a step, with numbers that become no constants of its graph."""
+    if number is not None:
+        rest = (number.shape[0] - 2, *rest[1:])
+    for name in counters:
+        # written before anybody reads it: the graph goes by the size, not by the value that it saw first
+        setattr(progress, name, counters[name].shape[0] - 2)
+    return step(batch, *rest)
+
+
+def _sized(number: int) -> Tensor:
+    """Return an empty tensor that stands for ``number``. Sizes of 0 and 1 would be constants, hence the 2."""
+    tensor = torch.empty((number + 2, 0), device="cpu")
+    maybe_mark_dynamic(tensor, 0)
+    return tensor
+
+
+def _own_code(function: Any, name: str) -> Any:
+    """Return ``function`` with code of its own: torch keeps graphs by code, so those of another run are not in the way."""
+    if isinstance(function, types.MethodType):
+        return types.MethodType(_own_code(function.__func__, name), function.__self__)
+    if not isinstance(function, types.FunctionType):
+        return function
+    code = function.__code__.replace(co_name=name)
+    own = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
+
+
+class CompiledStep:
+    """Stands on the module in the place of one of its steps, for the length of a run.
+
+    Args:
+        run: The compilation of the run.
+        name: The name of the step.
+        step: The step.
+        compile: What compiles; None if the user has compiled the step himself.
+        loader: Returns the loaders that the batches come from, once they are there.
+    """
+
+    def __init__(
+        self, run: Compilation, name: str, step: Callable[..., Any], compile: Callable[..., Any] | None,
+        loader: Callable[[], Any],
+    ) -> None:  # fmt: skip
+        functools.update_wrapper(self, step)
+        self.run, self.name, self.plain, self.loader = run, name, step, loader
+        self.step = step if compile is None else _own_code(step, name)
+        self.compiled = None if compile is None else compile(_own_code(_traced, name))
+        self.tape = run.tapes[name == "training_step"]
+        self.off = False
+        """Whether the step is no longer compiled."""
+        self.ragged: bool | None = None
+        """Whether its batches differ in the number of samples; None until the loaders are there."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = self.run
+        if torch.compiler.is_dynamo_compiling() or self.off or run.inside or kwargs:
+            return self.plain(*args, **kwargs)
+        run.inside = True
+        self.tape.entries.clear()  # of somebody who traced a step without running it here
+        try:
+            output = self.plain(*args) if self.compiled is None else self._run(args)
+        finally:
+            run.inside = False
+        if self.tape.entries:
+            self.tape.play()
+        if run.news:
+            run.report(self)
+        return output
+
+    def _run(self, args: tuple[Any, ...]) -> Any:
+        run, batch, rest = self.run, args[0], args[1:]
+        if self.ragged is None:
+            self.ragged = _ragged(self.loader())
+        if self.ragged and not _mark(batch):
+            return self.plain(*args)
+        number = _sized(rest[0]) if rest and type(rest[0]) is int else None
+        counters = {name: _sized(getattr(run.progress, name)) for name in run.reads}
+        try:
+            return self.compiled(self.step, batch, rest, number, counters, run.progress)  # type: ignore[misc]
+        except TorchDynamoException as error:
+            # only with fullgraph=True: the step is then one piece of code, of which nothing has run
+            run.failure = error
+        self.tape.entries.clear()
+        return self.plain(*args)
+
+
+def _mark(batch: Any) -> bool:
+    """Let the number of samples in ``batch`` change without a new graph; False for a batch of a single sample.
+
+    torch would make a graph of its own for that.
+    """
+    tensors = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+    if tensors and all(tensor.shape[0] == 1 for tensor in tensors):
+        return False
+    for tensor in tensors:
+        maybe_mark_dynamic(tensor, 0)
+    return True
+
+
+def _ragged(loaders: Any) -> bool:
+    """Whether the batches of ``loaders`` are known to differ in the number of samples."""
+    sizes: set[int] = set()
+    for loader in getattr(loaders, "flattened", ()):
+        sampler = getattr(loader, "batch_sampler", None)
+        if type(sampler) is BatchSampler and hasattr(sampler.sampler, "__len__"):
+            samples = len(sampler.sampler)
+            sizes.add(min(samples, sampler.batch_size))
+            if samples > sampler.batch_size and samples % sampler.batch_size and not sampler.drop_last:
+                return True
+    return len(sizes) > 1
+
+
+class Compilation:
+    """All that a compiled run puts in place.
+
+    Args:
+        session: The run; its hooks are bound.
+        fn: Which entry point runs.
+
+    Raises:
+        MisconfigurationException: for arguments that ``torch.compile`` does not take.
+    """
+
+    def __init__(self, session: Session, fn: TrainerFn) -> None:
+        self.module, self.progress = session.module, session.progress
+        self.inside = False
+        """Whether a step runs now: one that it calls is a part of it."""
+        self.news = False
+        """Whether torch has compiled something since the last report."""
+        self.failure: BaseException | None = None
+        """What torch could not compile since the last report."""
+        self.reads = _reads(self.module)
+        self.tapes = [Tape(session.results.eval), Tape(session.results.train)]
+        self.steps: dict[str, Any] = {}
+        self.layers: list[nn.Module] = []
+        self.told: set[str] = set()
+        self.again: dict[str, int] = {}
+        self.last: Any = next(reversed(get_compilation_metrics()), None)
+        self.stack = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.remove)
+            self._settings()
+            self._install(session, fn)
+            stack.pop_all()
+
+    def _settings(self) -> None:
+        """Say to torch what holds for the length of the run."""
+        # what fails to compile runs as it is, from where it stands: nothing happens twice
+        self.stack.enter_context(config.patch(suppress_errors=True))
+        if hasattr(backward_config, "force_non_lazy_backward_lowering"):
+            # together with forward, so that it is known before the first batch whether it can be
+            self.stack.enter_context(backward_config.patch(force_non_lazy_backward_lowering=True))
+        callback.on_compile_end(self._note)
+        self.stack.callback(callback.callback_handler.remove_end_callback, self._note)
+        said = logging.getLogger("torch._dynamo.convert_frame")
+        said.addFilter(self._hear)
+        self.stack.callback(said.removeFilter, self._hear)
+
+    def _note(self, *args: Any) -> None:
+        self.news = True
+
+    def _hear(self, record: logging.LogRecord) -> bool:
+        """Take what torch has to say of a failure, which fills a screen; we say it in a line."""
+        if record.levelno < logging.WARNING:
+            return True
+        if record.exc_info and self.failure is None:
+            self.failure = record.exc_info[1]
+        return False
+
+    def _install(self, session: Session, fn: TrainerFn) -> None:
+        trainer: Any = session.trainer
+        compile = _compiler(session)
+        loops = {
+            "training_step": trainer.fit_loop,
+            "validation_step": trainer.fit_loop.validation if fn is TrainerFn.FITTING else trainer.validate_loop,
+            "test_step": trainer.test_loop,
+            "predict_step": trainer.predict_loop,
+        }
+        own = vars(self.module)
+        for name in STEPS[fn]:
+            if name == "validation_step" and fn is TrainerFn.FITTING and not session.validates:
+                continue
+            step = getattr(self.module, name)
+            step = getattr(step, "plain", step)  # of the run around this one
+            if batches.takes(step, "dataloader_iter"):
+                rank_zero_info(f"{name} draws its batches itself, so it is not compiled.")
+                continue
+            mine = None if by_user(step) else compile
+            if name == "training_step" and mine is not None and not self.module.automatic_optimization:
+                self._compile_layers(self.module, compile)
+                mine = None
+            self.steps[name] = own.get(name, _NOTHING)
+            own[name] = CompiledStep(self, name, step, mine, lambda loop=loops[name]: loop.loader)
+            own["_compiled"] = tuple(self.steps)
+
+    def _compile_layers(self, module: nn.Module, compile: Callable[..., Any]) -> None:
+        """Compile the layers of ``module`` in place, but for those that the user has compiled, and for metrics."""
+        for layer in module.children():
+            if isinstance(layer, MetricLike) or hasattr(layer, "_orig_mod") or vars(layer).get("_compiled_call_impl"):
+                continue
+            if type(layer).forward is nn.Module.forward:
+                self._compile_layers(layer, compile)  # a list or dict of layers
+            elif next(layer.parameters(), None) is not None:
+                vars(layer)["_compiled_call_impl"] = compile(layer._call_impl)  # noqa: SLF001  # what Module.compile does
+                self.layers.append(layer)
+
+    def remove(self) -> None:
+        """Give everything back as it was."""
+        own = vars(self.module)
+        for name, before in self.steps.items():
+            _put(own, name, before)
+        own.pop("_compiled", None)
+        for layer in self.layers:
+            vars(layer).pop("_compiled_call_impl", None)
+        for tape in self.tapes:
+            tape.remove()
+        self.stack.close()
+
+    # ------------------------------------------------------------------ what torch did
+
+    def report(self, step: CompiledStep) -> None:
+        """Say what torch did while ``step`` ran: what it could not compile, and what it had to compile again."""
+        self.news = False
+        failure, self.failure = self.failure, None
+        news = self._metrics()
+        if failure is not None:
+            self._give_up(step, str(failure))
+            return
+        for metrics in news:
+            name, again = str(metrics.co_name), getattr(metrics, "recompile_reason", None)
+            broken = [str(metrics.fail_reason)] if metrics.fail_type else sorted(metrics.restart_reasons or ())
+            broken = [reason for reason in broken if "Explanation:" in reason]
+            if metrics.fail_type is None and again:
+                self._tell_again(name.removeprefix("torch_dynamo_resume_in_").partition("_at_")[0], again)
+            elif again:
+                self._tell(
+                    f"limit of {step.name}",
+                    f"{step.name} has been compiled as often as torch allows (torch._dynamo.config.recompile_limit): what"
+                    f" fits none of its graphs runs uncompiled. The last reason: {_guard(again)}",
+                )
+            elif broken:
+                self._tell(
+                    f"break in {step.name}",
+                    f"{step.name} is compiled in parts, since torch cannot compile it as a whole: {_reason(broken[0])}",
+                )
+
+    def _metrics(self) -> list[Any]:
+        """What torch has measured of its compilations of code, not of backward, since the last report."""
+        news = []
+        for metrics in reversed(get_compilation_metrics()):
+            if metrics is self.last:
+                break
+            news.append(metrics)
+        self.last = news[0] if news else self.last
+        return [metrics for metrics in reversed(news) if metrics.is_forward is not False]
+
+    def _give_up(self, step: CompiledStep, why: str) -> None:
+        step.off = True
+        for layer in self.layers if step.compiled is None else ():
+            vars(layer).pop("_compiled_call_impl", None)
+        reason = _reason(why)
+        if reason not in self.told:
+            self.told.add(reason)
+            rank_zero_warn(
+                f"{step.name} could not be compiled, so it runs uncompiled, as will every step that fails in the same way:"
+                f" {reason}"
+            )
+
+    def _tell_again(self, name: str, why: str) -> None:
+        self.again[name] = self.again.get(name, 0) + 1
+        total = sum(self.again.values())
+        if total <= REPORTS:
+            times = "" if self.again[name] == 1 else f" ({self.again[name]} times by now)"
+            rank_zero_info(f"{name} was compiled again{times}: {_guard(why)}")
+        elif total == REPORTS + 1:
+            rank_zero_info("Something was compiled again; from here on TORCH_LOGS=recompiles tells what, and why.")
+
+    def _tell(self, topic: str, text: str) -> None:
+        """Say ``text``, once in a run."""
+        if topic not in self.told:
+            self.told.add(topic)
+            rank_zero_info(text)
+
+
+def by_user(step: Any) -> bool:
+    """Whether somebody has put ``torch.compile`` around a step already."""
+    return hasattr(step, "_torchdynamo_orig_callable") and not getattr(step, "_torchdynamo_disable", False)
+
+
+def _compiler(session: Session) -> Callable[..., Any]:
+    """What compiles a function as the user wants it: as he compiled the module, else with the Trainer's arguments."""
+    if session.compiler is not None:
+        found: Callable[..., Any] = session.compiler
+        return found
+    given = session.config.compile
+    options = {name: value for name, value in given.items() if name != "disable"} if isinstance(given, Mapping) else {}
+
+    def compile(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return torch.compile(function, **options)  # type: ignore[no-any-return]
+        except Exception as error:
+            raise MisconfigurationException(
+                f"Trainer(compile={given!r}) is not valid. torch.compile says: {error}"
+            ) from error
+
+    return compile
+
+
+def _reads(module: nn.Module) -> list[str]:
+    """Return the counters that the code of a module's class mentions, as ``Progress`` calls them."""
+    theirs = [cls for cls in type(module).__mro__ if cls not in LightningModule.__mro__]
+    names = {name for cls in theirs for method in vars(cls).values() for name in names_in(method)}
+    return [counter for name, counter in _COUNTERS.items() if name in names]
+
+
+def _reason(text: str) -> str:
+    """Return what matters of a message of torch's, in a line."""
+    told, _, code = text.partition("from user code:")
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    reason = next((line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")), "")
+    reason = reason or next((line for line in lines if not line.startswith("backend=")), "")
+    place = [line.strip() for line in code.splitlines() if line.strip().startswith("File ")]
+    return _cut(reason) + (f" ({place[-1]})" if place else "")
+
+
+def _guard(text: str) -> str:
+    """Return what torch says of the guard that failed, in a line: without its number, and the code it comes from."""
+    first = text.strip().partition("\n")[0].partition("  #")[0].strip()
+    return _cut(first.partition(": ")[2] or first) + " does not hold any more." * ("mismatch" not in first)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 240 else text[:239] + "…"
