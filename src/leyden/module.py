@@ -330,8 +330,8 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
             )  # fmt: skip
 
     def _log_nowhere(self, name: str) -> None:
-        if torch.compiler.is_dynamo_compiling() and (not self.attached or self.trainer.barebones):
-            return  # a warning would break the graph
+        if torch.compiler.is_dynamo_compiling() and self._results is None:
+            return  # somebody looks at what torch makes of a step: saying something would break the graph
         if not self.attached:
             rank_zero_warn(
                 f"self.log({name!r}, ...) was called without a Trainer; the value is dropped. It works while fit,"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import re
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -42,6 +43,8 @@ from leyden.types import MetricLike, TrainerFn
 REPORTS = 3
 """So many recompilations of a run are told of one by one."""
 _COUNTERS = {"current_epoch": "epoch", "global_step": "global_step"}
+_NUMBER = re.compile(r"tensor '(?:counters\[')?(batch_idx|epoch|global_step)[\]']+ size mismatch at index 0. expected (\d+), actual (\d+)")
+"""What torch says of a number that is the size of a tensor, and did become a constant."""
 _NOTHING = object()
 
 
@@ -89,15 +92,20 @@ def _put(attributes: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _traced(
-    step: Callable[..., Any], batch: Any, rest: tuple[Any, ...], number: Any, counters: Mapping[str, Any], progress: Any
+    step: Callable[..., Any], batch: Any, rest: tuple[Any, ...], batch_idx: Any, counters: Mapping[str, Any], progress: Any
 ) -> Any:
     """What is compiled: a step, with numbers that become no constants of its graph."""
-    if number is not None:
-        rest = (number.shape[0] - 2, *rest[1:])
+    if batch_idx is not None:
+        rest = (batch_idx.shape[0] - 2, *rest[1:])
     for name in counters:
         # written before anybody reads it: the graph goes by the size, not by the value that it saw first
         setattr(progress, name, counters[name].shape[0] - 2)
     return step(batch, *rest)
+
+
+def _called(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What is compiled of a layer: its call, with its hooks."""
+    return layer._call_impl(*args, **kwargs)  # noqa: SLF001  # the call itself would lead back here
 
 
 def _sized(number: int) -> Tensor:
@@ -166,10 +174,10 @@ class CompiledStep:
             self.ragged = _ragged(self.loader())
         if self.ragged and not _mark(batch):
             return self.plain(*args)
-        number = _sized(rest[0]) if rest and type(rest[0]) is int else None
+        batch_idx = _sized(rest[0]) if rest and type(rest[0]) is int else None
         counters = {name: _sized(getattr(run.progress, name)) for name in run.reads}
         try:
-            return self.compiled(self.step, batch, rest, number, counters, run.progress)  # type: ignore[misc]
+            return self.compiled(self.step, batch, rest, batch_idx, counters, run.progress)  # type: ignore[misc]
         except TorchDynamoException as error:
             # only with fullgraph=True: the step is then one piece of code, of which nothing has run
             run.failure = error
@@ -239,25 +247,34 @@ class Compilation:
     def _settings(self) -> None:
         """Say to torch what holds for the length of the run."""
         # what fails to compile runs as it is, from where it stands: nothing happens twice
-        self.stack.enter_context(config.patch(suppress_errors=True))
-        if hasattr(backward_config, "force_non_lazy_backward_lowering"):
-            # together with forward, so that it is known before the first batch whether it can be
-            self.stack.enter_context(backward_config.patch(force_non_lazy_backward_lowering=True))
+        self._set(config, "suppress_errors")
+        # backward together with forward, so that it is known before the first batch whether it can be
+        self._set(backward_config, "force_non_lazy_backward_lowering")
+        # a number in the model that changes, such as a counter, may change again
+        self._set(config, "allow_unspec_int_on_nn_module")
         callback.on_compile_end(self._note)
-        self.stack.callback(callback.callback_handler.remove_end_callback, self._note)
+        self.stack.callback(self._stop_noting)
         said = logging.getLogger("torch._dynamo.convert_frame")
         said.addFilter(self._hear)
         self.stack.callback(said.removeFilter, self._hear)
 
+    def _set(self, settings: Any, name: str) -> None:
+        if hasattr(settings, name):  # not every version of torch has all of them
+            self.stack.enter_context(settings.patch(**{name: True}))
+
     def _note(self, *args: Any) -> None:
         self.news = True
+
+    def _stop_noting(self) -> None:
+        with contextlib.suppress(ValueError):  # whoever resets torch's compiler removes it
+            callback.callback_handler.remove_end_callback(self._note)
 
     def _hear(self, record: logging.LogRecord) -> bool:
         """Take what torch has to say of a failure, which fills a screen; we say it in a line."""
         if record.levelno < logging.WARNING:
             return True
         if record.exc_info and self.failure is None:
-            self.failure = record.exc_info[1]
+            self.failure, self.news = record.exc_info[1], True
         return False
 
     def _install(self, session: Session, fn: TrainerFn) -> None:
@@ -294,7 +311,9 @@ class Compilation:
             if type(layer).forward is nn.Module.forward:
                 self._compile_layers(layer, compile)  # a list or dict of layers
             elif next(layer.parameters(), None) is not None:
-                vars(layer)["_compiled_call_impl"] = compile(layer._call_impl)  # noqa: SLF001  # what Module.compile does
+                # what Module.compile does, which leaves layers of torch's own as they are
+                compiled = compile(_own_code(_called, type(layer).__name__))
+                vars(layer)["_compiled_call_impl"] = functools.partial(compiled, layer)
                 self.layers.append(layer)
 
     def remove(self) -> None:
@@ -419,6 +438,9 @@ def _reason(text: str) -> str:
 def _guard(text: str) -> str:
     """Return what torch says of the guard that failed, in a line: without its number, and the code it comes from."""
     first = text.strip().partition("\n")[0].partition("  #")[0].strip()
+    if (number := _NUMBER.search(first)) is not None:
+        name, before, now = number.groups()
+        return f"it computes something else where {name} is {int(now) - 2} than where it is {int(before) - 2}."
     return _cut(first.partition(": ")[2] or first) + " does not hold any more." * ("mismatch" not in first)
 
 
