@@ -43,7 +43,9 @@ from leyden.types import MetricLike, TrainerFn
 REPORTS = 3
 """So many recompilations of a run are told of one by one."""
 _COUNTERS = {"current_epoch": "epoch", "global_step": "global_step"}
-_NUMBER = re.compile(r"tensor '(?:counters\[')?(batch_idx|epoch|global_step)[\]']+ size mismatch at index 0. expected (\d+), actual (\d+)")
+_NUMBER = re.compile(
+    r"tensor '(?:counters\[')?(batch_idx|epoch|global_step)[\]']+ size mismatch at index 0. expected (\d+), actual (\d+)"
+)
 """What torch says of a number that is the size of a tensor, and did become a constant."""
 _NOTHING = object()
 
@@ -92,7 +94,12 @@ def _put(attributes: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _traced(
-    step: Callable[..., Any], batch: Any, rest: tuple[Any, ...], batch_idx: Any, counters: Mapping[str, Any], progress: Any
+    step: Callable[..., Any],
+    batch: Any,
+    rest: tuple[Any, ...],
+    batch_idx: Any,
+    counters: Mapping[str, Any],
+    progress: Any,
 ) -> Any:
     """What is compiled: a step, with numbers that become no constants of its graph."""
     if batch_idx is not None:
@@ -273,8 +280,15 @@ class Compilation:
         """Take what torch has to say of a failure, which fills a screen; we say it in a line."""
         if record.levelno < logging.WARNING:
             return True
+        self.news = True
         if record.exc_info and self.failure is None:
-            self.failure, self.news = record.exc_info[1], True
+            self.failure = record.exc_info[1]
+            if getattr(self.failure, "frame_exec_strategy", _NOTHING) is None:
+                # what the code calls need not be tried for itself
+                from torch._dynamo.types import FrameAction, FrameExecStrategy  # noqa: PLC0415  # newer than the oldest torch
+
+                skip = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+                self.failure.frame_exec_strategy = skip  # type: ignore[union-attr]
         return False
 
     def _install(self, session: Session, fn: TrainerFn) -> None:
@@ -410,7 +424,7 @@ def _compiler(session: Session) -> Callable[..., Any]:
     def compile(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return torch.compile(function, **options)  # type: ignore[no-any-return]
-        except Exception as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise MisconfigurationException(
                 f"Trainer(compile={given!r}) is not valid. torch.compile says: {error}"
             ) from error
