@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import re
 import types
@@ -112,7 +113,8 @@ def _traced(
 
 def _called(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What is compiled of a layer: its call, with its hooks."""
-    return layer._call_impl(*args, **kwargs)  # noqa: SLF001  # the call itself would lead back here
+    call: Any = layer._call_impl  # noqa: SLF001  # the call itself would lead back here
+    return call(*args, **kwargs)
 
 
 def _sized(number: int) -> Tensor:
@@ -141,7 +143,7 @@ class CompiledStep:
         run: The compilation of the run.
         name: The name of the step.
         step: The step.
-        compile: What compiles; None if the user has compiled the step himself.
+        compile: What compiles the step; None leaves it as it is.
         loader: Returns the loaders that the batches come from, once they are there.
     """
 
@@ -154,19 +156,19 @@ class CompiledStep:
         self.step = step if compile is None else _own_code(step, name)
         self.compiled = None if compile is None else compile(_own_code(_traced, name))
         self.tape = run.tapes[name == "training_step"]
-        self.off = False
-        """Whether the step is no longer compiled."""
+        self.off = compile is None
+        """Whether the step runs as it is: compiled by the user, in its layers, or not at all any more."""
         self.ragged: bool | None = None
         """Whether its batches differ in the number of samples; None until the loaders are there."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = self.run
-        if torch.compiler.is_dynamo_compiling() or self.off or run.inside or kwargs:
-            return self.plain(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling() or run.inside or kwargs:
+            return self.plain(*args, **kwargs)  # a part of the step that runs
         run.inside = True
         self.tape.entries.clear()  # of somebody who traced a step without running it here
         try:
-            output = self.plain(*args) if self.compiled is None else self._run(args)
+            output = self.plain(*args) if self.off else self._run(args)
         finally:
             run.inside = False
         if self.tape.entries:
@@ -211,11 +213,11 @@ def _ragged(loaders: Any) -> bool:
     for loader in getattr(loaders, "flattened", ()):
         sampler = getattr(loader, "batch_sampler", None)
         if type(sampler) is BatchSampler and hasattr(sampler.sampler, "__len__"):
-            samples = len(sampler.sampler)
+            samples = len(sampler.sampler)  # type: ignore[arg-type]
             sizes.add(min(samples, sampler.batch_size))
             if samples > sampler.batch_size and samples % sampler.batch_size and not sampler.drop_last:
                 return True
-    return len(sizes) > 1
+    return len(sizes) > 1 and loaders.mode == "sequential"
 
 
 class Compilation:
@@ -285,9 +287,8 @@ class Compilation:
             self.failure = record.exc_info[1]
             if getattr(self.failure, "frame_exec_strategy", _NOTHING) is None:
                 # what the code calls need not be tried for itself
-                from torch._dynamo.types import FrameAction, FrameExecStrategy  # noqa: PLC0415  # newer than the oldest torch
-
-                skip = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+                kinds: Any = importlib.import_module("torch._dynamo.types")  # newer than the oldest torch
+                skip = kinds.FrameExecStrategy(kinds.FrameAction.SKIP, kinds.FrameAction.SKIP)
                 self.failure.frame_exec_strategy = skip  # type: ignore[union-attr]
         return False
 
@@ -309,12 +310,14 @@ class Compilation:
             if batches.takes(step, "dataloader_iter"):
                 rank_zero_info(f"{name} draws its batches itself, so it is not compiled.")
                 continue
-            mine = None if by_user(step) else compile
-            if name == "training_step" and mine is not None and not self.module.automatic_optimization:
-                self._compile_layers(self.module, compile)
-                mine = None
+            whole = None if by_user(step) else compile
+            if whole is None and not by_user(step):
+                continue
+            if whole is not None and name == "training_step" and not self.module.automatic_optimization:
+                self._compile_layers(self.module, whole)
+                whole = None
             self.steps[name] = own.get(name, _NOTHING)
-            own[name] = CompiledStep(self, name, step, mine, lambda loop=loops[name]: loop.loader)
+            own[name] = CompiledStep(self, name, step, whole, functools.partial(getattr, loops[name], "loader"))
             own["_compiled"] = tuple(self.steps)
 
     def _compile_layers(self, module: nn.Module, compile: Callable[..., Any]) -> None:
@@ -323,7 +326,7 @@ class Compilation:
             if isinstance(layer, MetricLike) or hasattr(layer, "_orig_mod") or vars(layer).get("_compiled_call_impl"):
                 continue
             if type(layer).forward is nn.Module.forward:
-                self._compile_layers(layer, compile)  # a list or dict of layers
+                self._compile_layers(layer, compile)  # a list of layers, or a dict
             elif next(layer.parameters(), None) is not None:
                 # what Module.compile does, which leaves layers of torch's own as they are
                 compiled = compile(_own_code(_called, type(layer).__name__))
@@ -378,11 +381,11 @@ class Compilation:
                 break
             news.append(metrics)
         self.last = news[0] if news else self.last
-        return [metrics for metrics in reversed(news) if metrics.is_forward is not False]
+        return [metrics for metrics in reversed(news) if getattr(metrics, "is_forward", None) is not False]
 
     def _give_up(self, step: CompiledStep, why: str) -> None:
         step.off = True
-        for layer in self.layers if step.compiled is None else ():
+        for layer in self.layers if step.name == "training_step" else ():
             vars(layer).pop("_compiled_call_impl", None)
         reason = _reason(why)
         if reason not in self.told:
@@ -413,17 +416,19 @@ def by_user(step: Any) -> bool:
     return hasattr(step, "_torchdynamo_orig_callable") and not getattr(step, "_torchdynamo_disable", False)
 
 
-def _compiler(session: Session) -> Callable[..., Any]:
+def _compiler(session: Session) -> Callable[..., Any] | None:
     """What compiles a function as the user wants it: as he compiled the module, else with the Trainer's arguments."""
+    given: Any = session.config.compile
     if session.compiler is not None:
         found: Callable[..., Any] = session.compiler
         return found
-    given = session.config.compile
-    options = {name: value for name, value in given.items() if name != "disable"} if isinstance(given, Mapping) else {}
+    options = dict(given) if isinstance(given, Mapping) else {}
+    if not (options or given is True) or options.pop("disable", False):
+        return None
 
     def compile(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
-            return torch.compile(function, **options)  # type: ignore[no-any-return]
+            return torch.compile(function, **options)
         except (RuntimeError, TypeError, ValueError) as error:
             raise MisconfigurationException(
                 f"Trainer(compile={given!r}) is not valid. torch.compile says: {error}"

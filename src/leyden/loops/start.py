@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from leyden import vintage
@@ -73,8 +73,6 @@ def uncompiled(model: Any) -> Any:
 def compile_steps(session: Session, fn: TrainerFn) -> None:
     """Compile the steps of a run, if the Trainer says so, or the user has compiled the module or one of its steps."""
     wanted = session.config.compile
-    if isinstance(wanted, Mapping):
-        wanted = not wanted.get("disable")
     steps = [getattr(session.module, name) for name in STEPS[fn]]
     if wanted or session.compiler is not None or any(hasattr(step, "_torchdynamo_orig_callable") for step in steps):
         from leyden.loops.compiled import Compilation  # noqa: PLC0415  # loads all of torch's compiler
