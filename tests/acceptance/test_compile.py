@@ -348,6 +348,18 @@ def test_y2_beyond_the_limit_of_graphs_the_rest_runs_uncompiled_and_that_is_told
     assert "torch._dynamo hit config" not in capfd.readouterr().err
 
 
+def test_y2_a_loss_that_is_logged_with_item_is_still_one_graph() -> None:
+    class Reads(Silent):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("read", loss.item())
+            self.log("positive", (batch[0] > 0).sum().item())
+            return loss
+
+    assert Run(Reads, {"backend": counted}).equals(Run(Reads))
+    assert len(GRAPHS) == 1
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, about a resumed piece of the step
 def test_y2_a_step_that_breaks_its_graph_is_told_so_and_logs_in_its_order(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
@@ -355,6 +367,7 @@ def test_y2_a_step_that_breaks_its_graph_is_told_so_and_logs_in_its_order(
     class Prints(Silent):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             self.log("twice", 1.0)
+            self.log("rate", self.trainer.optimizers[0].param_groups[0]["lr"])
             loss = super().training_step(batch, batch_idx)
             print("in the middle")
             self.log("twice", 2.0)
@@ -364,6 +377,7 @@ def test_y2_a_step_that_breaks_its_graph_is_told_so_and_logs_in_its_order(
     mine = Run(Prints, {"backend": counted})
     assert mine.equals(Run(Prints))
     assert mine.trainer.callback_metrics["twice"] == 2.0
+    assert len(GRAPHS) < 8  # what was logged before the break is not what the rest is compiled for
     told = [record.message for record in caplog.records if "compiled in parts" in record.message]
     assert len(told) == 1
     assert "print" in told[0]

@@ -51,6 +51,16 @@ _NUMBER = re.compile(
 _NOTHING = object()
 
 
+class _Entry:
+    """One call of ``self.log`` on a tape, and the entry before it.
+
+    Not a list of all: code that goes on after a break in its graph would be compiled for what is in it by then.
+    """
+
+    def __init__(self, before: _Entry | None, arguments: tuple[Any, ...]) -> None:
+        self.before, self.arguments = before, arguments
+
+
 class Tape:
     """Stands in for ``Store.log``: code that is traced writes on it; calls of other code go on to the store.
 
@@ -60,7 +70,7 @@ class Tape:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.entries: list[tuple[Any, ...]] = []
+        self.last: _Entry | None = None
         self.before = vars(store).get("log", _NOTHING)
         vars(store)["log"] = self.log
 
@@ -70,17 +80,21 @@ class Tape:
             if isinstance(value, Tensor):
                 # a copy: what the step does to its tensor afterwards must not change what was logged
                 value = (value if options[-1][0] else value.detach()).clone()
-            self.entries.append((name, value, *options))
+            self.last = _Entry(self.last, (name, value, *options))
             return
-        if self.entries:
+        if self.last is not None:
             self.play()  # what the step has logged until here
         Store.log(self.store, name, value, *options)
 
     def play(self) -> None:
         """Store what is on the tape, and leave it empty."""
-        entries, self.entries = self.entries, []
-        for entry in entries:
-            Store.log(self.store, *entry)
+        entry, self.last = self.last, None
+        calls = []
+        while entry is not None:
+            calls.append(entry.arguments)
+            entry = entry.before
+        for arguments in reversed(calls):
+            Store.log(self.store, *arguments)
 
     def remove(self) -> None:
         """Give the store back as it was."""
@@ -166,12 +180,12 @@ class CompiledStep:
         if torch.compiler.is_dynamo_compiling() or run.inside or kwargs:
             return self.plain(*args, **kwargs)  # a part of the step that runs
         run.inside = True
-        self.tape.entries.clear()  # of somebody who traced a step without running it here
+        self.tape.last = None  # of somebody who traced a step without running it here
         try:
             output = self.plain(*args) if self.off else self._run(args)
         finally:
             run.inside = False
-        if self.tape.entries:
+        if self.tape.last is not None:
             self.tape.play()
         if run.news:
             run.report(self)
@@ -190,7 +204,7 @@ class CompiledStep:
         except TorchDynamoException as error:
             # only with fullgraph=True: the step is then one piece of code, of which nothing has run
             run.failure = error
-        self.tape.entries.clear()
+        self.tape.last = None
         return self.plain(*args)
 
 
@@ -259,6 +273,8 @@ class Compilation:
         self._set(config, "suppress_errors")
         # backward together with forward, so that it is known before the first batch whether it can be
         self._set(backward_config, "force_non_lazy_backward_lowering")
+        # loss.item() is part of the graph, and no end of it
+        self._set(config, "capture_scalar_outputs")
         # a number in the model that changes, such as a counter, may change again
         self._set(config, "allow_unspec_int_on_nn_module")
         callback.on_compile_end(self._note)
@@ -364,8 +380,9 @@ class Compilation:
             elif again:
                 self._tell(
                     f"limit of {step.name}",
-                    f"{step.name} has been compiled as often as torch allows (torch._dynamo.config.recompile_limit): what"
-                    f" fits none of its graphs runs uncompiled. The last reason: {_guard(again)}",
+                    f"{step.name}, or a part of it, has been compiled as often as torch allows"
+                    " (torch._dynamo.config.recompile_limit): what fits none of its graphs runs uncompiled. The last"
+                    f" reason: {_guard(again)}",
                 )
             elif broken:
                 self._tell(
