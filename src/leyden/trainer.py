@@ -96,7 +96,8 @@ class Trainer(TrainerFace):
         model_registry: Accepted for compatibility.
         semantics: ``"leyden"``, or ``"lightning"`` for its behaviour where ours differs on purpose. None is ``"leyden"``,
             except in a program that imports Lightning's names (``leyden.compat``).
-        compile: Compile the steps with ``torch.compile``; a dict holds its arguments (``{"mode": "max-autotune"}``).
+        compile: Compile the steps with ``torch.compile``; a dict holds its arguments (``{"mode": "max-autotune"}``). What
+            cannot be compiled runs uncompiled, with a warning that says why.
         cuda_graphs: Capture the whole update as a CUDA graph and replay it, where it can be.
         fused_optimizers: Give Adam, AdamW, SGD and Adagrad their fused form, where the device has one.
         fast_data: Read data that lies in memory a batch at a time, keep it on the device where it is small, copy batches
