@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from leyden.config import TrainerConfig
 from leyden.datamodule import LightningDataModule
@@ -21,6 +21,9 @@ from leyden.results import Results
 from leyden.signals import Interrupt
 from leyden.strategies.base import Strategy
 from leyden.types import RunningStage, TrainerView
+
+if TYPE_CHECKING:
+    from leyden.data.resident import Shelf
 
 _LENT = ("log", "log_dict")
 
@@ -60,6 +63,7 @@ class Session:
     """What a fit goes on from, until all of it is restored."""
     position: Any = None
     """Where a resumed fit stood in its data; None once it is there."""
+    _shelf: Shelf | None = None
 
     @property
     def config(self) -> TrainerConfig:
@@ -128,12 +132,34 @@ class Session:
     def release(self, callbacks: list[Any]) -> None:
         """Take back what the run lent out."""
         self.module.log_into(None)
+        if self._shelf is not None:
+            self._shelf.release()
         if self.undo is not None:
             self.undo()
         for callback in callbacks:
             for name in _LENT:
                 if getattr(vars(callback).get(name), "__self__", None) is self.module:
                     delattr(callback, name)
+
+    def shelf(self, draws: bool = False) -> Shelf | None:
+        """Return what keeps small data sets on the device for the length of the run; None where batches begin on the host.
+
+        ``draws`` as for ``transfer``.
+        """
+        hooks, strategy = self.hooks, self.strategy
+        touched = bool(
+            hooks.on_before_batch_transfer or hooks.transfer_batch_to_device or hooks.on_after_batch_transfer
+        ) or _converts(strategy.precision)
+        device = strategy.root_device
+        if device.type == "cpu":
+            return None
+        from leyden.data.resident import Shelf, may_reside  # noqa: PLC0415  # only where there is a device
+
+        if not may_reside(device, self.config.fast_data, touched, draws):
+            return None
+        if self._shelf is None:
+            self._shelf = Shelf(device)
+        return self._shelf
 
     def transfer(self, draws: bool = False) -> Callable[[Any, int], Any] | None:
         """Return the function that brings a batch to the device, or None if there is nothing to do.
@@ -149,7 +175,7 @@ class Session:
             hooks.on_after_batch_transfer,
         )
         precision, device = strategy.precision, strategy.root_device
-        converts = type(precision).convert_input is not Precision.convert_input
+        converts = _converts(precision)
         if device.type == "cpu" and not (before or move or after or converts):
             return None  # loaders deliver host memory: nothing to move
         move_batch = move or module.transfer_batch_to_device
@@ -163,3 +189,7 @@ class Session:
             return after(batch, dataloader_idx) if after else batch
 
         return bring
+
+
+def _converts(precision: Precision) -> bool:
+    return type(precision).convert_input is not Precision.convert_input
