@@ -9,13 +9,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from leyden.data.whole import Changed
 from leyden.runtime.ranks import rank_zero_info
 
 SHARE = 0.1
 """The part of the device's free memory, once a step has run, that data may take at most."""
 PROBES = 4096
 """How many elements of a tensor are compared when a pass begins, to notice changes that torch knows nothing of."""
+
+
+class Changed(Exception):
+    """A data set holds other data than when the pass began."""
 
 
 class Copy:

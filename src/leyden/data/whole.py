@@ -13,17 +13,15 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, StackDataset, Subset, TensorDataset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+from leyden.data.resident import Changed, Shelf
 from leyden.runtime.ranks import rank_zero_info
-
-if TYPE_CHECKING:
-    from leyden.data.resident import Shelf
 
 Read: TypeAlias = Callable[[list[int]], Any]
 """Makes a batch from the indices of its samples."""
@@ -36,10 +34,6 @@ _ASIDE = (IndexError, TypeError, ValueError, OverflowError, RuntimeError)
 _DEVICES = ("cpu", "cuda")
 _ITERATES = ("__iter__", "_get_iterator", "_index_sampler", "_auto_collation")
 """What a subclass of DataLoader overrides if it iterates in a way of its own."""
-
-
-class Changed(Exception):
-    """The data set holds other data than when the pass began."""
 
 
 class Whole:
@@ -294,9 +288,9 @@ class Source:
         reads = [each for each in inner if each is not None]
 
         def check() -> None:
-            now = stack.datasets
-            parts_now = list(now.values()) if named else now
-            if now is not parts or len(parts_now) != len(datasets) or any(map(_is_other, parts_now, datasets)):
+            if stack.datasets is not parts or (
+                named and (list(parts) != names or any(map(_is_other, parts.values(), datasets)))
+            ):
                 raise Changed
 
         def read_named(indices: list[int]) -> Any:
