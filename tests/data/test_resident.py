@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, StackDataset, Subset, TensorDataset
 
 from leyden.data import resident
 from leyden.data.feed import Feed
-from leyden.data.resident import Changed, Shelf, free_memory, has_room, may_reside
+from leyden.data.resident import Changed, Shelf, free_memory, has_room
 from leyden.data.whole import Whole
 
 N = 40
@@ -190,22 +190,6 @@ def test_free_memory_counts_what_torch_keeps_in_reserve(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
     assert free_memory(CUDA) == 1200
-
-
-@pytest.mark.parametrize(
-    ("device", "fast_data", "touched", "draws", "wanted"),
-    [
-        (CUDA, True, False, False, True),
-        (CPU, True, False, False, False),
-        (CUDA, False, False, False, False),
-        (CUDA, True, True, False, False),
-        (CUDA, True, False, True, False),
-    ],
-)
-def test_where_batches_may_begin(
-    device: torch.device, fast_data: bool, touched: bool, draws: bool, wanted: bool
-) -> None:
-    assert may_reside(device, fast_data, touched, draws) is wanted
 
 
 def test_memory_is_given_back_at_once() -> None:

@@ -115,18 +115,6 @@ def has_room(size: int, held: int, free: int) -> bool:
     return size + held <= SHARE * (free + held)
 
 
-def may_reside(device: torch.device, fast_data: bool, touched: bool, draws: bool) -> bool:
-    """Whether batches may begin on the device.
-
-    Args:
-        device: That of the run.
-        fast_data: The Trainer's argument.
-        touched: Whether a hook of the user, or the precision, works on batches before they are moved.
-        draws: Whether the step draws its batches itself.
-    """
-    return fast_data and device.type != "cpu" and not touched and not draws
-
-
 def free_memory(device: torch.device) -> int | None:
     """Return the bytes that are free on a CUDA device, torch's own reserve counted as free; None for other devices."""
     if device.type != "cuda":

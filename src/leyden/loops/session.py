@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from leyden.data.resident import Shelf
 
 _LENT = ("log", "log_dict")
+_TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class TrainerCore(TrainerView, Protocol):
@@ -147,18 +148,12 @@ class Session:
 
         ``draws`` as for ``transfer``.
         """
-        hooks, strategy = self.hooks, self.strategy
-        touched = bool(
-            hooks.on_before_batch_transfer or hooks.transfer_batch_to_device or hooks.on_after_batch_transfer
-        ) or _converts(strategy.precision)
-        device = strategy.root_device
-        if device.type == "cpu":
-            return None
-        from leyden.data.resident import Shelf, may_reside  # noqa: PLC0415  # only where there is a device
-
-        if not may_reside(device, self.config.fast_data, touched, draws):
+        device, touched = self.strategy.root_device, any(getattr(self.hooks, name) for name in _TRANSFER)
+        if device.type == "cpu" or touched or draws or _converts(self.strategy.precision) or not self.config.fast_data:
             return None
         if self._shelf is None:
+            from leyden.data.resident import Shelf  # noqa: PLC0415  # only where there is a device
+
             self._shelf = Shelf(device)
         return self._shelf
 
@@ -169,12 +164,8 @@ class Session:
         """
         if draws:
             return None
-        hooks, strategy, module = self.hooks, self.strategy, self.module
-        before, move, after = (
-            hooks.on_before_batch_transfer,
-            hooks.transfer_batch_to_device,
-            hooks.on_after_batch_transfer,
-        )
+        strategy, module = self.strategy, self.module
+        before, move, after = (getattr(self.hooks, name) for name in _TRANSFER)
         precision, device = strategy.precision, strategy.root_device
         converts = _converts(precision)
         if device.type == "cpu" and not (before or move or after or converts):
