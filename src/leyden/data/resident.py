@@ -13,7 +13,7 @@ from leyden.runtime.ranks import rank_zero_info
 
 SHARE = 0.1
 """The part of the device's free memory, once a step has run, that data may take at most."""
-PROBES = 4096
+PROBES = 2**16
 """How many elements of a tensor are compared when a pass begins, to notice changes that torch knows nothing of."""
 
 
