@@ -18,15 +18,11 @@ from leyden.loops.session import Session
 from leyden.precision import DoublePrecision, Precision
 from leyden.precision.mixed import MixedPrecision
 
-HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
-
-def shelf(device: str = "cuda", draws: bool = False, precision: Any = None, fast: bool = True, **hooks: Any) -> Any:
+def shelf(device: str = "cuda", draws: bool = False, precision: Any = None, fast: bool = True, **parts: Any) -> Any:
     strategy = SimpleNamespace(root_device=torch.device(device), precision=precision or Precision())
-    written = SimpleNamespace(**{**dict.fromkeys(HOOKS), **hooks})
-    session: Any = SimpleNamespace(
-        hooks=written, strategy=strategy, config=SimpleNamespace(fast_data=fast), _shelf=None
-    )
+    parts = {"module": L.LightningModule(), "datamodule": None, **parts}
+    session: Any = SimpleNamespace(strategy=strategy, config=SimpleNamespace(fast_data=fast), _shelf=None, **parts)
     found = Session.shelf(session, draws)
     assert Session.shelf(session, draws) is found
     return found
@@ -35,8 +31,11 @@ def shelf(device: str = "cuda", draws: bool = False, precision: Any = None, fast
 def test_small_data_is_kept_on_a_device() -> None:
     assert shelf().device == torch.device("cuda")
     assert shelf(precision=MixedPrecision("bf16-mixed", "cpu")) is not None
-    for hook in HOOKS:
-        assert shelf(**{hook: lambda *args: args[0]}) is None
+    assert shelf(datamodule=L.LightningDataModule()) is not None
+    for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+        for part, base in (("module", L.LightningModule), ("datamodule", L.LightningDataModule)):
+            written = type("Written", (base,), {hook: lambda self, batch, *args: batch})
+            assert shelf(**{part: written()}) is None
     assert shelf("cpu") is None
     assert shelf(draws=True) is None
     assert shelf(precision=DoublePrecision()) is None

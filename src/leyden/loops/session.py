@@ -148,8 +148,12 @@ class Session:
 
         ``draws`` as for ``transfer``.
         """
-        device, touched = self.strategy.root_device, any(getattr(self.hooks, name) for name in _TRANSFER)
-        if device.type == "cpu" or touched or draws or _converts(self.strategy.precision) or not self.config.fast_data:
+        device = self.strategy.root_device
+        if device.type == "cpu" or draws or _converts(self.strategy.precision) or not self.config.fast_data:
+            return None
+        # not from the hooks: loaders may be asked for before these are bound
+        owners = ((self.datamodule, LightningDataModule), (self.module, LightningModule))
+        if any(owner is not None and is_written(owner, name, base) for owner, base in owners for name in _TRANSFER):
             return None
         if self._shelf is None:
             from leyden.data.resident import Shelf  # noqa: PLC0415  # only where there is a device
@@ -165,7 +169,12 @@ class Session:
         if draws:
             return None
         strategy, module = self.strategy, self.module
-        before, move, after = (getattr(self.hooks, name) for name in _TRANSFER)
+        hooks = self.hooks
+        before, move, after = (
+            hooks.on_before_batch_transfer,
+            hooks.transfer_batch_to_device,
+            hooks.on_after_batch_transfer,
+        )
         precision, device = strategy.precision, strategy.root_device
         converts = _converts(precision)
         if device.type == "cpu" and not (before or move or after or converts):
