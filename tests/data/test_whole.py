@@ -32,6 +32,7 @@ from torch.utils.data import (
 from torch.utils.data._utils import collate as torchs_collate
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
+from leyden.data import whole
 from leyden.data.feed import Feed
 from leyden.data.whole import Source, Whole, same, to_index_of
 
@@ -453,6 +454,14 @@ def test_a_first_batch_that_is_another_is_said_once(
     (record,) = [record for record in caplog.records if "sample by sample" in record.message]
     assert "TensorDataset" in record.message
     assert "\n" not in record.message
+
+
+def test_of_a_large_batch_only_the_first_samples_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(whole, "to_index", lambda indices: (read.append(len(indices)), torch.tensor(indices))[1])
+    data = TensorDataset(torch.rand(900, 3), torch.rand(900))
+    compare(lambda: DataLoader(data, 300, shuffle=True), passes=1)
+    assert read == [whole.COMPARED, 300, 300]
 
 
 def test_batches_are_compared_once_only(fetched: list[Any]) -> None:
