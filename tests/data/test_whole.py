@@ -153,6 +153,12 @@ DATA: dict[str, Callable[[], Any]] = {
     "a subset by an array": lambda: Subset(TensorDataset(rows(3)), np.array([4, 2, 9, 1, 0, 6])),
     "a subset of a subset": lambda: Subset(Subset(rows(3), range(20, 0, -1)), [3, 0, 7, 7, 19]),
     "a split": lambda: random_split(TensorDataset(rows(3), rows()), [13, 10], torch.Generator().manual_seed(0))[0],
+    "a concatenation": lambda: ConcatDataset([rows(3), -rows(3), Subset(rows(3), [4])]),
+    "a concatenation of pairs": lambda: ConcatDataset([TensorDataset(rows(3), rows())] * 2),
+    "a concatenation of names": lambda: ConcatDataset(
+        [StackDataset(a=rows(2), b=rows()), StackDataset(a=-rows(2), b=rows())]
+    ),
+    "a subset of a concatenation": lambda: Subset(ConcatDataset([rows(), rows() + N]), [30, 2, 45, 22, 23, 0, 44]),
     "a subset of a stack": lambda: Subset(StackDataset(x=rows(3)), list(range(1, 20, 3))),
 }
 """What is read as a whole."""
@@ -301,7 +307,8 @@ LEFT: dict[str, Callable[[], Any]] = {
     "another class of arrays": lambda: DataLoader(rows(2).numpy().view(np.recarray), 4),
     "collate": lambda: DataLoader(TensorDataset(rows(2), rows()), 4, collate_fn=lambda samples: samples),
     "no batches": lambda: DataLoader(TensorDataset(rows(2)), batch_size=None),
-    "a concatenation": lambda: DataLoader(ConcatDataset([TensorDataset(rows(2)), TensorDataset(rows(2))]), 4),
+    "a concatenation of types": lambda: DataLoader(ConcatDataset([rows(2), rows(2).double()]), 46),
+    "a concatenation with a list": lambda: DataLoader(ConcatDataset([rows(2), list(rows(2))]), 4),
     "getitems": lambda: DataLoader(Disagrees(), 4, shuffle=True),
     "a subset of that": lambda: DataLoader(Subset(Disagrees(), [4, 2, 1, 7, 9]), 2),
     "a loader of its own": lambda: Iterates(TensorDataset(rows(2)), 4, shuffle=True),

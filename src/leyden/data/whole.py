@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
@@ -17,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, StackDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, StackDataset, Subset, TensorDataset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from leyden.data.resident import Changed, Shelf
@@ -168,6 +169,11 @@ def to_index_of(device: torch.device, indices: list[int], size: int) -> Tensor:
     return (index.pin_memory() if device.type == "cuda" else index).to(device, non_blocking=True)
 
 
+def _index_on(device: torch.device, size: int) -> Callable[[list[int]], Tensor]:
+    """Return what makes an index tensor for ``size`` samples on a device."""
+    return to_index if device.type == "cpu" else partial(to_index_of, device, size=size)
+
+
 def _resident(dataset: Any, leaves: list[Tensor], shelf: Shelf) -> Read | None:
     """Return what reads batches on the device of ``shelf``; None where there is no room, or other data by now."""
     copies = shelf.take(leaves)
@@ -226,14 +232,15 @@ class Source:
             return self._of_subset(dataset)
         if _is_plain(dataset, StackDataset):
             return self._of_stack(dataset)
+        if _is_plain(dataset, ConcatDataset):
+            return self._of_concat(dataset)
         return None
 
     def _leaf(self, tensor: Tensor) -> tuple[Take, Callable[[list[int]], Tensor]]:
         """Return what takes rows of a tensor, and what makes the index that it takes."""
         self.leaves.append(tensor)
         device = self._device or tensor.device
-        index = to_index if device.type == "cpu" else partial(to_index_of, device, size=len(tensor))
-        return self._rows(tensor), index
+        return self._rows(tensor), _index_on(device, len(tensor))
 
     def _of_rows(self, data: Any) -> Read | None:
         if type(data) is not Tensor:
@@ -304,6 +311,53 @@ class Source:
             return [each(indices) for each in reads]
 
         return read_named if named else read
+
+    def _of_concat(self, concat: Any) -> Read | None:
+        parts, ends = list(concat.datasets), list(concat.cumulative_sizes)
+        reads, forms = [], []
+        for part in parts:
+            known = len(self.leaves)
+            read_part = self._read(part)
+            if read_part is None:
+                return None
+            reads.append(read_part)
+            forms.append([(leaf.dtype, leaf.shape[1:]) for leaf in self.leaves[known:]])
+        if any(form != forms[0] for form in forms):
+            return None
+        order_of = _index_on(self._device or self.leaves[0].device, sys.maxsize)
+        starts = [0, *ends]
+
+        def read(indices: list[int]) -> Any:
+            now = concat.datasets
+            if len(now) != len(parts) or any(map(_is_other, now, parts)) or concat.cumulative_sizes != ends:
+                raise Changed
+            numbers = list(map(partial(bisect_right, ends), indices))
+            batches, places = [], []
+            for number, read_part in enumerate(reads):
+                mine = [place for place, other in enumerate(numbers) if other == number]
+                if mine:
+                    batches.append(read_part([indices[place] - starts[number] for place in mine]))
+                    places += mine
+            if len(places) != len(indices):
+                raise IndexError
+            if len(batches) == 1:
+                return batches[0]
+            order = [0] * len(places)
+            for position, place in enumerate(places):
+                order[place] = position
+            return _join(batches, order_of(order))
+
+        return read
+
+
+def _join(batches: list[Any], order: Tensor) -> Any:
+    """Make one batch of several that have the same form, its samples in an order."""
+    first = batches[0]
+    if isinstance(first, dict):
+        return {name: _join([batch[name] for batch in batches], order) for name in first}
+    if isinstance(first, list):
+        return [_join(list(parts), order) for parts in zip(*batches, strict=True)]
+    return torch.cat(batches).index_select(0, order)
 
 
 def _is_other(one: Any, other: Any) -> bool:
