@@ -20,7 +20,7 @@ N = 640
 
 
 class Net(L.LightningModule):
-    """A line; notes whether its batches came as they are from the loader, or from the data on the device."""
+    """A line through points."""
 
     def __init__(self) -> None:
         super().__init__()
