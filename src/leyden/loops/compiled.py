@@ -96,6 +96,10 @@ class Tape:
         for arguments in reversed(calls):
             Store.log(self.store, *arguments)
 
+    def wipe(self) -> None:
+        """Forget what is on the tape."""
+        self.last = None
+
     def remove(self) -> None:
         """Give the store back as it was."""
         _put(vars(self.store), "log", self.before)
@@ -180,7 +184,7 @@ class CompiledStep:
         if torch.compiler.is_dynamo_compiling() or run.inside or kwargs:
             return self.plain(*args, **kwargs)  # a part of the step that runs
         run.inside = True
-        self.tape.last = None  # of somebody who traced a step without running it here
+        self.tape.wipe()  # of somebody who traced a step without running it here
         try:
             output = self.plain(*args) if self.off else self._run(args)
         finally:
@@ -203,8 +207,8 @@ class CompiledStep:
             return self.compiled(self.step, batch, rest, batch_idx, counters, run.progress)  # type: ignore[misc]
         except TorchDynamoException as error:
             # only with fullgraph=True: the step is then one piece of code, of which nothing has run
-            run.failure = error
-        self.tape.last = None
+            run.failure, run.news = error, True
+        self.tape.wipe()
         return self.plain(*args)
 
 
