@@ -38,7 +38,7 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
     CHECKPOINT_HYPER_PARAMS_NAME = "hparams_name"
     CHECKPOINT_HYPER_PARAMS_TYPE = "hparams_type"
     _compiled: tuple[str, ...] = ()
-    """The steps that are compiled while a run lasts."""
+    """What a compiled run has put on the instance."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -89,7 +89,7 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
 
     def __getstate__(self) -> dict[str, Any]:
         # what a run has put on the instance belongs to the run
-        lent = (*self._adapted, *self._compiled, "_compiled")
+        lent = (*self._adapted, *self._compiled)
         state = {name: value for name, value in self.__dict__.items() if name not in lent}
         state["_trainer_ref"] = state["_results"] = state["_fabric"] = None
         return state

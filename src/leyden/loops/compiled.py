@@ -259,7 +259,7 @@ class Compilation:
         """What torch could not compile since the last report."""
         self.reads = _reads(self.module)
         self.tapes = [Tape(session.results.eval), Tape(session.results.train)]
-        self.steps: dict[str, Any] = {}
+        self.before: dict[str, Any] = {}
         self.layers: list[nn.Module] = []
         self.told: set[str] = set()
         self.again: dict[str, int] = {}
@@ -321,12 +321,12 @@ class Compilation:
             "test_step": trainer.test_loop,
             "predict_step": trainer.predict_loop,
         }
-        own = vars(self.module)
         for name in STEPS[fn]:
             if name == "validation_step" and fn is TrainerFn.FITTING and not session.validates:
                 continue
             step = getattr(self.module, name)
-            step = getattr(step, "plain", step)  # of the run around this one
+            if isinstance(step, CompiledStep):
+                step = step.plain  # of the run around this one
             if batches.takes(step, "dataloader_iter"):
                 rank_zero_info(f"{name} draws its batches itself, so it is not compiled.")
                 continue
@@ -336,9 +336,13 @@ class Compilation:
             if whole is not None and name == "training_step" and not self.module.automatic_optimization:
                 self._compile_layers(self.module, whole)
                 whole = None
-            self.steps[name] = own.get(name, _NOTHING)
-            own[name] = CompiledStep(self, name, step, whole, functools.partial(getattr, loops[name], "loader"))
-            own["_compiled"] = tuple(self.steps)
+            self._put(name, CompiledStep(self, name, step, whole, functools.partial(getattr, loops[name], "loader")))
+        self._put("_compiled", (*self.before, "_compiled"))
+
+    def _put(self, name: str, value: Any) -> None:
+        own = vars(self.module)
+        self.before[name] = own.get(name, _NOTHING)
+        own[name] = value
 
     def _compile_layers(self, module: nn.Module, compile: Callable[..., Any]) -> None:
         """Compile the layers of ``module`` in place, but for those that the user has compiled, and for metrics."""
@@ -355,10 +359,8 @@ class Compilation:
 
     def remove(self) -> None:
         """Give everything back as it was."""
-        own = vars(self.module)
-        for name, before in self.steps.items():
-            _put(own, name, before)
-        own.pop("_compiled", None)
+        for name, before in self.before.items():
+            _put(vars(self.module), name, before)
         for layer in self.layers:
             vars(layer).pop("_compiled_call_impl", None)
         for tape in self.tapes:
