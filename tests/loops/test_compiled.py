@@ -6,6 +6,7 @@ The runs themselves are in ``tests/acceptance/test_compile.py``.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDa
 
 import leyden as L
 from leyden.data.combined import CombinedLoader
-from leyden.loops.compiled import _guard, _mark, _ragged, _reads, _reason
+from leyden.loops.compiled import _guard, _mark, _ragged, _reads, _reason, _records
 
 
 def loader(samples: int, batch_size: int | None = 4, **options: Any) -> DataLoader[Any]:
@@ -72,6 +73,23 @@ def test_counters_that_a_class_mentions_are_found() -> None:
     assert _reads(L.LightningModule()) == []
     assert _reads(Base()) == ["global_step"]
     assert _reads(Child()) == ["epoch", "global_step"]
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "records"),
+    [
+        ("cuda", {"mode": "reduce-overhead"}, True),
+        ("cuda", {"options": {"triton.cudagraphs": True}}, True),
+        ("cuda", {"mode": "default"}, False),
+        ("cuda", True, False),
+        ("cpu", {"mode": "reduce-overhead"}, False),
+    ],
+)
+def test_where_torch_records_cuda_graphs(device: str, given: Any, records: bool) -> None:
+    session: Any = SimpleNamespace(
+        config=SimpleNamespace(compile=given), strategy=SimpleNamespace(root_device=torch.device(device))
+    )
+    assert _records(session) is records
 
 
 SHAPE = "tensor 'batch[0]' size mismatch at index 1. expected 8, actual 5"

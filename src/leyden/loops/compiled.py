@@ -257,7 +257,7 @@ class Compilation:
         """Whether torch has compiled something since the last report."""
         self.failure: BaseException | None = None
         """What torch could not compile since the last report."""
-        self.reads = _reads(self.module)
+        self.reads = [] if _records(session) else _reads(self.module)
         self.tapes = [Tape(session.results.eval), Tape(session.results.train)]
         self.before: dict[str, Any] = {}
         self.layers: list[nn.Module] = []
@@ -458,6 +458,15 @@ def _compiler(session: Session) -> Callable[..., Any] | None:
             ) from error
 
     return compile
+
+
+def _records(session: Session) -> bool:
+    """Whether torch records CUDA graphs: it would record one for each value of a number that goes into a graph."""
+    given: Any = session.config.compile
+    if session.strategy.root_device.type != "cuda" or not isinstance(given, Mapping):
+        return False
+    options = given.get("options") or {}
+    return given.get("mode") in ("reduce-overhead", "max-autotune") or bool(options.get("triton.cudagraphs"))
 
 
 def _reads(module: nn.Module) -> list[str]:
