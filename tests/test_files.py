@@ -413,3 +413,20 @@ def test_remote(monkeypatch):
     with pytest.raises(CheckpointNotFoundError, match="memory://folder/deep/a.ckpt"):
         files.load(path)
     assert not fs.ls("/folder/deep", detail=False)
+
+
+def test_what_contains_itself_is_saved_as_torch_saves_it(path):
+    loop = [torch.ones(2)]
+    loop.append(loop)
+    files.save({"loop": loop, "leyden": {}}, path)
+    found = files.load(path)["loop"]
+    assert found[1] is found
+
+
+def test_a_manifest_that_somebody_spoilt_is_a_warning(path):
+    files.save({"state_dict": {"w": torch.ones(2)}, "leyden": {}}, path)
+    content = files.load(path)
+    content["leyden"]["manifest"]["state_dict"] = 7
+    torch.save(content, path)
+    with pytest.warns(LeydenWarning, match=r"what is noted of 'state_dict' is 7"):
+        files.load(path)

@@ -305,15 +305,12 @@ def contents(checkpoint: Mapping[str, Any]) -> dict[str, list[int]]:
     return found
 
 
-def _tensors(value: Any) -> Iterable[Tensor]:
+def _tensors(value: Any, above: tuple[int, ...] = ()) -> Iterable[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        for item in value:
-            yield from _tensors(item)
+    elif isinstance(value, (Mapping, list, tuple, set, frozenset)) and id(value) not in above:  # it may contain itself
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item, (*above, id(value)))
 
 
 def changes(checkpoint: Any) -> list[str]:
@@ -326,10 +323,11 @@ def changes(checkpoint: Any) -> list[str]:
     lines = [f"{key!r} is missing" for key in wanted if key not in found]
     lines += [f"{key!r} was added" for key in found if key not in wanted]
     for key, (tensors, size) in found.items():
-        if key in wanted and list(wanted[key]) != [tensors, size]:
-            lines.append(
-                f"{key!r} has {tensors} tensors of {size} bytes, it was written with {wanted[key][0]} of {wanted[key][1]}"
-            )
+        noted = wanted.get(key, [tensors, size])
+        if not isinstance(noted, (list, tuple)) or len(noted) != 2:
+            lines.append(f"what is noted of {key!r} is {noted!r}")
+        elif list(noted) != [tensors, size]:
+            lines.append(f"{key!r} has {tensors} tensors of {size} bytes, it was written with {noted[0]} of {noted[1]}")
     return lines
 
 

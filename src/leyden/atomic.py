@@ -30,7 +30,7 @@ _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
 
 _writing: set[str] = set()
-"""Temporary paths that this process is writing now, in any thread."""
+"""Temporary names that this process is writing now, in any thread: names, since one path can be written in several ways."""
 
 
 def write_file(path: Path, write: Callable[[Path], None], check: Callable[[Path], Any] | None = None) -> None:
@@ -54,7 +54,7 @@ def write_file(path: Path, write: Callable[[Path], None], check: Callable[[Path]
 def temporary(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; a file that is still there when the block ends is removed."""
     file = path.parent / temporary_name(path.name)
-    _writing.add(str(file))
+    claim(file)
     try:
         yield file
     except BaseException:
@@ -62,7 +62,7 @@ def temporary(path: Path) -> Iterator[Path]:
             file.unlink()
         raise
     finally:
-        _writing.discard(str(file))
+        release(file)
 
 
 def temporary_name(name: str, kind: str = "tmp") -> str:
@@ -73,12 +73,12 @@ def temporary_name(name: str, kind: str = "tmp") -> str:
 
 def claim(path: Path) -> None:
     """Note that this process writes the temporary ``path`` until :func:`release`: it is no leftover."""
-    _writing.add(str(path))
+    _writing.add(path.name)
 
 
 def release(path: Path) -> None:
     """Undo :func:`claim`."""
-    _writing.discard(str(path))
+    _writing.discard(path.name)
 
 
 def make_folder(folder: Path) -> None:
@@ -156,7 +156,7 @@ def is_temporary(name: str) -> bool:
 
 def _is_abandoned(path: Path) -> bool:
     match = _TEMPORARY.fullmatch(path.name)
-    if match is None or str(path) in _writing:
+    if match is None or path.name in _writing:
         return False
     process, host = int(match[1]), match[2]
     if host == _host() and process == os.getpid():
