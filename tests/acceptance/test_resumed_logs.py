@@ -37,12 +37,21 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
+class Bare(Net):
+    """Without hyperparameters."""
+
+    def __init__(self) -> None:
+        L.LightningModule.__init__(self)
+        self.net = torch.nn.Linear(2, 1)
+
+
 def fit(root: Path, logger: Any, steps: int, ckpt_path: Any = None, model: Any = None, **kwargs: Any) -> L.Trainer:
     """A fit as a fresh process would do it."""
     kwargs.setdefault("callbacks", [ModelCheckpoint(every_n_train_steps=4, save_top_k=-1)])
+    kwargs.setdefault("log_every_n_steps", 1)
     torch.manual_seed(1)
     trainer = L.Trainer(
-        max_steps=steps, default_root_dir=root, logger=logger, log_every_n_steps=1, enable_progress_bar=False,
+        max_steps=steps, default_root_dir=root, logger=logger, enable_progress_bar=False,
         enable_model_summary=False, accelerator="cpu", **kwargs,
     )  # fmt: skip
     trainer.fit(model or Net(), DataLoader(DATA, batch_size=2), ckpt_path=ckpt_path)
@@ -249,6 +258,50 @@ def test_H4_last_without_a_checkpoint_puts_the_rows_of_a_named_version_aside(tmp
     assert len((folder / "metrics.csv").read_text().splitlines()) == 6
     assert (folder / "metrics.superseded.csv").read_text() == before
     assert len(list(folder.glob("superseded.*"))) == 1
+
+
+def test_H4_the_rows_of_two_runs_that_left_no_checkpoint_are_both_kept(tmp_path: Path) -> None:
+    fit(tmp_path, CSVLogger(tmp_path, version="mine"), 2)
+    for steps in (3, 3):
+        with pytest.warns(PossibleUserWarning, match="starts anew"):
+            fit(tmp_path, CSVLogger(tmp_path, version="mine"), steps, "last")
+    folder = tmp_path / "leyden_logs" / "mine"
+    kept = {path.name: len(path.read_text().splitlines()) - 1 for path in folder.glob("metrics*.csv")}
+    assert kept == {"metrics.csv": 3, "metrics.superseded.csv": 2, "metrics.superseded-1.csv": 3}
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_H4_a_checkpoint_that_knows_of_no_row_takes_none_of_another_run(kind: Any, tmp_path: Path) -> None:
+    """A colleague's, say, written before the first row: any log at all begins with nothing."""
+    state = kind(tmp_path / "theirs")
+    fit(tmp_path / "theirs", state, 4, log_every_n_steps=50, model=Bare())
+    [checkpoint] = (tmp_path / "theirs").rglob("*.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    log = content["leyden"]["loggers"][0]["log"]
+    assert log.get("rows", 0) == 0
+    if kind is TensorBoardLogger:
+        log["files"] = {}
+        torch.save(content, checkpoint)
+    fit(tmp_path / "mine", kind(tmp_path / "mine"), 6)
+    folder = tmp_path / "mine" / "leyden_logs" / "version_0"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    moved = pytest.warns(LeydenWarning, match="checkpoint folder has changed")
+    with moved, pytest.warns(LeydenWarning, match="not the log of that run"):
+        trainer = fit(tmp_path / "mine", kind(tmp_path / "mine"), 8, checkpoint, model=Bare())
+    assert trainer.logger.version == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("version", ["../../victim", "/victim", ".."])
+def test_H4_a_checkpoint_names_no_folder_outside(version: str, tmp_path: Path) -> None:
+    version = version.replace("/victim", f"{tmp_path}/victim") if version.startswith("/") else version
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    logger = CSVLogger(tmp_path)
+    state = {**logger.state_dict(), "version": version, "save_dir": str(tmp_path)}
+    fresh = CSVLogger(tmp_path)
+    fresh.load_state_dict(state)
+    assert Path(fresh.log_dir).parent == tmp_path / "leyden_logs"
 
 
 def test_H4_a_fit_without_ckpt_path_has_a_version_of_its_own(tmp_path: Path) -> None:
