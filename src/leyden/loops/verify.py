@@ -288,7 +288,8 @@ def _shown(value: Any) -> str:
 def _hint(kind: str, here: Mapping[str, Any], there: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
     apart = [path for path in here if path in there and here[path] != there[path]]
     if kind == "batch":  # the module has no part in it
-        apart = [path for path in apart if not path.startswith("self.")]
+        # nor have tensors: those of the data are the data, and no state that one could save
+        apart = [path for path in apart if not path.startswith("self.") and not str(here[path]).startswith("tensor ")]
     generators = [path for path in apart if _is_generator(here[path])]
     if kind == "batch" and whole.get("stateless"):
         return (
