@@ -385,3 +385,33 @@ def test_H4_a_logger_that_fails_is_no_reason_to_lose_a_checkpoint(tmp_path: Path
     with pytest.warns(match="Broken.state_dict.. failed while a checkpoint was written.*no room"):
         fit(tmp_path, [Broken()], 4)
     assert list(tmp_path.rglob("*.ckpt"))
+
+
+def test_H4_a_validation_ahead_of_a_resumed_fit_leaves_the_run_and_its_top_k(tmp_path: Path) -> None:
+    """Warnings are errors here: none says that the folder has changed, and that the top k start anew."""
+
+    class Validated(Bare):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val", self.net(batch[0]).square().mean())
+
+    def trainer(steps: int) -> L.Trainer:
+        best = ModelCheckpoint(monitor="val", save_top_k=2, every_n_epochs=1)
+        return L.Trainer(
+            max_steps=steps, default_root_dir=tmp_path, logger=CSVLogger(tmp_path), callbacks=[best], accelerator="cpu",
+            enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+        )  # fmt: skip
+
+    loader = DataLoader(DATA, batch_size=2)
+    first = trainer(12)
+    first.fit(Validated(), loader, loader)
+    second, model = trainer(18), Validated()
+    second.validate(model, loader, verbose=False)
+    provisional = second.checkpoint_callback.dirpath
+    assert provisional.endswith("version_1/checkpoints")
+    second.fit(model, loader, loader, ckpt_path="last")
+    callback = second.checkpoint_callback
+    assert callback.dirpath == first.checkpoint_callback.dirpath
+    assert len(callback.best_k_models) == 2
+    assert callback.best_model_score <= first.checkpoint_callback.best_model_score
+    second.validate(model, loader, verbose=False)
+    assert callback.dirpath == first.checkpoint_callback.dirpath  # a fit has used it

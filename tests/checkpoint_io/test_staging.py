@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from leyden import files
 from leyden.checkpoint_io.staging import Staging
 from leyden.errors import CheckpointError
 
@@ -168,6 +169,16 @@ def test_an_address_that_passes_to_another_tensor_within_a_moment():
 def test_what_cannot_be_pickled_is_an_error_at_once():
     with pytest.raises(CheckpointError, match=r"cannot be pickled .*on_save_checkpoint"):
         take({"a": lambda: None})
+
+
+def test_an_object_that_fails_in_its_own_way_is_the_error_of_a_synchronous_save(tmp_path):
+    class Stubborn:
+        def __reduce__(self):
+            raise NotImplementedError("a live connection")
+
+    for save in (take, lambda content: files.save(content, tmp_path / "a.ckpt")):
+        with pytest.raises(CheckpointError, match=r"could not be written: NotImplementedError: a live connection"):
+            save({"a": Stubborn()})
 
 
 def test_objects_of_the_user_come_through():

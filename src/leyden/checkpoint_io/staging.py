@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leyden import atomic
 from leyden.errors import CheckpointError
 
 _COPIED_ALWAYS = 4096
@@ -72,11 +73,8 @@ class Staging:
         pickler = _Pickler(buffer, self)
         try:
             pickler.dump(checkpoint)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise CheckpointError(
-                f"The checkpoint could not be written: something in it cannot be pickled ({error}). Leave that out of"
-                " state_dict() or on_save_checkpoint()."
-            ) from error
+        except Exception as error:  # whatever an object of the user's raises
+            raise CheckpointError(f"The checkpoint could not be written: {atomic.explain(error)}") from error
         return Snapshot(buffer.getvalue(), pickler.tensors, self._events())
 
     def end(self) -> None:
