@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
+import struct
 import tarfile
 import threading
 import zipfile
@@ -282,6 +284,36 @@ def _is_zip(source: Source, name: str) -> bool:
             f"The checkpoint {name} is cut off: writing or copying it was cut short. Use another one."
         )
     raise CheckpointDamagedError(f"The checkpoint {name} is not a checkpoint, or damaged beyond recognition.")
+
+
+def outline(source: IO[bytes], copy: IO[bytes]) -> bool:
+    """Write to ``copy`` all of a checkpoint file but its tensors: it is as long, and has holes in their place.
+
+    Of a remote file that fetches little, and what is no tensor can be read from the copy as from the file.
+
+    Returns:
+        False if the file is not of the format, or is cut off; then ``copy`` is as before.
+    """
+    if not zipfile.is_zipfile(source):
+        return False
+    with zipfile.ZipFile(source) as archive:
+        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+        ends = [*(entry.header_offset for entry in entries[1:]), archive.start_dir]
+        copy.truncate(source.seek(0, io.SEEK_END))
+        for entry, end in zip(entries, ends, strict=False):
+            copy.seek(entry.header_offset)
+            if (
+                "/data/" in entry.filename
+            ):  # for its name only, which torch looks for: the padding after it does not matter
+                name = entry.filename.encode()
+                copy.write(struct.pack("<4s22xHH", _ZIP, len(name), 0) + name)
+            else:
+                source.seek(entry.header_offset)
+                copy.write(source.read(end - entry.header_offset))
+        source.seek(archive.start_dir)
+        copy.seek(archive.start_dir)
+        copy.write(source.read())
+    return True
 
 
 MANIFEST = "manifest"

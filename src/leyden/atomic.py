@@ -19,6 +19,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,12 @@ def sweep(folder: Path) -> None:
 def leftovers(folder: Path) -> list[Path]:
     """Return what is in ``folder`` under a temporary name of a process that is no more."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        return [Path(entry.path) for entry in entries if is_temporary(entry.name) and _is_abandoned(Path(entry.path))]
+        return [Path(entry.path) for entry in entries if is_abandoned(entry.name, partial(_modified, entry.path))]
     return []
+
+
+def _modified(path: str) -> float:
+    return os.lstat(path).st_mtime
 
 
 def is_temporary(name: str) -> bool:
@@ -154,17 +159,23 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
-def _is_abandoned(path: Path) -> bool:
-    match = _TEMPORARY.fullmatch(path.name)
-    if match is None or path.name in _writing:
+def is_abandoned(name: str, modified: Callable[[], float]) -> bool:
+    """Return whether ``name`` is a temporary one of a process that is no more.
+
+    Args:
+        name: Without its folder.
+        modified: Called where the process is not of this machine: when the file was last written, in seconds since 1970.
+    """
+    match = _TEMPORARY.fullmatch(name)
+    if match is None or name in _writing:
         return False
     process, host = int(match[1]), match[2]
     if host == _host() and process == os.getpid():
         return True  # a process before this one had the same number, as in a container that was started again
     if host == _host() and sys.platform != "win32":
         return not _runs(process)
-    with contextlib.suppress(OSError):
-        return time.time() - path.lstat().st_mtime > _STALE
+    with contextlib.suppress(OSError, NotImplementedError):
+        return time.time() - modified() > _STALE
     return False
 
 
