@@ -300,7 +300,7 @@ def _names(folder: Path) -> str:
 
 
 def newest(
-    folder: PathLike | Iterable[PathLike], suffix: str = SUFFIX, *, since: float = -math.inf
+    folder: PathLike | Iterable[PathLike], suffix: str | tuple[str, ...] = SUFFIX, *, since: float = -math.inf
 ) -> Path | str | None:
     """Return the good checkpoint with the highest ``global_step`` in a folder, or in several; None if there is none.
 
@@ -331,7 +331,7 @@ def newest(
 
 
 def _newest(
-    places: Iterable[PathLike], suffix: str, but: Path | None = None, since: float = -math.inf
+    places: Iterable[PathLike], suffix: str | tuple[str, ...], but: Path | None = None, since: float = -math.inf
 ) -> tuple[Path | str | None, list[CheckpointError]]:
     """Return the newest good checkpoint, and why others, that might be newer, are not."""
     found: list[tuple[int, float, str, Path | str]] = []
@@ -357,7 +357,7 @@ def _newest(
     return None, passed_over
 
 
-def _checkpoints_in(place: PathLike, suffix: str) -> list[Path | str]:
+def _checkpoints_in(place: PathLike, suffix: str | tuple[str, ...]) -> list[Path | str]:
     if is_remote(place):
         fs, target = _filesystem(place, None)
         entries = fs.ls(target, detail=False) if fs.isdir(target) else []
