@@ -82,6 +82,23 @@ def test_what_changes_in_place_afterwards_does_not_show():
     assert records(snapshot) == before
 
 
+def test_attributes_of_tensors_are_of_the_moment_too():
+    weight = nn.Parameter(torch.ones(2))
+    weight.tags, weight.scale, weight.self = ["a"], torch.ones(1), weight
+    marked = torch.ones(2).as_subclass(Marked)
+    marked.tags = ["c"]
+    staging = Staging()
+    staging.begin()
+    snapshot = staging.take([weight, marked])
+    staging.end()
+    weight.tags.append("b")
+    weight.scale.zero_()
+    marked.tags.clear()
+    built, other = snapshot.build()
+    assert (built.tags, built.scale.item(), built.self is built) == (["a"], 1.0, True)
+    assert (type(other), other.tags) == (Marked, ["c"])
+
+
 def test_memory_that_is_shared_stays_shared_and_is_copied_once():
     checkpoint = everything()
     staging = Staging()

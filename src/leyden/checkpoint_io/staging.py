@@ -108,7 +108,6 @@ class Staging:
             staged = nn.Parameter(staged, requires_grad=tensor.requires_grad)
         elif tensor.requires_grad:
             staged.requires_grad_()
-        vars(staged).update(vars(tensor))
         return staged
 
     def _memory(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
@@ -175,7 +174,13 @@ class _Pickler(pickle.Pickler):
         if not isinstance(obj, Tensor):
             return NotImplemented
         self.tensors.append(self._staging.twin(obj))
-        return _Slot, (len(self.tensors) - 1,)
+        place = _Slot, (len(self.tensors) - 1,)
+        # attributes that somebody has given a tensor are of this moment, too
+        return (*place, vars(obj), None, None, _give) if vars(obj) else place
+
+
+def _give(tensor: Tensor, attributes: dict[str, Any]) -> None:
+    vars(tensor).update(attributes)
 
 
 class _Builder(pickle.Unpickler):
