@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import fsspec
@@ -422,6 +422,20 @@ def test_what_contains_itself_is_saved_as_torch_saves_it(path):
     files.save({"loop": loop, "leyden": {}}, path)
     found = files.load(path)["loop"]
     assert found[1] is found
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\x1b[2J", "\u0308\u20ac"])
+def test_B1_a_class_of_any_name_is_looked_at(path, name):
+    torch.save({"x": timedelta(1)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {entry: archive.read(entry) for entry in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, content in parts.items():
+            archive.writestr(entry, content.replace(b"cdatetime\ntimedelta\n", f"csome\n{name}\n".encode()))
+    shown = repr(files.look(path)["x"])
+    assert shown == f"<some.{name.encode('unicode_escape').decode()}>"
+    with pytest.raises(CheckpointError, match="not opened"):
+        files.load(path)
 
 
 def test_a_manifest_that_somebody_spoilt_is_a_warning(path):

@@ -157,7 +157,7 @@ class Opaque:
         """Take whatever the object held, and drop it."""
 
     def __repr__(self) -> str:
-        return f"<{self.origin}>"
+        return f"<{self.origin.encode('unicode_escape').decode()}>"  # it may be shown on a terminal
 
 
 def _stand_in(name: str, any_name: bool) -> Any:
@@ -172,7 +172,8 @@ def _stand_in(name: str, any_name: bool) -> Any:
         return dict
     # up to Lightning 1.4 the states of callbacks were kept under their classes
     if any_name or (from_lightning and ".callbacks" in module):
-        return type(attribute, (Opaque,), {"origin": name, "__qualname__": attribute})
+        # the name of a class may not be any text, its qualified name may
+        return type("Opaque", (Opaque,), {"origin": name, "__qualname__": attribute})
     return None
 
 
