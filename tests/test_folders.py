@@ -348,6 +348,18 @@ def test_C6_a_folder_of_lightning_without_its_data_is_an_error_of_ours(tmp_path:
             files.load(tmp_path / "a.ckpt")
 
 
+@pytest.mark.parametrize("verb", [files.load, files.look])
+def test_C6_a_table_of_contents_of_which_parts_are_missing_is_damage(tmp_path: Path, verb: Any) -> None:
+    write(3)(tmp_path / "a.ckpt")
+    (tmp_path / "a.ckpt" / "meta.pt").unlink()  # as Lightning's are, it has nothing to be compared with
+    table = tmp_path / "a.ckpt" / ".metadata"
+    table.write_bytes(table.read_bytes().replace(b"\x04size", b"\x04sjze"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(CheckpointDamagedError, match=r"a\.ckpt.* cannot be read"):
+            verb(tmp_path / "a.ckpt")
+
+
 def test_what_is_no_dict_beside_the_shards_says_so(tmp_path: Path) -> None:
     files.save_folder(tmp_path / "a.ckpt", lambda folder: torch.save([1, 2], folder / "meta.pt"))
     with pytest.raises(CheckpointError, match="holds a list in meta.pt"):

@@ -8,9 +8,10 @@ that is no tensor; those here read plain data only.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -135,16 +136,22 @@ def load(folder: Path, map_location: Any = None, weights_only: bool = True, *, v
         return result
     reader = Reader(folder)
     contents = reader.read_metadata()
-    try:
+    with _read(folder):
         flat = _values(reader, contents, weights_only)
-        nested = _as_file(_nested(_moved(flat, map_location), contents.planner_data))
+        return {**result, **_as_file(_nested(_moved(flat, map_location), contents.planner_data))}
+
+
+@contextlib.contextmanager
+def _read(folder: Path) -> Iterator[None]:
+    """Turn what torch's reader raises in the block, a dozen kinds for damage of a dozen kinds, into one error."""
+    try:
+        yield
     except (CheckpointError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # torch's reader raises a dozen kinds for damage of a dozen kinds
+    except Exception as error:
         raise CheckpointDamagedError(
             f"The checkpoint {str(folder)!r} cannot be read: {type(error).__name__}: {error}. Use another one."
         ) from error
-    return {**result, **nested}
 
 
 def _values(reader: Reader, contents: Any, weights_only: bool) -> dict[str, Any]:
@@ -175,13 +182,14 @@ def look(folder: Path) -> dict[str, Any]:
     if not (folder / ".metadata").is_file():
         return result
     contents = Reader(folder).read_metadata()
-    flat = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        if isinstance(entry, metadata.TensorStorageMetadata)
-        else "<a value>"
-        for name, entry in contents.state_dict_metadata.items()
-    }
-    return {**result, **_as_file(_nested(flat, contents.planner_data))}
+    with _read(folder):
+        flat = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            if isinstance(entry, metadata.TensorStorageMetadata)
+            else "<a value>"
+            for name, entry in contents.state_dict_metadata.items()
+        }
+        return {**result, **_as_file(_nested(flat, contents.planner_data))}
 
 
 def _rest(folder: Path, map_location: Any, weights_only: bool, *, any_name: bool = False) -> dict[str, Any]:
