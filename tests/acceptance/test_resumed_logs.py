@@ -292,6 +292,20 @@ def test_H4_a_checkpoint_that_knows_of_no_row_takes_none_of_another_run(kind: An
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
+def test_H4_a_moved_run_goes_on_where_it_is_though_its_checkpoint_knows_of_no_row(tmp_path: Path) -> None:
+    options = {"log_every_n_steps": 5, "model": Bare()}
+    fit(
+        tmp_path / "here", CSVLogger(tmp_path / "here"), 7, **options
+    )  # the checkpoint is of step 4, before the first row
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = pytest.warns(LeydenWarning, match="checkpoint folder has changed")
+    with moved:
+        trainer = fit(tmp_path / "there", CSVLogger(tmp_path / "there"), 9, "last", **{**options, "model": Bare()})
+    assert trainer.logger.version == 0
+    rows = (tmp_path / "there" / "leyden_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 2  # that of step 4 is there once
+
+
 @pytest.mark.parametrize("version", ["../../victim", "/victim", ".."])
 def test_H4_a_checkpoint_names_no_folder_outside(version: str, tmp_path: Path) -> None:
     version = version.replace("/victim", f"{tmp_path}/victim") if version.startswith("/") else version

@@ -152,11 +152,16 @@ class FolderLogger(Logger):
         return True
 
     def is_at_home(self, state: Mapping[str, Any]) -> bool:
-        """Whether the run of ``state`` was logged below the directory of this logger.
+        """Whether the run of ``state`` was logged below the directory of this logger, or was moved there, checkpoint and all.
 
         That must tell where ``state`` knows of no row yet: any log at all begins with nothing.
         """
-        return bool(state.get("save_dir") == _absolute(self._save_dir))
+        folder, checkpoint = self._folder(state["version"]), str(state.get("checkpoint", ""))
+        if is_local(folder):
+            folder, checkpoint = os.path.realpath(folder), os.path.realpath(checkpoint)
+        return bool(state.get("save_dir") == _absolute(self._save_dir)) or checkpoint.startswith(
+            os.path.join(folder, "")
+        )
 
     def knows_hyperparams(self, params: Mapping[str, Any] | Namespace | None) -> bool:
         """Whether the run with which this one goes on has already logged these hyperparameters."""

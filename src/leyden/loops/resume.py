@@ -197,7 +197,7 @@ def continue_runs(loggers: Iterable[Any], path: Any) -> None:
         if state is not None:
             states.remove(state)
             if callable(take):
-                take(state)
+                take({**state, "checkpoint": str(path)})
 
 
 def rewind(loggers: Iterable[Any]) -> None:
