@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from leyden.errors import MisconfigurationException
+from leyden.errors import LeydenError, MisconfigurationException
 from leyden.loops.start import unwrap
 from leyden.loops.trial import FEWEST, WARM, Change, Originals, Trial, like, run
 from leyden.runtime.ranks import say
@@ -299,7 +299,13 @@ def advise(
             first_of_all = like(trainer, Change(), folder)
             originals.set_up(first_of_all)
             originals.rng = rng_state()
-            wanted[-2:-2] = more_workers(bench.as_it_is(), _cores())
+            try:
+                first = bench.as_it_is()
+            except Exception as error:
+                if not isinstance(error, LeydenError):
+                    say("The fit failed as it is; no validation ran in it, and callbacks were left out.")
+                raise
+            wanted[-2:-2] = more_workers(first, _cores())
             tried = [each for each in wanted if not each.reason]
             if bench.expected(len(tried)) > max(2 * announced, announced + 10):
                 say(

@@ -132,8 +132,8 @@ class Fused:
         self.before = [group["fused"] for group in optimizer.param_groups]
         self.default = optimizer.defaults["fused"]
         own = vars(optimizer)
-        # the kernels of the Adams leave everything as it is where the scaler found an infinity. That of SGD has by then
-        # begun with the momentum: there the scaler itself leaves out the step
+        # tells the scaler that the kernel leaves all as it is where a gradient is infinite. Of the Adams that holds; of
+        # SGD's momentum on CUDA it is reported not to. Without it the scaler itself leaves out the step
         self.scales = issubclass(self.kind, (Adam, AdamW)) and "_step_supports_amp_scaling" not in own
         if self.scales:
             own["_step_supports_amp_scaling"] = True
