@@ -62,7 +62,7 @@ def test_the_same_but_for_rounding(kind: str) -> None:
     fused, run = trained(Net(kind), fused_optimizers=True)
     if kind != "adagrad":  # not every version of torch has its kernel
         assert run.optimizers[0].param_groups[0]["fused"]
-    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import StepLR
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import leyden as L
@@ -149,6 +150,17 @@ def test_a_later_fit_that_does_not_ask_for_it_steps_as_the_optimizer_was_built()
     assert kept.param_groups[0]["fused"] is None
     assert all(state["step"].item() == 60 for state in kept.state.values())
     assert not {"add_param_group", "_leyden_fused", "_step_supports_amp_scaling"} & vars(kept).keys()
+
+
+def test_nobody_who_counts_steps_counts_a_trial() -> None:
+    counted: list[Optimizer] = []
+    hook = register_optimizer_step_post_hook(lambda optimizer, args, kwargs: counted.append(optimizer))
+    try:
+        _, run = trained(Net(), fused_optimizers=True)
+    finally:
+        hook.remove()
+    assert is_fused(run.optimizers[0])
+    assert counted == [run.optimizers[0]] * 20
 
 
 def test_nothing_keeps_the_optimizer_alive() -> None:
