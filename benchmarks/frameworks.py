@@ -50,7 +50,6 @@ def with_trainer(
     every: int = 50,
     attach: bool = False,
     callbacks: int = 0,
-    settings: dict[str, Any] | None = None,
 ) -> Prepared:
     """Fit on a framework with Lightning's API: ``"leyden"`` or ``"lightning.pytorch"``.
 
@@ -62,7 +61,6 @@ def with_trainer(
         every: ``log_every_n_steps``.
         attach: Whether ModelCheckpoint, EarlyStopping, LearningRateMonitor and CSVLogger take part.
         callbacks: How many callbacks with an ``on_train_batch_end`` that does nothing take part.
-        settings: Further arguments of the Trainer.
     """
     L = importlib.import_module(name)
     known = importlib.import_module(f"{name}.callbacks")
@@ -108,7 +106,6 @@ def with_trainer(
         enable_model_summary=False,
         default_root_dir=folder,
         **parts,
-        **(settings or {}),
     )
     module, loader = Module(), work.loader()
     return Prepared(lambda: trainer.fit(module, loader), module.net.parameters)
@@ -364,9 +361,6 @@ def contenders(work: Workload, only: str = "") -> list[Contender]:
         Contender("leyden, self.log", bound(with_trainer, work), RECORDED),
         Contender("leyden, nothing logged", bound(with_trainer, work, metrics=0), BARE),
     ]
-    if work.optimizer is not torch.optim.SGD:  # there is little to fuse in it
-        fused = bound(with_trainer, work, settings={"fused_optimizers": True})
-        rows.append(Contender("leyden, fused_optimizers=True", fused, RECORDED))
     there = installed()
     rows += [Contender(name, bound(way, work), RECORDED) for name, (package, way) in PEERS.items() if package in there]
     return [row for row in rows if only in row.name]
