@@ -94,6 +94,18 @@ def everything(trainer: L.Trainer, module: Net, loader: DataLoader[Any]) -> dict
     }
 
 
+@pytest.fixture(autouse=True)
+def _no_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes half a minute: only the slow test does."""
+    if "slow" not in request.keywords:
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+
+
+@pytest.mark.slow
+def test_nothing_changes_where_it_compiles(tmp_path: Path) -> None:
+    test_nothing_changes(tmp_path, False)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_nothing_changes(tmp_path: Path, trained: bool) -> None:
     def make() -> tuple[L.Trainer, Net, DataLoader[Any]]:

@@ -154,11 +154,13 @@ def test_what_is_said_is_kept_from_the_user(tmp_path: Path, caplog: pytest.LogCa
     class Talking(Net):
         def on_fit_start(self) -> None:
             warnings.warn("mind the step", UserWarning, stacklevel=1)
+            warnings.warn("renamed in the next version", DeprecationWarning, stacklevel=1)
             logging.getLogger("leyden").info("one of ours")
 
     caplog.set_level(logging.INFO, "leyden")
     found = timed(tmp_path, Talking())
     assert {"mind the step", "one of ours"} <= set(found.said)
+    assert not any("renamed" in line for line in found.said)
     assert not caplog.records
 
 

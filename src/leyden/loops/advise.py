@@ -8,6 +8,7 @@ import math
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -58,13 +59,16 @@ class Candidate:
         return statistics.median(ratio for pair in self.ratios for ratio in pair)
 
     def verdict(self, noise: float) -> str:
-        """What it is: of different speed if each of its turns says so, and by more than the noise."""
+        """What it is: faster or slower if all of its ratios say so, and by more than the noise."""
         if not self.ratios:
             return "failed" if self.failed else "not applicable" if self.reason else "not measured"
-        turns = [statistics.fmean(pair) for pair in self.ratios]
-        if self.ratio < 1 - noise and max(turns) < 1:
+        found = [ratio for pair in self.ratios for ratio in pair]
+        least, most = min(found), max(found)
+        if len(self.ratios) == 1:
+            noise += most - least  # what it was compared with has changed meanwhile
+        if self.ratio < 1 - noise and most < 1:
             return "faster"
-        return "slower" if self.ratio > 1 + noise and min(turns) > 1 else "within noise"
+        return "slower" if self.ratio > 1 + noise and least > 1 else "within noise"
 
 
 class Advice:
@@ -165,6 +169,7 @@ class Measurement:
         self.trainer, self.originals, self.folder = trainer, originals, folder
         self.seconds, self.turn, self.rounds = seconds, seconds / (2 * ROUNDS), ROUNDS
         self.baseline: list[Trial] = []
+        self.wall = 0.0
 
     def as_it_is(self) -> Trial:
         """Run the fit as it is, once more."""
@@ -172,7 +177,9 @@ class Measurement:
             run(
                 self.trainer, self.originals, Change(), 0.0, self.folder
             )  # the first of a process imports and allocates
+        begun = time.perf_counter()
         self.baseline.append(run(self.trainer, self.originals, Change(), self.turn, self.folder))
+        self.wall = self.wall or time.perf_counter() - begun
         if len(self.baseline) == 1 and (WARM + FEWEST) * self.baseline[0].step > 2 * self.turn:
             self.rounds = 1  # one turn is long enough
         return self.baseline[-1]
@@ -207,10 +214,8 @@ class Measurement:
         return max([NOISE, *([statistics.median(apart)] if apart else [])])
 
     def expected(self, count: int) -> float:
-        """Seconds that so many candidates take, after the first run of the fit as it is."""
-        first = self.baseline[0]
-        one = first.startup + max(self.turn, FEWEST * first.step) + WARM * first.step
-        return 2 * count * self.rounds * one
+        """Seconds that so many candidates take, as the first run of the fit as it is has shown."""
+        return 2 * count * self.rounds * self.wall
 
     def row(self, candidate: Candidate) -> dict[str, Any]:
         """Return what is known of a candidate, as plain data."""
@@ -307,10 +312,11 @@ def advise(
                 raise
             wanted[-2:-2] = more_workers(first, _cores())
             tried = [each for each in wanted if not each.reason]
-            if bench.expected(len(tried)) > max(2 * announced, announced + 10):
+            expected = bench.expected(len(tried))
+            if expected > 1.5 * announced + 3:
                 say(
-                    f"An update takes {_time(bench.baseline[0].step)} and a start {_time(bench.baseline[0].startup)}:"
-                    f" about {math.ceil(bench.expected(len(tried)))} s in all."
+                    f"An update takes {_time(first.step)}, and {_time(bench.wall)} until enough of them are timed: about"
+                    f" {math.ceil(expected)} s in all."
                 )
             bench.measure(tried)
             best = _together(bench, wanted)
@@ -411,9 +417,9 @@ def _page(advice: Advice) -> str:
     body = [["change", "time of an update", "verdict", "start", *(["memory"] if memory else []), "loss", "write"]]
     for row in [own, *others]:
         measured = row["ratio"] is not None
-        time = f"{row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f})" if measured else row["reason"]
+        ratio = f"{row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f})" if measured else row["reason"]
         verdict = "" if row["verdict"] in ("baseline", "not applicable") else row["verdict"]
-        cells = [row["candidate"], time, verdict, _startup(row)]
+        cells = [row["candidate"], ratio, verdict, _startup(row)]
         if memory:
             cells.append("-" if row["memory"] is None else f"{row['memory'] / 1e6:.0f} MB")
         apart = row["loss_difference"]

@@ -455,4 +455,5 @@ def _listening() -> Iterator[list[str]]:
             yield said
     finally:
         logger.removeFilter(keep)
-    said += [str(warning.message) for warning in caught]
+    passing = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
+    said += [str(warning.message) for warning in caught if not issubclass(warning.category, passing)]
