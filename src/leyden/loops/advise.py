@@ -193,15 +193,20 @@ class Measurement:
                 if candidate.failed or (number and once):
                     continue
                 turn = self.turn * (self.rounds if once else 1)
-                try:
-                    trial = run(self.trainer, self.originals, candidate.change, turn, self.folder)
-                except Exception as error:
-                    candidate.failed, candidate.reason = True, _first_line(error)
+                trial = self._try(candidate, turn)
+                if trial is None:
                     _free(self.trainer.strategy.root_device)
                     continue
                 candidate.trials.append(trial)
                 before, after = self.baseline[-1].step, self.as_it_is().step
                 candidate.ratios.append((trial.step / before, trial.step / after))
+
+    def _try(self, candidate: Candidate, turn: float) -> Trial | None:
+        try:
+            return run(self.trainer, self.originals, candidate.change, turn, self.folder)
+        except Exception as error:
+            candidate.failed, candidate.reason = True, _first_line(error)
+            return None
 
     def _starts_slowly(self, candidate: Candidate) -> bool:
         return any(trial.startup - self.baseline[0].startup > 4 * self.turn for trial in candidate.trials)
@@ -265,7 +270,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _free(device: torch.device) -> None:
-    """Give back what a fit that failed has left in the cache of a device, so that the next one finds room."""
+    """Give back what a fit that failed has left on a device, so that the next one finds room."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
