@@ -95,8 +95,9 @@ def everything(trainer: L.Trainer, module: Net, loader: DataLoader[Any]) -> dict
 
 
 @pytest.fixture(autouse=True)
-def _no_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes half a minute: only the slow test does."""
+def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes half a minute: only the slow test does. Threads would wait for each other on a busy machine."""
+    torch.set_num_threads(1)
     if "slow" not in request.keywords:
         monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
 

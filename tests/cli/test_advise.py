@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import leyden as L
 from leyden import cli
@@ -72,6 +73,7 @@ def child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     monkeypatch.setattr(advise, "_leave", leave)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes long
+    torch.set_num_threads(1)
     monkeypatch.setattr(L.Trainer, "fit", L.Trainer.fit)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -130,7 +132,8 @@ def test_the_command_answers_lightnings_names(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(script.replace("class Net", "STARTS = []\n\n\nclass Net"))
     done = subprocess.run(
         [sys.executable, "-m", "leyden", "advise", "--seconds", "0.01", "--json", "found.json", "train.py", "-x"],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"},
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100,
+        env={**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "arguments ['-x'] " in done.stdout

@@ -352,6 +352,7 @@ def test_times_are_readable() -> None:
 
 def test_the_process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes long, and is tested elsewhere
+    torch.set_num_threads(1)
     monkeypatch.setenv("LEYDEN_TEST", "before")
 
     class Careless(Net):
