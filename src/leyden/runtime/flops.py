@@ -21,6 +21,8 @@ _TERA = 10**12
 # that add up in 32 bits, which is what torch asks for (float64 as well, where there are such). A key is the words that must
 # be in the device's name; the first match counts, unless the name has a word of _VARIANTS that the key has not.
 # Per chip: float64, float32, tfloat32, 16 bits, int8; 0 is "cannot". Before Ampere 16 bits is float16 only.
+# Compared with published tables: B200, GB200, H100, A100, L40S, L40, A40, RTX 4090, TPU v5e, v5p and v6e. From memory of
+# data sheets, so to be checked by who relies on them: all others, the A10G and the float64 of the A30 and NVL cards first.
 _CUDA: list[tuple[str, tuple[float, float, float, float, float]]] = [
     ("gb200", (40, 80, 1250, 2500, 5000)),
     ("b200", (37, 75, 1125, 2250, 4500)),
