@@ -128,6 +128,15 @@ class Losses(L.Callback):
         self.seen.append((trainer.global_step, rates, gradients, metrics, copy.deepcopy(outputs)))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A tiny batch norm on several threads waits for them where others use the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def stand_in(monkeypatch: Any) -> StandIn:
     made = StandIn()

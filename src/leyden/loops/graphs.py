@@ -9,10 +9,11 @@ and does in Python what Python does at each step: counters, what was logged, and
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._side = _stream(device)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -102,7 +103,8 @@ class CudaGraphs:
             Exception: for a region that cannot be captured; the generator of the device is then as it was.
         """
         graph = torch.cuda.CUDAGraph()
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        pool, index = torch.cuda.graph_pool_handle(), torch.cuda.current_device()
+        generator = torch.cuda.default_generators[index]
         state = generator.get_state()
         collects = gc.isenabled()
         gc.disable()  # the garbage may hold memory of the device, which must not be given back meanwhile
@@ -110,11 +112,13 @@ class CudaGraphs:
             # the outer context: where a capture fails, torch's own does not go back to the stream it came from
             with (
                 torch.cuda.stream(torch.cuda.current_stream(self.device)),
-                torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, pool, stream=self._side, capture_error_mode="thread_local"),
             ):
                 result = region()
         except BaseException:
-            # a capture that has failed leaves the generator as if it went on, which then refuses every other draw
+            # a capture that has failed leaves the generator and the allocator as if it went on: every other draw is
+            # refused then, and memory that is cached is not given back any more where it runs out
+            _end_allocation(index, pool)
             generator.graphsafe_set_state(torch.Generator(self.device))
             generator.set_state(state)
             raise
@@ -122,6 +126,21 @@ class CudaGraphs:
             if collects:
                 gc.enable()
         return graph.replay, result
+
+
+def _end_allocation(index: int, pool: Any) -> None:
+    """Let a pool of memory go to which a failed capture would go on to allocate."""
+    # raised where the capture could be ended after all, and did this itself; names that are not public may move
+    with suppress(RuntimeError, AttributeError):
+        memory: Any = torch.cuda.memory
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            getattr(memory, name)(index, pool)
+
+
+@functools.cache
+def _stream(device: torch.device) -> Any:
+    """Return the stream to capture on: one for all runs, since libraries keep memory for each stream that they have seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def device_graphs(device: torch.device) -> CudaGraphs | None:
