@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
@@ -13,8 +13,12 @@ from leyden.data.combined import CombinedLoader
 from leyden.data.feed import Feed, Pass
 from leyden.data.generators import Streams, plain, raw
 from leyden.data.loaders import length, set_epoch
+from leyden.data.whole import Whole
 from leyden.errors import CheckpointError
 from leyden.runtime.ranks import rank_zero_warn
+
+if TYPE_CHECKING:
+    from leyden.data.resident import Shelf
 
 
 @dataclass
@@ -41,11 +45,18 @@ class Supply:
         combined: The loaders.
         seeding: As for ``Feed``.
         seed: As for ``Feed``.
+        fast: Whether batches of data in memory are read as a whole.
+        shelf: Keeps such data on the device; None where batches begin on the host.
     """
 
-    def __init__(self, combined: CombinedLoader, seeding: str = "torch", seed: int = 0) -> None:
+    def __init__(
+        self, combined: CombinedLoader, seeding: str = "torch", seed: int = 0, fast: bool = False,
+        shelf: Shelf | None = None,
+    ) -> None:  # fmt: skip
         self.combined = combined
         self.feeds = [Feed(loader, seeding, seed) for loader in combined.flattened]
+        for feed in self.feeds if fast else ():
+            feed.whole = Whole(feed.loader, shelf)
         self.single = len(self.feeds) == 1 and combined.flattened[0] is combined.iterables
         held = {f"{i}.{name}": g for i, feed in enumerate(self.feeds) for name, g in feed.streams.held.items()}
         self.streams = Streams(held)

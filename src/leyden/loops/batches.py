@@ -220,14 +220,19 @@ def limits(combined: CombinedLoader, stage: str, limit: int | float, argument: s
     return [num_batches(stage, length(loader), limit, argument) for loader in combined.flattened]
 
 
-def supply(session: Session, combined: CombinedLoader) -> Supply:
-    """Return what the loops draw from: the loaders, with the random streams that this run's workers have."""
+def supply(session: Session, combined: CombinedLoader, step: Callable[..., Any]) -> Supply:
+    """Return what the loops draw from: the loaders, with the random streams that this run's workers have.
+
+    ``step`` is what gets the batches.
+    """
     from leyden.data.position import Supply  # noqa: PLC0415  # when a run begins, not when a script imports names
 
     lightning = session.config.rule("worker_seeds") == "worker"
-    if not seeds_workers():
-        return Supply(combined, "torch" if lightning else "batch")
-    return Supply(combined, "worker") if lightning else Supply(combined, "sample", given_seed())
+    if seeds_workers():
+        seeding, seed = ("worker", 0) if lightning else ("sample", given_seed())
+    else:
+        seeding, seed = "torch" if lightning else "batch", 0
+    return Supply(combined, seeding, seed, session.config.fast_data, session.shelf(takes(step, "dataloader_iter")))
 
 
 def total(combined: CombinedLoader) -> int | float:
@@ -265,7 +270,7 @@ class TrainingData:
         self.sized = total(loader) < math.inf
         loader.limits = [num_batches("train", length(x), limit, "limit_train_batches") for x in loader.flattened]
         self.num_batches = total(loader)
-        self.supply = supply(session, loader)
+        self.supply = supply(session, loader, session.module.training_step)
         self.iterator: Iterator[Any] | None = None
         self.ahead: Ahead = None
 
