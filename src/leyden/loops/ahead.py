@@ -53,7 +53,10 @@ class Lane:
 
     def pinned(self, source: Tensor) -> Tensor:
         """Return ``source`` in pinned memory; itself if it is there already."""
-        return source.pin_memory()
+        if source.is_pinned():
+            return source
+        # not pin_memory(), which cannot copy a tensor that was expanded
+        return torch.empty_like(source, pin_memory=True).copy_(source)
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Any) -> Any:
         """Copy each ``(target, source)`` beside the stream that computes, once ``after`` is reached; return a mark.
@@ -83,8 +86,8 @@ class Ahead:
     """Brings batches to the device, each one beside the step before it; ``ahead(batch)`` returns the batch there.
 
     What it returns equals what ``tree.move_to`` returns, and its tensors are nobody else's. A batch of another shape than
-    the one before, one that is small, objects with a ``to`` method of their own, and tensors that are on a device already
-    are brought there as ``move_to`` does.
+    the one before is copied in line with the steps. So is one that is small, and objects with a ``to`` method of their own
+    and tensors that are on a device already are brought there as ``move_to`` does.
 
     Args:
         device: Where to.
@@ -113,7 +116,7 @@ class Ahead:
             index = len(sources)
             sources.append(node)
             if room is None or index >= len(room.shapes) or room.shapes[index] != _shape(node):
-                return moved(node, self.device)
+                return moved(self._pinned(node) if node.nbytes >= SMALL else node, self.device)
             pairs.append((room.tensors[index], node))
             return room.tensors[index]
 
