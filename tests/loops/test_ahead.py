@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import leyden as L
 from leyden.config import TrainerConfig
-from leyden.loops.ahead import SMALL, Ahead
+from leyden.loops.ahead import SMALL, Ahead, Lane
 from leyden.loops.dispatch import bind
 from leyden.loops.session import Session
 from leyden.precision.base import Precision, TruePrecision
@@ -471,3 +472,45 @@ class Waits(StandIn):
 
 def copied(batch: Any) -> Any:
     return tree_map(Tensor.clone, batch)
+
+
+def test_the_calls_of_torch(monkeypatch: Any) -> None:
+    """With what stands for streams of torch: which one waits for what, and on which one the copies are made."""
+    log: list[str] = []
+    current = ["main"]
+
+    class Named:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def record_event(self) -> str:
+            log.append(f"mark {self.name}")
+            return f"mark of {self.name}"
+
+        def wait_event(self, event: str) -> None:
+            log.append(f"{self.name} waits for {event}")
+
+    @contextmanager
+    def on(stream: Named) -> Iterator[None]:
+        before, current[0] = current[0], stream.name
+        yield
+        current[0] = before
+
+    class Target:
+        def copy_(self, source: Any, non_blocking: bool) -> None:
+            log.append(f"copy {source} on {current[0]} {non_blocking}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Named("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Named(current[0]))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    lane = Lane(torch.device("cuda", 0))
+    stream = lane.compute()
+    mark = lane.mark(stream)
+    lane.wait(stream, lane.copy([(Target(), "a"), (Target(), "b")], mark))  # type: ignore[list-item]
+    assert log == [
+        "mark main", "side waits for mark of main", "copy a on side True", "copy b on side True", "mark side",
+        "main waits for mark of side",
+    ]  # fmt: skip
+    lane.device = torch.device("meta")
+    room = lane.room(torch.ones(3, 4).t())
+    assert (room.device.type, room.stride()) == ("meta", (1, 4))

@@ -8,8 +8,10 @@ where the capture put it. All else is the real thing.
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -322,6 +324,51 @@ def test_a_change_between_epochs_takes_a_new_graph(change: Any, stand_in: StandI
         weights.append(list(module.state_dict().values()))
     assert stand_in.captured >= 2
     same(*weights)
+
+
+class Metric(nn.Module):
+    """Counts in a plain attribute, as those of torchmetrics do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def update(self) -> None:
+        self.count += 1
+
+    def compute(self) -> float:
+        return float(self.count)
+
+    def reset(self) -> None:
+        self.count = 0
+
+
+class Validates(Model):
+    """Has a metric object that only its validation uses, unless its step does too."""
+
+    def __init__(self, in_step: bool = False) -> None:
+        super().__init__()
+        self.metric, self.in_step = Metric(), in_step
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.in_step:
+            self.metric.update()
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.metric.update()
+        self.log("count", self.metric)
+
+
+def test_metric_objects_of_a_validation_do_not_count_as_changes(stand_in: StandIn, tmp_path: Path) -> None:
+    fit(seed(Validates), tmp_path, stand_in=stand_in, cuda_graphs=True)
+    assert (stand_in.captured, stand_in.replays) == (1, 7)
+
+
+def test_metric_objects_of_a_step_do(stand_in: StandIn, tmp_path: Path, caplog: Any) -> None:
+    with caplog.at_level(logging.INFO):
+        fit(seed(lambda: Validates(True)), tmp_path, stand_in=stand_in, cuda_graphs=True)
+    assert reasons(caplog) == ["the step changes the attribute 'metric.count' of the module, which a replay would not"]
 
 
 def test_what_changes_again_and_again_ends_it(stand_in: StandIn, tmp_path: Path, caplog: Any) -> None:
@@ -672,3 +719,144 @@ def test_an_optimizer_of_others_steps_outside() -> None:
     strategy.lr_scheduler_configs = []
     captured = Captured(SimpleNamespace(strategy=strategy), torch.device("cpu"))  # type: ignore[arg-type]
     assert captured.outside == [made[0]]
+
+
+# --- the calls of torch.cuda, of which nothing runs here -----------------------------------------------------------------
+
+
+class Cuda:
+    """Stands for ``torch.cuda``: notes in which order what is called."""
+
+    def __init__(self, monkeypatch: Any, fails: bool = False) -> None:
+        self.log: list[str] = []
+        self.fails, self.mode, self.current = fails, 0, "main"
+        named: dict[str, Any] = {
+            "current_stream": lambda device=None: Stream(self.current, self),
+            "stream": self.stream,
+            "graph": self.graph,
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.log.append("replay")),
+            "graph_pool_handle": lambda: (0, 7),
+            "current_device": lambda: 0,
+            "default_generators": [self],
+            "get_sync_debug_mode": lambda: self.mode,
+            "set_sync_debug_mode": self.set_mode,
+        }
+        for name, value in named.items():
+            monkeypatch.setattr(torch.cuda, name, value, raising=False)
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch.cuda.memory, name, lambda *args, name=name: self.log.append(f"{name}{args}"))
+        monkeypatch.setattr(torch, "Generator", lambda device: "fresh")
+        monkeypatch.setattr(graphs, "_stream", lambda device: Stream("side", self))
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream.name
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        """As torch's: where the capture cannot be ended, the stream that was current before does not come back."""
+        self.log.append(f"begin {pool} {stream.name} {capture_error_mode}")
+        before, self.current = self.current, stream.name
+        try:
+            yield
+        finally:
+            if self.fails:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            self.current = before
+
+    def set_mode(self, mode: Any) -> None:
+        self.mode = {"warn": 1}.get(mode, mode)
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+
+    def get_state(self) -> str:
+        return "state"
+
+    def set_state(self, state: str) -> None:
+        self.log.append(f"set {state}")
+
+    def graphsafe_set_state(self, generator: str) -> None:
+        self.log.append(generator)
+
+
+class Stream:
+    def __init__(self, name: str, cuda: Cuda) -> None:
+        self.name, self.cuda = name, cuda
+
+    def wait_stream(self, other: Stream) -> None:
+        self.cuda.log.append(f"{self.name} waits for {other.name}")
+
+
+DEVICE = torch.device("cuda", 0)
+
+
+def test_capturing_with_torch(monkeypatch: Any) -> None:
+    cuda = Cuda(monkeypatch)
+    real = graphs.CudaGraphs(DEVICE)
+    with real.aside():
+        assert cuda.current == "side"
+    replay, result = real.record(lambda: (cuda.current, gc.isenabled()))
+    assert result == ("side", False)
+    replay()
+    assert cuda.log == [
+        "side waits for main", "main waits for side", "begin (0, 7) side thread_local", "replay",
+    ]  # fmt: skip
+    assert (cuda.current, gc.isenabled()) == ("main", True)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_capture_of_torch_that_fails(ends: bool, monkeypatch: Any) -> None:
+    cuda = Cuda(monkeypatch, fails=not ends)
+    real = graphs.CudaGraphs(DEVICE)
+
+    def region() -> None:
+        raise ValueError("theirs")
+
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        real.record(region)
+    assert graphs._reason(caught.value) == "it cannot be captured: ValueError: theirs"
+    assert cuda.log[1:] == [
+        "_cuda_endAllocateToPool(0, (0, 7))", "_cuda_releasePool(0, (0, 7))", "fresh", "set state",
+    ]  # fmt: skip
+    assert (cuda.current, gc.isenabled()) == ("main", True)
+
+
+def test_a_pool_that_torch_has_ended_itself_is_not_released_twice(monkeypatch: Any) -> None:
+    cuda = Cuda(monkeypatch, fails=True)
+
+    def refuses(*args: Any) -> None:
+        raise RuntimeError("not recording to this pool")
+
+    monkeypatch.setattr(torch.cuda.memory, "_cuda_endAllocateToPool", refuses)
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        graphs.CudaGraphs(DEVICE).record(lambda: None)
+    assert cuda.log[1:] == ["fresh", "set state"]
+
+
+def test_waits_are_found_and_other_warnings_passed_on(monkeypatch: Any) -> None:
+    cuda = Cuda(monkeypatch)
+    real = graphs.CudaGraphs(DEVICE)
+
+    def step() -> list[str]:
+        with real.waits() as found:
+            assert cuda.mode == 1
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally at ...)", stacklevel=1)
+            warnings.warn("theirs", stacklevel=1)
+        return found
+
+    with pytest.warns(UserWarning, match="^theirs$") as caught:
+        found = step()
+    assert len(caught) == 1
+    assert len(found) == 1
+    assert "test_graphs.py" in found[0]
+    assert cuda.mode == 0
+
+
+def test_a_step_that_raises_while_it_is_watched_takes_the_watch_off(monkeypatch: Any) -> None:
+    cuda = Cuda(monkeypatch)
+    with pytest.raises(KeyError), graphs.CudaGraphs(DEVICE).waits():
+        raise KeyError
+    assert cuda.mode == 0

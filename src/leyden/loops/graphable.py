@@ -23,6 +23,7 @@ from leyden.hooks import is_written
 from leyden.loops.session import Session
 from leyden.module import LightningModule
 from leyden.results import Store
+from leyden.types import MetricLike
 
 INSIDE = (
     "on_before_zero_grad", "optimizer_zero_grad", "on_before_backward", "backward", "on_after_backward",
@@ -109,7 +110,7 @@ class Watch:
         self._held: list[tuple[dict[str, Any], str, Any]] = []
         self._lists: list[tuple[list[Any], int]] = []
         tensors: dict[int, Tensor] = {}
-        for layer in module.modules():
+        for layer in _layers(module):
             attributes = vars(layer)
             for name, value in attributes.items():
                 if name not in _OURS and isinstance(value, _PLAIN):
@@ -152,6 +153,17 @@ class Watch:
         for place, name, value in self._held:
             if place.get(name, _GONE) is not value:
                 place[name] = value
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and all in it but metric objects, which count whenever somebody else asks them to.
+
+    A step that uses one leaves traces, and is not captured.
+    """
+    if not isinstance(module, MetricLike):
+        yield module
+        for child in module.children():
+            yield from _layers(child)
 
 
 class Traces:
