@@ -21,9 +21,6 @@ from leyden.loops.ahead import SMALL, Ahead, Lane
 from leyden.loops.graphs import WARMUP, CudaGraphs
 from leyden.tree import move_to
 
-# said by torch the first time that a wait is made an error
-pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-
 
 def trainer(folder: Path, **arguments: Any) -> L.Trainer:
     defaults: dict[str, Any] = {
