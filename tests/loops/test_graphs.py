@@ -326,6 +326,30 @@ def test_a_change_between_epochs_takes_a_new_graph(change: Any, stand_in: StandI
     same(*weights)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_schedule_that_changes_the_momentum_too(
+    optimizer: str, stand_in: StandIn, tmp_path: Path, caplog: Any
+) -> None:
+    """Adam is captured with its betas; SGD, whose rate is scheduled, steps after the replay and takes what there is."""
+
+    class Cycles(Model):
+        def configure_optimizers(self) -> Any:
+            made = super().configure_optimizers()
+            schedule = torch.optim.lr_scheduler.OneCycleLR(made, 0.1, total_steps=100)
+            return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    with caplog.at_level(logging.INFO):
+        (plain, _, seen), (module, _, mine) = eager_and_graphed(
+            lambda: Cycles(optimizer), tmp_path, stand_in, max_epochs=4
+        )
+    if optimizer == "sgd":
+        assert (stand_in.captured, reasons(caplog)) == (1, [])
+    else:
+        assert reasons(caplog) == ["betas changes again and again, which takes a new graph each time"]
+    same(list(plain.state_dict().values()), list(module.state_dict().values()), optimizer == "sgd")
+    same([step for step, *_ in seen.seen], [step for step, *_ in mine.seen])
+
+
 class Metric(nn.Module):
     """Counts in a plain attribute, as those of torchmetrics do."""
 

@@ -103,10 +103,18 @@ class Watch:
         module: The module that is trained.
         optimizers: Its optimizers.
         free: The groups whose ``lr`` a graph reads anew each time.
+        outside: Those of the optimizers that step after the graph, by the options that they have then.
     """
 
-    def __init__(self, module: nn.Module, optimizers: Iterable[Optimizer], free: Iterable[dict[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Iterable[Optimizer],
+        free: Iterable[dict[str, Any]] = (),
+        outside: Iterable[Optimizer] = (),
+    ) -> None:
         unread = {id(group) for group in free}
+        after = {id(optimizer) for optimizer in outside}
         self._held: list[tuple[dict[str, Any], str, Any]] = []
         self._lists: list[tuple[list[Any], int]] = []
         tensors: dict[int, Tensor] = {}
@@ -125,7 +133,7 @@ class Watch:
             for group in optimizer.param_groups:
                 self._lists.append((group["params"], len(group["params"])))
                 tensors.update((id(parameter), parameter) for parameter in group["params"])
-                for name, value in group.items():
+                for name, value in group.items() if id(optimizer) not in after else ():
                     if name != "params" and not (name == "lr" and id(group) in unread):
                         self._held.append((group, name, value))
         self._optimizers = [(optimizer, optimizer.param_groups) for optimizer in optimizers]

@@ -273,8 +273,10 @@ class Graphed:
         compiled = bool(session.config.compile)
         if len(args) > 1 and not compiled:  # compiled code takes another type for another program
             args = (args[0], Index(args[1]))
-        rates = ("strategy", "optimizers", "lr_scheduler_configs") if self.optimizers.free else ()
-        spy = Spy(session.trainer, rates if self.optimizers.outside else ())
+        # the options of an optimizer that steps after a replay are those of the moment
+        spy = Spy(
+            session.trainer, ("strategy", "optimizers", "lr_scheduler_configs") if self.optimizers.outside else ()
+        )
         generators = self.graphs.host_generators()
         numbers = [group["lr"] for optimizer in opt.optimizers for group in optimizer.param_groups]
         module.trainer = spy
@@ -332,7 +334,7 @@ class Graphed:
             grads = [parameter.grad for parameter in parameters]
             return tree_map(Tensor.detach, output), logs, grads
 
-        watch = Watch(session.module, opt.optimizers, self.optimizers.free)
+        watch = Watch(session.module, opt.optimizers, self.optimizers.free, self.optimizers.outside)
         before = [parameter.grad for parameter in parameters]
         try:
             replay, (output, logs, grads) = self.graphs.record(region)
