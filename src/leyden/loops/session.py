@@ -179,7 +179,13 @@ class Session:
         converts = _converts(precision)
         if device.type == "cpu" and not (before or move or after or converts):
             return None  # loaders deliver host memory: nothing to move
-        move_batch = move or module.transfer_batch_to_device
+        move_batch: Callable[..., Any] = move or module.transfer_batch_to_device
+        if device.type == "cuda" and self.config.fast_data and not move:
+            from leyden.loops.ahead import Ahead, Lane  # noqa: PLC0415  # only runs on CUDA copy batches ahead
+
+            move_batch = ahead = Ahead(device, Lane(device))
+            if not (before or after or converts):
+                return ahead
 
         def bring(batch: Any, dataloader_idx: int = 0) -> Any:
             if converts:
