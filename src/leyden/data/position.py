@@ -14,6 +14,7 @@ from leyden.data.feed import Feed, Pass
 from leyden.data.generators import Streams, plain, raw
 from leyden.data.loaders import length, set_epoch
 from leyden.errors import CheckpointError
+from leyden.runtime.cores import cores
 from leyden.runtime.ranks import rank_zero_warn
 
 
@@ -41,11 +42,23 @@ class Supply:
         combined: The loaders.
         seeding: As for ``Feed``.
         seed: As for ``Feed``.
+        loaders: What is drawn from in the place of ``combined.flattened``; None for those themselves.
+        keep: As for ``Feed``; all loaders together keep no more workers than there are cores for them.
     """
 
-    def __init__(self, combined: CombinedLoader, seeding: str = "torch", seed: int = 0) -> None:
+    def __init__(
+        self,
+        combined: CombinedLoader,
+        seeding: str = "torch",
+        seed: int = 0,
+        loaders: list[Any] | None = None,
+        keep: bool = False,
+    ) -> None:
         self.combined = combined
-        self.feeds = [Feed(loader, seeding, seed) for loader in combined.flattened]
+        loaders = combined.flattened if loaders is None else loaders
+        workers = [int(getattr(loader, "num_workers", 0)) for loader in loaders if isinstance(loader, DataLoader)]
+        keep = keep and (len(workers) < 2 or sum(workers) <= max(cores(), *workers))
+        self.feeds = [Feed(loader, seeding, seed, keep) for loader in loaders]
         self.single = len(self.feeds) == 1 and combined.flattened[0] is combined.iterables
         held = {f"{i}.{name}": g for i, feed in enumerate(self.feeds) for name, g in feed.streams.held.items()}
         self.streams = Streams(held)

@@ -20,11 +20,13 @@ from leyden.hooks import is_written
 from leyden.loops.profiled import measured_iterator
 from leyden.loops.session import Session
 from leyden.module import LightningModule
-from leyden.runtime.ranks import rank_zero_warn
+from leyden.runtime.ranks import rank_zero_only, rank_zero_warn
 from leyden.runtime.seed import given_seed, rng_state, seeds_workers
+from leyden.types import TrainerFn
 
 if TYPE_CHECKING:
     from leyden.data.position import Place, Supply
+    from leyden.data.wait import Waits
 
 _END = object()
 
@@ -220,14 +222,25 @@ def limits(combined: CombinedLoader, stage: str, limit: int | float, argument: s
     return [num_batches(stage, length(loader), limit, argument) for loader in combined.flattened]
 
 
-def supply(session: Session, combined: CombinedLoader) -> Supply:
-    """Return what the loops draw from: the loaders, with the random streams that this run's workers have."""
+def supply(session: Session, combined: CombinedLoader, prefix: str) -> Supply:
+    """Return what the loops draw from: the loaders, with the workers and the random streams that they have in this run."""
     from leyden.data.position import Supply  # noqa: PLC0415  # when a run begins, not when a script imports names
 
+    former = session.supplies.pop(prefix, None)
+    if former is not None:
+        former.release()  # loaders that were asked for anew: the workers of the others end
     lightning = session.config.rule("worker_seeds") == "worker"
-    if not seeds_workers():
-        return Supply(combined, "torch" if lightning else "batch")
-    return Supply(combined, "worker") if lightning else Supply(combined, "sample", given_seed())
+    seeding = ("worker" if lightning else "sample") if seeds_workers() else "torch" if lightning else "batch"
+    loaders = None
+    if session.config.num_workers is not None:
+        from leyden.loops.workers import chosen  # noqa: PLC0415  # only where the Trainer says how many
+
+        loaders = chosen(session, combined, prefix)
+    keep = session.config.fast_data and session.trainer.state.fn is TrainerFn.FITTING
+    made = session.supplies[prefix] = Supply(
+        combined, seeding, given_seed() if seeding == "sample" else 0, loaders, keep
+    )
+    return made
 
 
 def total(combined: CombinedLoader) -> int | float:
@@ -265,7 +278,7 @@ class TrainingData:
         self.sized = total(loader) < math.inf
         loader.limits = [num_batches("train", length(x), limit, "limit_train_batches") for x in loader.flattened]
         self.num_batches = total(loader)
-        self.supply = supply(session, loader)
+        self.supply = supply(session, loader, "train")
         self.iterator: Iterator[Any] | None = None
         self.ahead: Ahead = None
 
@@ -290,9 +303,26 @@ class TrainingData:
                 data.streams.put(waiting[0])
             self.ahead = Lookahead(iterator if data.single else _only_batches(iterator), limit, self._here, taken)
             iterator = self.ahead
+        if not draws and (waits := self._waits(session)) is not None:
+            iterator = waits.around(iterator)
         if session.profiler is not None:
             iterator = measured_iterator(iterator, session.profiler, "train_dataloader_next")
         self.iterator = iterator
+
+    def _waits(self, session: Session) -> Waits | None:
+        """What measures the waits for data in this fit; None where nobody wants to know, or where it cannot be known."""
+        device, config = session.strategy.root_device, session.config
+        if config.barebones or config.fast_dev_run or rank_zero_only.rank or device.type not in ("cpu", "cuda"):
+            return None
+        if session.waits is None:
+            from leyden.data import wait  # noqa: PLC0415  # when a run begins, not when a script imports names
+            from leyden.runtime.cores import cores  # noqa: PLC0415  # as above
+
+            clock = wait.HostClock() if device.type == "cpu" else wait.DeviceClock(device)
+            loaders = [feed.loader for feed in self.supply.feeds]
+            session.waits = wait.Waits(clock, lambda: wait.remedy(loaders, cores(), config.num_workers))
+        found: Waits = session.waits
+        return found
 
     def _here(self, drawn: int) -> Place:
         place = self.supply.place(drawn)

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an object is made of: two readings of it are equal only if nothing in it has changed between them.
+
+Read are numbers, words, containers, attributes, arrays, and of tensors which one it is and its version; of functions
+also what they enclose and the globals that they name; of a class of the user's its attributes and functions. Where that
+is not enough to know an object (an open file, an iterator, more than the limits below), there is no reading.
+
+What a reading cannot see: the memory of a tensor changed from outside torch (by numpy, through ``tensor.numpy()``), the
+inner state of objects of installed libraries that is neither attribute nor pickled, and what is outside the process.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import logging
+import pickle
+import random
+import sys
+import sysconfig
+import threading
+import weakref
+import zlib
+from collections import deque
+from collections.abc import Iterable
+from enum import Enum
+from itertools import chain
+from pathlib import PurePath
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leyden.data.generators import Streams, is_generator
+
+ITEMS = 100_000
+"""How many entries of containers are read."""
+OBJECTS = 5000
+"""How many objects are opened."""
+SMALL = 1 << 20
+"""Bytes of an array of which a checksum is taken; of a larger one, sums that tell where a change is, which is quicker."""
+BYTES = 1 << 28
+"""How many bytes of arrays are read."""
+_COLUMNS = 4093
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), range, type(NotImplemented))
+_LEAVES = frozenset(_PLAIN)
+_BY_IDENTITY = (ModuleType, logging.Logger, logging.Handler, type(threading.Lock()), type(threading.RLock()))
+"""Of these only which one it is counts."""
+
+
+class UnknownError(Exception):
+    """There is something in the object whose state cannot be read."""
+
+
+class Itself:
+    """Stands for one very object, and equals only what stands for the same; keeps it alive only where it must."""
+
+    __slots__ = ("_get",)
+
+    def __init__(self, value: Any) -> None:
+        try:
+            self._get: Any = weakref.ref(value)
+        except TypeError:
+            self._get = lambda: (value,)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Itself):
+            return False
+        mine, its = self._get(), other._get()
+        if isinstance(mine, tuple) and isinstance(its, tuple):
+            return mine[0] is its[0]
+        return mine is not None and mine is its
+
+    __hash__ = None  # type: ignore[assignment]  # only compared
+
+
+def read(roots: Iterable[Any], seeded: Iterable[Any] = ()) -> list[Any]:
+    """Return what ``roots`` are made of, to be compared by ``==`` with another reading of this process.
+
+    ``seeded`` are random generators whose state does not count.
+
+    Raises:
+        UnknownError: where that cannot be known, or is too much to read.
+    """
+    return _Reading(seeded).read(list(roots))
+
+
+class _Reading:
+    def __init__(self, seeded: Iterable[Any]) -> None:
+        self.facts: list[Any] = []
+        self.seen: dict[int, int] = {}
+        self.alive: list[Any] = []
+        """What was made on the way: its id must not come again."""
+        self.waiting: list[Any] = []
+        self.items = self.bytes = 0
+        # the global generators are seeded for each batch; functions such as random.random are bound to them
+        self.seeded = {id(generator) for generator in (*seeded, torch.default_generator, random.random.__self__)}  # type: ignore[attr-defined]
+        self.numpy: Any = sys.modules.get("numpy")
+        if self.numpy is not None:
+            self.seeded.add(id(self.numpy.random.rand.__self__))
+
+    def read(self, roots: list[Any]) -> list[Any]:
+        self.alive.append(roots)
+        self.waiting = roots[::-1]
+        while self.waiting:
+            value = self.waiting.pop()
+            kind = type(value)
+            if kind in _LEAVES:
+                self.facts.append((kind, value))
+                continue
+            number = self.seen.get(id(value))
+            if number is not None:
+                self.facts.append(number)
+                continue
+            number = self.seen[id(value)] = len(self.seen)
+            self.facts.append((kind, number))
+            if number > OBJECTS:
+                raise UnknownError(f"more than {OBJECTS} objects")
+            self.open(value, kind)
+        return self.facts
+
+    def open(self, value: Any, kind: type) -> None:
+        """Note what ``value`` is, and what is to be read of it."""
+        if isinstance(value, Tensor):
+            if value.is_inference():
+                raise UnknownError("a tensor that does not count its changes")
+            self.facts += [Itself(value), value._version]  # noqa: SLF001  # torch has no other name for it
+        elif is_generator(value):
+            if id(value) not in self.seeded:
+                self.facts.append(pickle.dumps(Streams({"": value}).of_held()))
+        elif self.numpy is not None and isinstance(value, (self.numpy.ndarray, self.numpy.generic)):
+            self.array(value)
+        elif issubclass(kind, type):
+            self.facts.append(Itself(value))
+            if not _is_foreign(value):
+                written = [(n, part) for n, part in vars(value).items() if not n.startswith("__") or callable(part)]
+                self.several([part for name, part in written if name != "_abc_impl"])
+        elif issubclass(kind, (*_BY_IDENTITY, Enum)):
+            self.facts.append(Itself(value))
+        elif issubclass(kind, (PurePath, torch.dtype, torch.device)):
+            self.facts.append(str(value))
+        elif isinstance(value, FunctionType):
+            self.function(value)
+        elif isinstance(value, MethodType):
+            self.several([value.__self__, value.__func__])
+        elif isinstance(value, BuiltinFunctionType):
+            self.facts.append(value.__name__)
+            if not isinstance(value.__self__, (ModuleType, type, type(None))):
+                self.several([value.__self__])
+        elif isinstance(value, (staticmethod, classmethod)):
+            self.several([value.__func__])
+        elif isinstance(value, property):
+            self.several([value.fget])
+        elif isinstance(value, functools.partial):
+            self.several([value.func, value.args, value.keywords, vars(value)])
+        elif isinstance(value, (dict, list, tuple, set, frozenset, deque, bytearray)):
+            self.container(value, kind)
+        else:
+            self.instance(value, kind)
+
+    def several(self, values: list[Any]) -> None:
+        self.alive.append(values)
+        self.facts.append(len(values))
+        self.waiting.extend(reversed(values))
+
+    def container(self, value: Any, kind: type) -> None:
+        self.items += len(value)
+        if self.items > ITEMS:
+            raise UnknownError(f"more than {ITEMS} entries")
+        if isinstance(value, bytearray):
+            self.facts.append(zlib.crc32(value))
+            return
+        items = [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
+        kinds = tuple(map(type, items))
+        if set(kinds) <= _LEAVES:
+            self.facts += [kinds, tuple(items)]
+        elif set(kinds) == {tuple}:  # such as the files of an image folder, each with its label
+            flat = list(chain.from_iterable(items))
+            self.items += len(flat)
+            inner = tuple(map(type, flat))
+            if set(inner) <= _LEAVES and self.items <= ITEMS:
+                self.facts += [tuple(map(len, items)), inner, tuple(flat)]
+            else:
+                self.several(items)
+        else:
+            self.several(items)
+        if own := getattr(value, "__dict__", None):
+            self.several([own])
+        if not _is_foreign(kind):
+            self.several([kind])
+
+    def array(self, value: Any) -> None:
+        """An array by its content; a large one that nobody can write to by which one it is."""
+        numpy = self.numpy
+        if value.dtype.hasobject:
+            self.several([value.shape, value.tolist()])
+            return
+        self.facts += [str(value.dtype), value.shape]
+        if value.nbytes <= SMALL:
+            self.facts.append(zlib.crc32(value.tobytes()))
+            return
+        base = value
+        while isinstance(base, numpy.ndarray) and not base.flags.writeable:
+            base = base.base
+        if base is None or isinstance(base, bytes):
+            self.facts.append(Itself(value))
+            return
+        self.bytes += value.nbytes
+        if self.bytes > BYTES or not value.flags.c_contiguous:
+            raise UnknownError("an array that is large and can be written to")
+        words = value.reshape(-1).view(numpy.uint8)
+        words, rest = words[: len(words) // 8 * 8].view(numpy.uint64), words[len(words) // 8 * 8 :]
+        whole = len(words) // _COLUMNS * _COLUMNS
+        sums = words[:whole].reshape(-1, _COLUMNS).sum(0)
+        self.facts += [zlib.crc32(sums.tobytes()), zlib.crc32(words[whole:].tobytes()), zlib.crc32(rest.tobytes())]
+
+    def function(self, value: Any) -> None:
+        """A function: which one, what it encloses, and the globals that it names."""
+        self.facts.append(Itself(value))
+        code = value.__code__
+        if _is_installed(code.co_filename):
+            return
+        cells = []
+        for cell in value.__closure__ or ():
+            try:
+                cells.append(cell.cell_contents)
+            except ValueError:  # not filled yet
+                cells.append(None)
+        known, names, read = value.__globals__, _names(code), []
+        for name in names:
+            found = known.get(name)
+            if isinstance(found, ModuleType):
+                own = not _is_installed(getattr(found, "__file__", None) or "")
+                parts = [vars(found)[attribute] for attribute in names if attribute in vars(found)]
+                read += [part for part in parts if own or type(part) in _LEAVES]
+            elif name in known:
+                read.append(found)
+        self.several([*cells, value.__defaults__, value.__kwdefaults__, vars(value), *read])
+
+    def instance(self, value: Any, kind: type) -> None:
+        """Any other object: its attributes and its class; what is not written in Python as it would be pickled."""
+        written = [base for base in kind.__mro__ if base is not object]
+        own = getattr(value, "__dict__", None)
+        if isinstance(own, dict) and all(
+            base.__flags__ & (1 << 9) for base in written
+        ):  # Python's flag of such classes
+            self.several([own])
+        else:
+            if hasattr(kind, "__next__"):
+                raise UnknownError(f"an iterator ({kind.__name__})")
+            try:
+                reduced = reduce(value) if (reduce := copyreg.dispatch_table.get(kind)) else value.__reduce_ex__(4)
+            except Exception as error:  # whatever its author thought of
+                raise UnknownError(f"a {kind.__name__}, which cannot be pickled") from error
+            parts = [reduced] if isinstance(reduced, str) else [*reduced[:3], *map(list, filter(None, reduced[3:5]))]
+            self.several(parts)
+        for base in written:
+            if not _is_foreign(base):
+                self.several([base])
+
+
+@functools.lru_cache(1024)
+def _names(code: CodeType) -> tuple[str, ...]:
+    """The names that a function, and those within it, look up."""
+    inner = chain.from_iterable(_names(part) for part in code.co_consts if isinstance(part, CodeType))
+    return tuple(dict.fromkeys([*code.co_names, *inner]))
+
+
+def _is_foreign(kind: type) -> bool:
+    """Whether a class is Python's or an installed library's."""
+    module = sys.modules.get(kind.__module__)
+    if module is None:
+        return False
+    path = getattr(module, "__file__", None)
+    return kind.__module__ != "__main__" if path is None else _is_installed(path)
+
+
+@functools.lru_cache(1024)
+def _is_installed(path: str) -> bool:
+    return "site-packages" in path or "dist-packages" in path or path.startswith((*_STANDARD, "<frozen"))
+
+
+_STANDARD = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
