@@ -5,12 +5,13 @@ Read are numbers, words, containers, attributes, arrays, and of tensors which on
 also what they enclose and the globals that they name; of a class of the user's its attributes and functions. Where that
 is not enough to know an object (an open file, an iterator, more than the limits below), there is no reading.
 
-What a reading cannot see: the memory of a tensor changed from outside torch (by numpy, through ``tensor.numpy()``), the
+What a reading cannot see: the memory of a large tensor changed past its version (``tensor.data``, ``tensor.numpy()``), the
 inner state of objects of installed libraries that is neither attribute nor pickled, and what is outside the process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
 import logging
@@ -30,7 +31,7 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, Modul
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leyden.data.generators import Streams, is_generator
 
@@ -39,7 +40,7 @@ ITEMS = 100_000
 OBJECTS = 5000
 """How many objects are opened."""
 SMALL = 1 << 20
-"""Bytes of an array of which a checksum is taken; of a larger one, sums that tell where a change is, which is quicker."""
+"""Bytes of a tensor or array of which a checksum is taken; of a larger array there are sums of its columns, which is quicker."""
 BYTES = 1 << 28
 """How many bytes of arrays are read."""
 _COLUMNS = 4093
@@ -56,21 +57,22 @@ class UnknownError(Exception):
 class Itself:
     """Stands for one very object, and equals only what stands for the same; keeps it alive only where it must."""
 
-    __slots__ = ("_get",)
+    __slots__ = ("_held", "_ref")
 
     def __init__(self, value: Any) -> None:
+        self._held = None
         try:
-            self._get: Any = weakref.ref(value)
+            self._ref: Any = weakref.ref(value)
         except TypeError:
-            self._get = lambda: (value,)
+            self._ref, self._held = None, (value,)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Itself):
+        if not isinstance(other, Itself) or (self._held is None) is not (other._held is None):
             return False
-        mine, its = self._get(), other._get()
-        if isinstance(mine, tuple) and isinstance(its, tuple):
-            return mine[0] is its[0]
-        return mine is not None and mine is its
+        if self._held is not None and other._held is not None:
+            return self._held[0] is other._held[0]
+        mine = self._ref()
+        return mine is not None and mine is other._ref()
 
     __hash__ = None  # type: ignore[assignment]  # only compared
 
@@ -123,9 +125,7 @@ class _Reading:
     def open(self, value: Any, kind: type) -> None:
         """Note what ``value`` is, and what is to be read of it."""
         if isinstance(value, Tensor):
-            if value.is_inference():
-                raise UnknownError("a tensor that does not count its changes")
-            self.facts += [Itself(value), value._version]  # noqa: SLF001  # torch has no other name for it
+            self.tensor(value)
         elif is_generator(value):
             if id(value) not in self.seeded:
                 self.facts.append(pickle.dumps(Streams({"": value}).of_held()))
@@ -189,6 +189,16 @@ class _Reading:
             self.several([own])
         if not _is_foreign(kind):
             self.several([kind])
+
+    def tensor(self, value: Tensor) -> None:
+        """A tensor: which one, its version, and a checksum of a small one, for changes that leave no version behind."""
+        if value.is_inference():
+            raise UnknownError("a tensor that does not count its changes")
+        self.facts += [Itself(value), value._version]  # noqa: SLF001  # torch has no other name for it
+        here = value.device.type == "cpu" and value.layout == torch.strided and type(value) in (Tensor, nn.Parameter)
+        if here and value.numel() * value.element_size() <= SMALL:
+            with contextlib.suppress(RuntimeError, TypeError):  # some have no bytes that can be looked at
+                self.facts.append(zlib.crc32(value.detach().reshape(-1).contiguous().view(torch.uint8).numpy()))
 
     def array(self, value: Any) -> None:
         """An array by its content; a large one that nobody can write to by which one it is."""

@@ -60,7 +60,7 @@ class DeviceClock(HostClock):
     def stamp(self) -> Any:
         """Return this moment."""
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(self.stream)  # type: ignore[no-untyped-call]
+        event.record(self.stream)
         return event
 
     def passed(self, moment: Any) -> bool:
@@ -84,7 +84,7 @@ class Waits:
         self.clock, self.remedy = clock, remedy
         self.times, self.warm, self.late = _TIMES, _WARM, _LATE
         self.spent = 0.0
-        self.waits: list[tuple[Any, Any]] = []
+        self.waits: list[tuple[Any, ...]] = []
 
     def around(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """Return an iterator over the same batches, of which the first are measured as long as that is wanted."""
@@ -118,7 +118,8 @@ class _Part:
 
     def __init__(self, iterator: Iterator[Any], waits: Waits) -> None:
         self.iterator, self.waits = iterator, waits
-        self.begun, self.wait = 0.0, None
+        self.begun, self.wait = 0.0, tuple[Any, ...]()
+        """When the batch of the step that is done now was asked for, and the two moments of its wait."""
         self.ended = False
         """Whether the iterator came to its end."""
 
@@ -127,7 +128,7 @@ class _Part:
 
     def __next__(self) -> Any:
         waits, now = self.waits, time.perf_counter()
-        if self.wait is not None and len(waits.waits) < STEPS:  # the step that has just been done
+        if self.wait and len(waits.waits) < STEPS:  # the step that has just been done
             if waits.warm:
                 waits.warm -= 1
             else:
@@ -141,7 +142,7 @@ class _Part:
         except StopIteration:
             self.ended = True
             raise
-        self.wait: Any = (begin, waits.clock.stamp())
+        self.wait = (begin, waits.clock.stamp())
         return batch
 
 
@@ -166,7 +167,8 @@ def remedy(loaders: list[Any], cores: int, wanted: Any) -> str:
         ahead = "a higher prefetch_factor where only some batches are slow"
         if workers < cores:
             auto = "" if wanted == "auto" else ", or Trainer(num_workers='auto'), which measures"
-            return f"It has {workers} of {cores} cores as workers: take more (num_workers=…{auto}){shares}, {ahead}, or {faster}."
+            more = f"take more (num_workers=…{auto}){shares}"
+            return f"There are {workers} workers and {cores} cores to use: {more}, {ahead}, or {faster}."
         here = "is 1 core" if cores == 1 else f"are {cores} cores"
         return f"There {here} to use, and {workers} workers at work: {faster}, or try {ahead}."
     if cores == 1:
