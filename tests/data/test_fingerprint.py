@@ -101,7 +101,7 @@ CHANGES: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "subset": (Subset(TensorDataset(torch.zeros(3)), [0, 1]), lambda target: target.indices.append(2)),
     "nested": (ConcatDataset([TensorDataset(torch.zeros(3))]), lambda target: target.datasets[0].tensors[0].add_(1)),
     "partial": (functools.partial(max, [1]), lambda target: target.args[0].append(1)),
-    "default": (lambda x, seen=[]: seen, lambda target: target(1).append(1)),  # noqa: B006
+    "default": (lambda x, seen=[]: seen, lambda target: target(1).append(1)),
     "bound method": (deque([1]).append, lambda target: target(1)),
     "class": (Counts(), lambda _: setattr(Counts, "seen", Counts.seen + 1)),
     "function of a class": (Counts(), lambda _: setattr(Counts, "other", lambda self: 1)),

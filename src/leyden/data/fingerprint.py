@@ -40,7 +40,7 @@ ITEMS = 100_000
 OBJECTS = 5000
 """How many objects are opened."""
 SMALL = 1 << 20
-"""Bytes of a tensor or array of which a checksum is taken; of a larger array there are sums of its columns, which is quicker."""
+"""Bytes of a tensor or array of which a checksum is taken; of a larger array there are sums of columns, which is quicker."""
 BYTES = 1 << 28
 """How many bytes of arrays are read."""
 _COLUMNS = 4093
@@ -198,7 +198,7 @@ class _Reading:
         here = value.device.type == "cpu" and value.layout == torch.strided and type(value) in (Tensor, nn.Parameter)
         if here and value.numel() * value.element_size() <= SMALL:
             with contextlib.suppress(RuntimeError, TypeError):  # some have no bytes that can be looked at
-                self.facts.append(zlib.crc32(value.detach().reshape(-1).contiguous().view(torch.uint8).numpy()))
+                self.facts.append(zlib.crc32(value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()))
 
     def array(self, value: Any) -> None:
         """An array by its content; a large one that nobody can write to by which one it is."""

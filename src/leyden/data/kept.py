@@ -85,6 +85,7 @@ class Kept:
         self._seeded = list(find({"dataset": loader.dataset}).values())
         self._was = self._read(loader)
         if self._was is None:
+            self.off = True
             return iter(copied)
         copied.worker_init_fn.told = self._told = multiprocessing.sharedctypes.RawArray("b", loader.num_workers)
         iterator: Any = iter(copied)

@@ -164,13 +164,13 @@ def remedy(loaders: list[Any], cores: int, wanted: Any) -> str:
         isinstance(loader.dataset, IterableDataset) for loader in known
     )
     if workers:
+        crew, room = _plural(workers, "worker"), _plural(cores, "core")
         ahead = "a higher prefetch_factor where only some batches are slow"
         if workers < cores:
             auto = "" if wanted == "auto" else ", or Trainer(num_workers='auto'), which measures"
             more = f"take more (num_workers=…{auto}){shares}"
-            return f"There are {workers} workers and {cores} cores to use: {more}, {ahead}, or {faster}."
-        here = "is 1 core" if cores == 1 else f"are {cores} cores"
-        return f"There {here} to use, and {workers} workers at work: {faster}, or try {ahead}."
+            return f"It has {crew}, and {room} to use: {more}, {ahead}, or {faster}."
+        return f"It has {crew}, and no more than {room} to use: {faster}, or try {ahead}."
     if cores == 1:
         return f"There is only 1 core to use, so that workers would not help: {faster}."
     if wanted in ("auto", 0):
@@ -180,3 +180,7 @@ def remedy(loaders: list[Any], cores: int, wanted: Any) -> str:
         f"The main process loads them. There are {cores} cores to use: DataLoader(num_workers=…){shares}, or"
         " Trainer(num_workers='auto'), which measures how many."
     )
+
+
+def _plural(count: int, name: str) -> str:
+    return f"{count} {name}{'s' * (count != 1)}"
