@@ -77,6 +77,10 @@ class Logger(ABC):
         """What stands between a group and a name within it, as in ``train/loss``."""
         return "/"
 
+    def begin(self) -> None:
+        """Called when a run begins: make what it logs to."""
+        _ = self.experiment
+
     @abstractmethod
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Record one row: a number for each name, at ``step``."""

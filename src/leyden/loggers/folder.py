@@ -171,11 +171,12 @@ class FolderLogger(Logger):
 
     def write_hyperparams(self) -> None:
         """Write all hyperparameters so far to ``hparams.yaml``, as plain data that ``yaml.safe_load`` reads back."""
-        import yaml  # noqa: PLC0415  only a run that logs to files pays for it
-
-        filesystem = filesystem_of(self.save_dir)
+        filesystem, text = filesystem_of(self.save_dir), "{}\n"
         filesystem.makedirs(self.log_dir, exist_ok=True)
-        text = yaml.safe_dump(plain_params(self.hparams), sort_keys=False, allow_unicode=True)
+        if self.hparams:
+            import yaml  # noqa: PLC0415  only a run that has hyperparameters pays for it
+
+            text = yaml.safe_dump(plain_params(self.hparams), sort_keys=False, allow_unicode=True)
         replace_file(filesystem, os.path.join(self.log_dir, HPARAMS_FILE), [text.encode()])
 
     def read_hyperparams(self) -> dict[str, Any]:

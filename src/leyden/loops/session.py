@@ -93,8 +93,9 @@ class Session:
         """Call the ``setup`` hooks and let the module build itself."""
         module = self.module
         for logger in self.trainer.loggers:
-            # loggers create their run when first asked; hooks may ask for its name and folder from here on
-            _ = getattr(logger, "experiment", None)
+            # hooks may ask for the name and folder of the run from here on
+            begin = getattr(logger, "begin", None)
+            _ = begin() if callable(begin) else getattr(logger, "experiment", None)
         self.strategy.barrier("pre_setup")
         if self.datamodule is not None:
             self.datamodule.setup(stage)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from typing import Any
 
@@ -96,7 +97,15 @@ def make_session(
 def configure_optimizers(session: Session) -> None:
     """Ask the module for its optimizers and hand them to the strategy."""
     module, config = session.module, session.config
-    returned = module.configure_optimizers()
+    # the first optimizer of a process makes torch import a thousand modules; a third of that time is Python looking
+    # through all of them for garbage, again and again
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        returned = module.configure_optimizers()
+    finally:
+        if collects:
+            gc.enable()
     if returned is None:
         rank_zero_warn("configure_optimizers() returned None: this fit runs without an optimizer.")
         returned = NoOptimizer()
