@@ -218,7 +218,8 @@ def test_R1_with_workers_that_draw_random_numbers(tmp_path: Path, kind: str, per
 
 
 @pytest.mark.parametrize(
-    ("kind", "samples"), [("shuffle", False), ("lazy", False), ("buckets", False), ("eager", False), ("shuffle", True)]
+    ("kind", "samples"),
+    [("shuffle", False), ("combined", False), ("lazy", False), ("buckets", False), ("eager", False), ("shuffle", True)],
 )
 def test_R1_I3_with_workers_that_are_kept(tmp_path: Path, kind: str, samples: bool) -> None:
     notes = tmp_path / "notes"

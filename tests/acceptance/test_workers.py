@@ -223,7 +223,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
-@pytest.mark.parametrize(("how", "code"), [pytest.param("kill", -signal.SIGKILL, marks=pytest.mark.slow), ("term", 143)])
+@pytest.mark.parametrize(
+    ("how", "code"), [pytest.param("kill", -signal.SIGKILL, marks=pytest.mark.slow), ("term", 143)]
+)
 def test_I3_no_kept_worker_outlives_the_process(tmp_path: Path, how: str, code: int) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

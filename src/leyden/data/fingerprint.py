@@ -198,7 +198,9 @@ class _Reading:
         here = value.device.type == "cpu" and value.layout == torch.strided and type(value) in (Tensor, nn.Parameter)
         if here and value.numel() * value.element_size() <= SMALL:
             with contextlib.suppress(RuntimeError, TypeError):  # some have no bytes that can be looked at
-                self.facts.append(zlib.crc32(value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()))
+                self.facts.append(
+                    zlib.crc32(value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+                )
 
     def array(self, value: Any) -> None:
         """An array by its content; a large one that nobody can write to by which one it is."""

@@ -36,11 +36,13 @@ _TIMES = 3
 
 
 class HostClock:
-    """Moments of this process."""
+    """Moments of this process.
 
-    def stamp(self) -> Any:
-        """Return this moment."""
-        return time.perf_counter()
+    Attributes:
+        stamp: A function that returns this moment.
+    """
+
+    stamp: Callable[..., Any] = staticmethod(time.perf_counter)
 
     def passed(self, moment: Any) -> bool:
         """Whether a moment has come."""
@@ -91,9 +93,7 @@ class Waits:
         return chain.from_iterable(_parts(_Part(iterator, self), iterator)) if self.times else iterator
 
     def enough(self) -> bool:
-        """Judge, if enough steps are measured; return whether this epoch's part ends."""
-        if len(self.waits) < STEPS:
-            return False
+        """Judge the steps that are measured, unless the device is not there yet; return whether that is done."""
         if not self.clock.passed(self.waits[-1][1]):
             self.late -= 1
             if self.late:
@@ -134,7 +134,7 @@ class _Part:
             else:
                 waits.waits.append(self.wait)
                 waits.spent += now - self.begun
-        if waits.enough():
+        if len(waits.waits) == STEPS and waits.enough():
             raise StopIteration
         begin, self.begun = waits.clock.stamp(), now
         try:
