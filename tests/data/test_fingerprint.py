@@ -175,6 +175,24 @@ def test_arrays_that_nobody_can_write_to_are_not_read() -> None:
     assert not any(isinstance(fact, Itself) for fact in read([LARGE]))
 
 
+def test_large_files_mapped_into_memory_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_bytes(bytes(2 << 20))
+    tokens = np.memmap(tmp_path / "tokens", dtype=np.uint16, mode="r")
+    assert any(isinstance(fact, Itself) for fact in read([tokens]))
+    assert read([tokens]) == read([tokens])
+    with pytest.raises(UnknownError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fingerprint, "BYTES", 1 << 20)
+        read([np.memmap(tmp_path / "tokens", dtype=np.uint16, mode="c")])
+
+
+def test_objects_of_libraries_that_are_not_written_in_python_are_unknown() -> None:
+    yaml = pytest.importorskip("yaml")
+    if not hasattr(yaml, "CParser"):
+        pytest.skip("yaml is written in Python here")
+    with pytest.raises(UnknownError, match="CParser, whose state"):
+        read([yaml.CParser("a: 1")])
+
+
 def _endless(monkeypatch: pytest.MonkeyPatch, name: str, limit: int) -> None:
     monkeypatch.setattr(fingerprint, name, limit)
 
@@ -183,7 +201,7 @@ def _endless(monkeypatch: pytest.MonkeyPatch, name: str, limit: int) -> None:
     "value",
     [
         iter([1]), itertools.count(), (i for i in [1]), (_ for _ in ()), np.zeros((3000, 3000))[:, ::2],
-        [object.__new__(type("C", (), {"__slots__": (), "__reduce_ex__": lambda self, _: 1 / 0}))],
+        memoryview(b"a"),
     ],
     ids=["iterator", "count", "generator", "empty generator", "large and not in one piece", "cannot be pickled"],
 )  # fmt: skip

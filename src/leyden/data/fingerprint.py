@@ -11,15 +11,18 @@ inner state of objects of installed libraries that is neither attribute nor pick
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import copyreg
 import functools
 import logging
+import mmap
 import pickle
 import random
 import sys
 import sysconfig
 import threading
+import types
 import weakref
 import zlib
 from collections import deque
@@ -27,8 +30,20 @@ from collections.abc import Iterable
 from enum import Enum
 from itertools import chain
 from pathlib import PurePath
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from types import (
+    BuiltinFunctionType,
+    ClassMethodDescriptorType,
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MappingProxyType,
+    MemberDescriptorType,
+    MethodDescriptorType,
+    MethodType,
+    ModuleType,
+    WrapperDescriptorType,
+)
+from typing import Any, Generic, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +59,15 @@ SMALL = 1 << 20
 BYTES = 1 << 28
 """How many bytes of arrays are read."""
 _COLUMNS = 4093
+"""How many sums there are of a large array; a prime, so that what is exchanged in it seldom falls on the same one."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), range, type(NotImplemented))
 _LEAVES = frozenset(_PLAIN)
 _BY_IDENTITY = (ModuleType, logging.Logger, logging.Handler, type(threading.Lock()), type(threading.RLock()))
 """Of these only which one it is counts."""
+
+_REDUCED = ("numpy", "torch", "pandas")
+_BUILT_IN = frozenset(part for home in (builtins, types) for part in vars(home).values() if isinstance(part, type))
+_ON_HEAP = 1 << 9  # Python's flag of classes that were made while it runs
 
 
 class UnknownError(Exception):
@@ -85,7 +105,12 @@ def read(roots: Iterable[Any], seeded: Iterable[Any] = ()) -> list[Any]:
     Raises:
         UnknownError: where that cannot be known, or is too much to read.
     """
-    return _Reading(seeded).read(list(roots))
+    try:
+        return _Reading(seeded).read(list(roots))
+    except UnknownError:
+        raise
+    except Exception as error:  # an object may answer anything when it is looked at
+        raise UnknownError(f"{type(error).__name__}: {error}") from error
 
 
 class _Reading:
@@ -96,6 +121,7 @@ class _Reading:
         """What was made on the way: its id must not come again."""
         self.waiting: list[Any] = []
         self.items = self.bytes = 0
+        self.in_python: dict[type, bool] = {}  # not for longer than a reading: a class may hold what it was made with
         # the global generators are seeded for each batch; functions such as random.random are bound to them
         self.seeded = {id(generator) for generator in (*seeded, torch.default_generator, random.random.__self__)}  # type: ignore[attr-defined]
         self.numpy: Any = sys.modules.get("numpy")
@@ -144,14 +170,16 @@ class _Reading:
             self.function(value)
         elif isinstance(value, MethodType):
             self.several([value.__self__, value.__func__])
-        elif isinstance(value, BuiltinFunctionType):
+        elif isinstance(value, BuiltinFunctionType) or kind.__name__ == "cython_function_or_method":
             self.facts.append(value.__name__)
-            if not isinstance(value.__self__, (ModuleType, type, type(None))):
-                self.several([value.__self__])
+            bound = getattr(value, "__self__", None)
+            self.several([None if isinstance(bound, (ModuleType, type)) else bound])
         elif isinstance(value, (staticmethod, classmethod)):
             self.several([value.__func__])
         elif isinstance(value, property):
             self.several([value.fget])
+        elif isinstance(value, MappingProxyType):
+            self.several([dict(value)])
         elif isinstance(value, functools.partial):
             self.several([value.func, value.args, value.keywords, vars(value)])
         elif isinstance(value, (dict, list, tuple, set, frozenset, deque, bytearray)):
@@ -215,7 +243,7 @@ class _Reading:
         base = value
         while isinstance(base, numpy.ndarray) and not base.flags.writeable:
             base = base.base
-        if base is None or isinstance(base, bytes):
+        if base is None or isinstance(base, (bytes, mmap.mmap)):
             self.facts.append(Itself(value))
             return
         self.bytes += value.nbytes
@@ -251,25 +279,49 @@ class _Reading:
         self.several([*cells, value.__defaults__, value.__kwdefaults__, vars(value), *read])
 
     def instance(self, value: Any, kind: type) -> None:
-        """Any other object: its attributes and its class; what is not written in Python as it would be pickled."""
-        written = [base for base in kind.__mro__ if base is not object]
-        own = getattr(value, "__dict__", None)
-        if isinstance(own, dict) and all(
-            base.__flags__ & (1 << 9) for base in written
-        ):  # Python's flag of such classes
-            self.several([own])
+        """Any other object: its attributes and its class; as it would be pickled, if it is not written in Python."""
+        written = [base for base in kind.__mro__ if base not in (object, Generic, Protocol)]
+        for base in written:
+            if base not in self.in_python:
+                self.in_python[base] = _in_python(base)
+        foreign = next((base for base in written if not self.in_python[base]), None)
+        if foreign is None:
+            own = getattr(value, "__dict__", None)
+            named = [
+                name for base in written for name, part in vars(base).items() if isinstance(part, MemberDescriptorType)
+            ]
+            self.several([own if isinstance(own, dict) else None, *(getattr(value, name, None) for name in named)])
+        elif foreign.__module__.partition(".")[0] == "pyarrow":
+            self.facts.append(Itself(value))  # nobody changes what is in there
+            return
         else:
-            if hasattr(kind, "__next__"):
-                raise UnknownError(f"an iterator ({kind.__name__})")
-            try:
-                reduced = reduce(value) if (reduce := copyreg.dispatch_table.get(kind)) else value.__reduce_ex__(4)
-            except Exception as error:  # whatever its author thought of
-                raise UnknownError(f"a {kind.__name__}, which cannot be pickled") from error
-            parts = [reduced] if isinstance(reduced, str) else [*reduced[:3], *map(list, filter(None, reduced[3:5]))]
-            self.several(parts)
+            self.several(_reduced(value, kind, foreign))
         for base in written:
             if not _is_foreign(base):
                 self.several([base])
+
+
+def _reduced(value: Any, kind: type, foreign: type) -> list[Any]:
+    """What an object would be pickled as; only of classes of which it is known that this is cheap, and all there is."""
+    root = foreign.__module__.partition(".")[0]
+    known = foreign in _BUILT_IN if root == "builtins" else root in _REDUCED or root in sys.stdlib_module_names
+    if not known or hasattr(kind, "__next__"):
+        raise UnknownError(f"a {kind.__name__}, whose state cannot be seen")
+    try:
+        reduced = reduce(value) if (reduce := copyreg.dispatch_table.get(kind)) else value.__reduce_ex__(4)
+    except Exception as error:  # whatever its author thought of
+        raise UnknownError(f"a {kind.__name__}, which cannot be pickled") from error
+    return [reduced] if isinstance(reduced, str) else [*reduced[:3], *map(list, filter(None, reduced[3:5]))]
+
+
+def _in_python(kind: type) -> bool:
+    """Whether a class is written in Python, so that what its objects have are attributes."""
+    descriptors = (MethodDescriptorType, WrapperDescriptorType, ClassMethodDescriptorType, BuiltinFunctionType)
+    return bool(kind.__flags__ & _ON_HEAP) and not any(
+        isinstance(part, descriptors)
+        or (isinstance(part, GetSetDescriptorType) and name not in ("__dict__", "__weakref__"))
+        for name, part in vars(kind).items()
+    )
 
 
 @functools.lru_cache(1024)

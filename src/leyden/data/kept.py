@@ -162,5 +162,5 @@ def _compare() -> None:
 def _read(roots: list[Any], seeded: list[Any]) -> list[Any] | None:
     try:
         return fingerprint.read(roots, seeded)
-    except Exception:  # a worker that cannot read is not kept, and loads as ever
+    except fingerprint.UnknownError:  # such a worker is not kept, and loads as ever
         return None
