@@ -175,6 +175,22 @@ def test_arrays_that_nobody_can_write_to_are_not_read() -> None:
     assert not any(isinstance(fact, Itself) for fact in read([LARGE]))
 
 
+def test_tables_of_pandas() -> None:
+    pandas = pytest.importorskip("pandas")
+    names = [f"{i}.png" for i in range(100)]
+    table = pandas.DataFrame({"file": names, "label": range(100), "time": pandas.date_range("2020", periods=100)})
+    before = read([_namespace(table=table)])
+    _ = table.iloc[3], table.loc[5], table["label"].to_numpy(), table.label.sum()  # fills what pandas keeps ready
+    assert read([_namespace(table=table)]) == before
+    for change in (
+        lambda: table.__setitem__("more", 1), lambda: table.iloc.__setitem__((3, 1), 7),
+        lambda: table.iloc.__setitem__((50, 0), "other.png"), lambda: setattr(table, "index", range(1, 101)),
+    ):  # fmt: skip
+        change()
+        assert read([_namespace(table=table)]) != before
+        before = read([_namespace(table=table)])
+
+
 def test_large_files_mapped_into_memory_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "tokens").write_bytes(bytes(2 << 20))
     tokens = np.memmap(tmp_path / "tokens", dtype=np.uint16, mode="r")

@@ -157,6 +157,10 @@ class _Reading:
                 self.facts.append(pickle.dumps(Streams({"": value}).of_held()))
         elif self.numpy is not None and isinstance(value, (self.numpy.ndarray, self.numpy.generic)):
             self.array(value)
+        elif (pandas := sys.modules.get("pandas")) is not None and isinstance(
+            value, (pandas.DataFrame, pandas.Series, pandas.Index)
+        ):
+            self.table(value)
         elif issubclass(kind, type):
             self.facts.append(Itself(value))
             if not _is_foreign(value):
@@ -254,6 +258,18 @@ class _Reading:
         whole = len(words) // _COLUMNS * _COLUMNS
         sums = words[:whole].reshape(-1, _COLUMNS).sum(0)
         self.facts += [zlib.crc32(sums.tobytes()), zlib.crc32(words[whole:].tobytes()), zlib.crc32(rest.tobytes())]
+
+    def table(self, value: Any) -> None:
+        """A table of pandas, a column or an index: its columns, as arrays where they are, else entry by entry."""
+        if hasattr(value, "columns"):
+            self.several([value.index, value.columns, *(value.iloc[:, place] for place in range(value.shape[1]))])
+        elif isinstance(value.dtype, self.numpy.dtype) and not value.dtype.hasobject:
+            self.several([value.name, value.to_numpy(), getattr(value, "index", None)])
+        else:
+            self.items += len(value)
+            if self.items > ITEMS:
+                raise UnknownError(f"more than {ITEMS} entries")
+            self.several([value.name, list(value), getattr(value, "index", None)])
 
     def function(self, value: Any) -> None:
         """A function: which one, what it encloses, and the globals that it names."""
