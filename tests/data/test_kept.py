@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import random
@@ -106,6 +107,13 @@ def seeds(worker_id: int) -> None:
     random.seed(torch.initial_seed())
 
 
+def seeds_all(worker_id: int, first: int = 0) -> None:
+    seed = torch.initial_seed() % 2**32 + first
+    np.random.seed(seed)
+    random.seed(seed)
+    torch.set_num_threads(1)
+
+
 def sets(worker_id: int) -> None:
     get_worker_info().dataset.level = worker_id + 1
 
@@ -163,10 +171,12 @@ def children() -> set[int]:
     "make",
     [
         shuffled(), loader(), loader(sampler=Careless), shuffled(collate_fn=noisy_collate), shuffled(batch_size=None),
-        shuffled(worker_init_fn=seeds, num_workers=2), lambda: shuffled(generator=torch.Generator().manual_seed(3))(),
+        shuffled(worker_init_fn=seeds, num_workers=2),
+        shuffled(worker_init_fn=functools.partial(seeds_all, first=1)),
+        lambda: shuffled(generator=torch.Generator().manual_seed(3))(),
         shuffled(drop_last=True, batch_size=5, num_workers=3),
     ],
-    ids=["shuffled", "in order", "careless sampler", "collate", "single", "init", "generator", "drop last"],
+    ids=["shuffled", "in order", "careless sampler", "collate", "single", "init", "partial init", "generator", "drop last"],
 )  # fmt: skip
 def test_I3_kept_workers_change_nothing(make: Any) -> None:
     plain, started = passes(make, False)
@@ -255,6 +265,14 @@ def test_data_that_cannot_be_known_is_loaded_by_new_workers() -> None:
             self.stream = iter([1, 2])
 
     assert passes(shuffled(Opens), True) == (passes(shuffled(Opens), False)[0], 3)
+
+
+def test_a_data_set_that_asks_for_the_seed_of_its_worker_is_loaded_by_new_ones() -> None:
+    class Asks(Draws):
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.tensor([index, get_worker_info().seed])
+
+    assert passes(shuffled(Asks), True) == (passes(shuffled(Asks), False)[0], 3)
 
 
 @pytest.mark.parametrize("seeding", ["worker", "torch"])

@@ -23,7 +23,7 @@ class Clock(HostClock):
         self.now, self.late = 0.0, late
 
     def stamp(self) -> Any:
-        return self.now
+        return self.now * 1e9
 
     def passed(self, moment: Any) -> bool:
         self.late -= 1
@@ -33,7 +33,7 @@ class Clock(HostClock):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(time, "perf_counter", lambda: made.now)
+    monkeypatch.setattr(time, "monotonic_ns", lambda: round(made.now * 1e9))
     return made
 
 

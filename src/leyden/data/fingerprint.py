@@ -6,7 +6,8 @@ also what they enclose and the globals that they name; of a class of the user's 
 is not enough to know an object (an open file, an iterator, more than the limits below), there is no reading.
 
 What a reading cannot see: the memory of a large tensor changed past its version (``tensor.data``, ``tensor.numpy()``), the
-inner state of objects of installed libraries that is neither attribute nor pickled, and what is outside the process.
+state that installed libraries keep elsewhere than in attributes (such as a random generator of their own), and what is
+outside the process.
 """
 
 from __future__ import annotations
@@ -283,12 +284,14 @@ class _Reading:
                 cells.append(cell.cell_contents)
             except ValueError:  # not filled yet
                 cells.append(None)
-        known, names, read = value.__globals__, _names(code), []
-        for name in names:
+        known, named, read = value.__globals__, names(code), []
+        if "get_worker_info" in named and "seed" in named:
+            raise UnknownError("a function that asks for the seed of its worker, which each one has of its own")
+        for name in named:
             found = known.get(name)
             if isinstance(found, ModuleType):
                 own = not _is_installed(getattr(found, "__file__", None) or "")
-                parts = [vars(found)[attribute] for attribute in names if attribute in vars(found)]
+                parts = [vars(found)[attribute] for attribute in named if attribute in vars(found)]
                 read += [part for part in parts if own or type(part) in _LEAVES]
             elif name in known:
                 read.append(found)
@@ -341,9 +344,9 @@ def _in_python(kind: type) -> bool:
 
 
 @functools.lru_cache(1024)
-def _names(code: CodeType) -> tuple[str, ...]:
+def names(code: CodeType) -> tuple[str, ...]:
     """The names that a function, and those within it, look up."""
-    inner = chain.from_iterable(_names(part) for part in code.co_consts if isinstance(part, CodeType))
+    inner = chain.from_iterable(names(part) for part in code.co_consts if isinstance(part, CodeType))
     return tuple(dict.fromkeys([*code.co_names, *inner]))
 
 

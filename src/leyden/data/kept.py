@@ -12,10 +12,12 @@ What starting workers costs in random numbers of the main process is drawn all t
 
 from __future__ import annotations
 
+import functools
 import multiprocessing.sharedctypes
 import os
 from collections.abc import Iterator
 from itertools import chain
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -29,6 +31,10 @@ _copies: dict[int, tuple[list[Any], list[Any], list[Any] | None, Any, int]] = {}
 """By worker process: what it loads from, the generators that are seeded for it, its first reading, where it tells, its
 number."""
 _SAME, _CHANGED = 1, 2
+_SEEDING = frozenset(
+    "torch initial_seed manual_seed random seed numpy np int set_num_threads cv2 setNumThreads".split()  # noqa: SIM905
+)
+"""What a ``worker_init_fn`` may name that only seeds what is seeded for each batch anyway, or sets threads."""
 _PASSING = ("_iterator", "_IterableDataset_len_called")
 
 
@@ -81,6 +87,9 @@ class Kept:
                     self.asking = False
             self.stop()
         if self.off:
+            return iter(copied)
+        if not _only_seeds(loader.worker_init_fn):
+            self.off = True
             return iter(copied)
         self._seeded = list(find({"dataset": loader.dataset}).values())
         self._was = self._read(loader)
@@ -140,6 +149,14 @@ def can_keep(loader: Any) -> bool:
         and not loader.timeout
         and getattr(loader, "in_order", True)
         and not isinstance(loader.dataset, MapDataPipe)
+    )
+
+
+def _only_seeds(own: Any) -> bool:
+    """Whether a ``worker_init_fn`` has no effect that lasts beyond the first batch."""
+    function = own.func if isinstance(own, functools.partial) else own
+    return own is None or (
+        isinstance(function, FunctionType) and _SEEDING.issuperset(fingerprint.names(function.__code__))
     )
 
 

@@ -42,7 +42,7 @@ class HostClock:
         stamp: A function that returns this moment.
     """
 
-    stamp: Callable[..., Any] = staticmethod(time.perf_counter)
+    stamp: Callable[..., Any] = staticmethod(time.monotonic_ns)
 
     def passed(self, moment: Any) -> bool:
         """Whether a moment has come."""
@@ -50,7 +50,7 @@ class HostClock:
 
     def between(self, begin: Any, end: Any) -> float:
         """Return the seconds between two moments that have come."""
-        return float(end - begin)
+        return float(end - begin) / 1e9
 
 
 class DeviceClock(HostClock):
@@ -118,7 +118,7 @@ class _Part:
 
     def __init__(self, iterator: Iterator[Any], waits: Waits) -> None:
         self.iterator, self.waits = iterator, waits
-        self.begun, self.wait = 0.0, tuple[Any, ...]()
+        self.begun, self.wait = 0, tuple[Any, ...]()
         """When the batch of the step that is done now was asked for, and the two moments of its wait."""
         self.ended = False
         """Whether the iterator came to its end."""
@@ -127,13 +127,13 @@ class _Part:
         return self
 
     def __next__(self) -> Any:
-        waits, now = self.waits, time.perf_counter()
+        waits, now = self.waits, time.monotonic_ns()
         if self.wait and len(waits.waits) < STEPS:  # the step that has just been done
             if waits.warm:
                 waits.warm -= 1
             else:
                 waits.waits.append(self.wait)
-                waits.spent += now - self.begun
+                waits.spent += (now - self.begun) / 1e9
         if len(waits.waits) == STEPS and waits.enough():
             raise StopIteration
         begin, self.begun = waits.clock.stamp(), now
