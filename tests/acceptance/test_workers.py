@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 import leyden as L
 import resume_parts as parts
@@ -377,6 +377,21 @@ def test_auto_changes_nothing_but_the_number_of_workers(lines: list[str]) -> Non
         module, _ = fit(DataLoader(Slow(), batch_size=4, shuffle=True), None, Where(), num_workers=number, max_epochs=1)
         runs.append((module.events, torch.get_rng_state().tolist(), random.getstate()))
     assert runs[0] == runs[1]
+
+
+def test_auto_does_not_measure_data_that_are_read_a_batch_at_a_time(
+    lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "measure", lambda *_: pytest.fail("measured"))
+    data = TensorDataset(torch.arange(40), torch.randn(40, 4))
+    for given in (0, 2):
+        loader = DataLoader(data, batch_size=4, num_workers=given)
+        module, _ = fit(loader, None, num_workers="auto", max_epochs=1)
+        assert module.events[3][3] == [12, 13, 14, 15]
+    said = (
+        "Trainer(num_workers='auto'): no workers for the train loader: its data lie in memory and are read a batch at a"
+    )
+    assert lines == [f"{said} time."] * 2
 
 
 def test_auto_does_not_measure_where_one_batch_runs(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from leyden.data.generators import Streams, differs, digest, find, plain, raw
 from leyden.data.samplers import attributes, draws_often, only, parts
+from leyden.data.whole import Plan, Whole
 from leyden.runtime.ranks import rank_zero_only, rank_zero_warn
 from leyden.types import Stateful
 
@@ -119,6 +120,7 @@ class Feed:
         run: The pass that was begun last.
         resume: What the next pass goes on from: a Pass, and the number of batches that are done.
         warm: Whether the workers are to be taken as running already, though they are not.
+        whole: Reads batches of data in memory as a whole, where that gives the same; None where it is not to.
     """
 
     def __init__(self, loader: Any, seeding: str = "torch", seed: int = 0, keep: bool = False) -> None:
@@ -144,6 +146,8 @@ class Feed:
         self._used = False
         self._alone: bool | None = None
         self._begun: Iterator[Any] | None = None
+        self.whole: Whole | None = None
+        self._plan: Plan | None = None
         self._copy: Any = None
         self._in_main: Any = None
         self._kept: Any = None
@@ -224,9 +228,13 @@ class Feed:
                 if start is not None:
                     loader.worker_init_fn = own
         else:
+            self._plan = None if self.whole is None or self.how != "indices" else self.whole.plan()
             copied = self._copy = self._dressed(start)
             iterator = iter(copied) if self._kept is None else self._kept.begin(loader, copied)
             self.settle()
+            if self._plan is not None:
+                plan, self._plan = self._plan, None
+                return plan.batches(iterator)
         if start is not None:
             from leyden.data.workers import watch  # noqa: PLC0415  # only runs with workers need it
 
@@ -253,7 +261,7 @@ class Feed:
             object.__setattr__(copied, name, Indices(getattr(loader, name), self))
         if start is not None:
             copied.worker_init_fn = start
-        if self._in_main is not None:
+        if self._in_main is not None and self._plan is None:
             copied.collate_fn = self._in_main.around(loader.collate_fn)
         return copied
 
@@ -314,13 +322,13 @@ class Feed:
         self._used = True
         if self._begun is not None:
             return self._begun
-        drawn = chain.from_iterable(self._parts_of(iter(sampler)))
+        drawn = chain.from_iterable(self._parts_of(iter(sampler), self._plan is not None))
         if self._alone is not None:
             # the loader asks twice where it starts workers, and draws a seed unless it keeps them: once, and always
             self._begun = drawn
             if self._alone:
                 torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
-        return drawn
+        return drawn if self._plan is None else self._plan.share(drawn)
 
     def redraw(self, sampler: Any) -> Iterator[Any]:
         """Do what ``draw`` does, and before it what starting workers draws, for workers that are there already."""
@@ -331,7 +339,7 @@ class Feed:
             self._alone = True
         return self.draw(sampler)
 
-    def _parts_of(self, drawn: Iterator[Any]) -> Iterator[Iterator[Any]]:
+    def _parts_of(self, drawn: Iterator[Any], whole: bool) -> Iterator[Iterator[Any]]:
         """Yield what is to be handed on, in one or more pieces; runs when the first index is asked for."""
         run = self.run
         assert run is not None
@@ -362,7 +370,7 @@ class Feed:
             samples = self.seeding == "sample" and self.how == "indices"
             kind = workers.NumberedSamples if samples else workers.Numbered
             drawn = map(kind, zip(drawn, repeat(run.seed), count(skip)))
-        elif self._in_main is not None and self.how == "indices":
+        elif self._in_main is not None and self.how == "indices" and not whole:
             drawn = map(self._in_main, drawn, repeat(run.seed), count(skip))
         streams = self.streams
         del self  # this frame lives as long as the iterator, see Indices

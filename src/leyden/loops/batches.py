@@ -222,24 +222,28 @@ def limits(combined: CombinedLoader, stage: str, limit: int | float, argument: s
     return [num_batches(stage, length(loader), limit, argument) for loader in combined.flattened]
 
 
-def supply(session: Session, combined: CombinedLoader, prefix: str) -> Supply:
-    """Return what the loops draw from: the loaders, with the workers and the random streams that they have in this run."""
+def supply(session: Session, combined: CombinedLoader, prefix: str, step: Callable[..., Any]) -> Supply:
+    """Return what the loops draw from: the loaders, with the workers and the random streams that they have in this run.
+
+    ``step`` is what gets the batches.
+    """
     from leyden.data.position import Supply  # noqa: PLC0415  # when a run begins, not when a script imports names
 
     former = session.supplies.pop(prefix, None)
     if former is not None:
         former.release()  # loaders that were asked for anew: the workers of the others end
     lightning = session.config.rule("worker_seeds") == "worker"
-    seeding = ("worker" if lightning else "sample") if seeds_workers() else "torch" if lightning else "batch"
-    loaders = None
+    if seeds_workers():
+        seeding, seed = ("worker", 0) if lightning else ("sample", given_seed())
+    else:
+        seeding, seed = "torch" if lightning else "batch", 0
+    loaders, fast = None, session.config.fast_data
     if session.config.num_workers is not None:
         from leyden.loops.workers import chosen  # noqa: PLC0415  # only where the Trainer says how many
 
         loaders = chosen(session, combined, prefix)
-    keep = session.config.fast_data and session.trainer.state.fn is TrainerFn.FITTING
-    made = session.supplies[prefix] = Supply(
-        combined, seeding, given_seed() if seeding == "sample" else 0, loaders, keep
-    )
+    shelf, keep = session.shelf(takes(step, "dataloader_iter")), fast and session.trainer.state.fn is TrainerFn.FITTING
+    made = session.supplies[prefix] = Supply(combined, seeding, seed, fast, shelf, keep, loaders)
     return made
 
 
@@ -278,7 +282,7 @@ class TrainingData:
         self.sized = total(loader) < math.inf
         loader.limits = [num_batches("train", length(x), limit, "limit_train_batches") for x in loader.flattened]
         self.num_batches = total(loader)
-        self.supply = supply(session, loader, "train")
+        self.supply = supply(session, loader, "train", session.module.training_step)
         self.iterator: Iterator[Any] | None = None
         self.ahead: Ahead = None
 

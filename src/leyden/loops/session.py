@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from leyden.config import TrainerConfig
 from leyden.datamodule import LightningDataModule
@@ -22,7 +22,11 @@ from leyden.signals import Interrupt
 from leyden.strategies.base import Strategy
 from leyden.types import RunningStage, TrainerView
 
+if TYPE_CHECKING:
+    from leyden.data.resident import Shelf
+
 _LENT = ("log", "log_dict")
+_TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class TrainerCore(TrainerView, Protocol):
@@ -66,6 +70,7 @@ class Session:
     """How many workers were chosen for each loader, by prefix; None for one that has those that its owner gave it."""
     waits: Any = None
     """What measures the waits for data."""
+    _shelf: Shelf | None = None
 
     @property
     def config(self) -> TrainerConfig:
@@ -135,12 +140,32 @@ class Session:
     def release(self, callbacks: list[Any]) -> None:
         """Take back what the run lent out."""
         self.module.log_into(None)
+        if self._shelf is not None:
+            self._shelf.release()
         if self.undo is not None:
             self.undo()
         for callback in callbacks:
             for name in _LENT:
                 if getattr(vars(callback).get(name), "__self__", None) is self.module:
                     delattr(callback, name)
+
+    def shelf(self, draws: bool = False) -> Shelf | None:
+        """Return what keeps small data sets on the device for the length of the run; None where batches begin on the host.
+
+        ``draws`` as for ``transfer``.
+        """
+        device = self.strategy.root_device
+        if device.type == "cpu" or draws or _converts(self.strategy.precision) or not self.config.fast_data:
+            return None
+        # not from the hooks: loaders may be asked for before these are bound
+        owners = ((self.datamodule, LightningDataModule), (self.module, LightningModule))
+        if any(owner is not None and is_written(owner, name, base) for owner, base in owners for name in _TRANSFER):
+            return None
+        if self._shelf is None:
+            from leyden.data.resident import Shelf  # noqa: PLC0415  # only where there is a device
+
+            self._shelf = Shelf(device)
+        return self._shelf
 
     def transfer(self, draws: bool = False) -> Callable[[Any, int], Any] | None:
         """Return the function that brings a batch to the device, or None if there is nothing to do.
@@ -149,14 +174,15 @@ class Session:
         """
         if draws:
             return None
-        hooks, strategy, module = self.hooks, self.strategy, self.module
+        strategy, module = self.strategy, self.module
+        hooks = self.hooks
         before, move, after = (
             hooks.on_before_batch_transfer,
             hooks.transfer_batch_to_device,
             hooks.on_after_batch_transfer,
         )
         precision, device = strategy.precision, strategy.root_device
-        converts = type(precision).convert_input is not Precision.convert_input
+        converts = _converts(precision)
         if device.type == "cpu" and not (before or move or after or converts):
             return None  # loaders deliver host memory: nothing to move
         move_batch = move or module.transfer_batch_to_device
@@ -170,3 +196,7 @@ class Session:
             return after(batch, dataloader_idx) if after else batch
 
         return bring
+
+
+def _converts(precision: Precision) -> bool:
+    return type(precision).convert_input is not Precision.convert_input

@@ -59,7 +59,13 @@ def _number(session: Session, loader: Any, prefix: str) -> int | None:
     if isinstance(wanted, int):
         return wanted
     from leyden.data.measure import measure  # noqa: PLC0415  # only where workers are measured
+    from leyden.data.whole import Whole  # noqa: PLC0415  # as above
 
+    if session.config.fast_data and Whole(with_workers(loader, 0)).plan() is not None:
+        rank_zero_info(
+            f"{said}: no workers for the {prefix} loader: its data lie in memory and are read a batch at a time."
+        )
+        return 0
     allowed, fitting = cores(), session.trainer.state.fn is TrainerFn.FITTING
     try:
         found = measure(loader, allowed, _WORTH if fitting else _WORTH_ONCE)
