@@ -99,7 +99,8 @@ class Trainer(TrainerFace):
         fused_optimizers: Give Adam, AdamW, SGD and Adagrad their fused form, where the device has one.
         fast_data: Read data that lies in memory a batch at a time, keep it on the device where it is small, copy batches
             ahead, keep workers. The batches are the same, to the last bit; False leaves it all to the DataLoader.
-        num_workers: Worker processes of the DataLoaders: an int, or ``"auto"``, which measures; None leaves them as they are.
+        num_workers: Worker processes of the DataLoaders: an int, or ``"auto"``, which measures at the beginning of a run; a
+            resumed run has those of its checkpoint. None leaves them as they are.
 
     Raises:
         MisconfigurationException: for a value that cannot be; the message names the argument.

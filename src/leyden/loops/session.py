@@ -64,6 +64,12 @@ class Session:
     """What a fit goes on from, until all of it is restored."""
     position: Any = None
     """Where a resumed fit stood in its data; None once it is there."""
+    supplies: dict[str, Any] = field(default_factory=dict)
+    """What the loops draw from, by prefix."""
+    workers: dict[str, list[int | None]] = field(default_factory=dict)
+    """How many workers were chosen for each loader, by prefix; None for one that has those that its owner gave it."""
+    waits: Any = None
+    """What measures the waits for data."""
     _shelf: Shelf | None = None
 
     @property
