@@ -188,7 +188,7 @@ def test_one_gain_needs_no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_of_several_numbers_of_workers_the_fastest_goes_together_with_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(advisor, "_cores", lambda: 8)
+    monkeypatch.setattr(advisor, "cores", lambda: 8)
     advice, script = played(
         monkeypatch, own=trial(1.0, wait=0.9), fused_optimizers=0.9, num_workers=[0.8, 0.6, 0.8, 0.6, 0.8, 0.6]
     )

@@ -20,6 +20,7 @@ from torch import nn
 from leyden.errors import LeydenError, MisconfigurationException
 from leyden.loops.start import unwrap
 from leyden.loops.trial import FEWEST, WARM, Change, Originals, Trial, like, run
+from leyden.runtime.cores import cores
 from leyden.runtime.ranks import say
 from leyden.runtime.seed import isolate_rng, rng_state
 
@@ -146,10 +147,6 @@ def more_workers(baseline: Trial, cores: int) -> list[Candidate]:
     if not numbers:
         return [Candidate(name, reason=f"{now} on {cores} cores already")]
     return [Candidate(f"{name}={number}", Change({name: number})) for number in numbers]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --------------------------------------------------------------------------------------------- measuring
@@ -316,7 +313,7 @@ def advise(
                 if not isinstance(error, LeydenError):
                     say("The fit failed as it is; no validation ran in it, and callbacks were left out.")
                 raise
-            wanted[-2:-2] = more_workers(first, _cores())
+            wanted[-2:-2] = more_workers(first, cores())
             tried = [each for each in wanted if not each.reason]
             expected = bench.expected(len(tried))
             if expected > 1.5 * announced + 3:
