@@ -115,7 +115,8 @@ class Logger(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the run of ``state``, unless the user has named another.
 
-        Called with what ``state_dict`` returned when the checkpoint was written, before anything asks for the run.
+        Called with what ``state_dict`` returned when the checkpoint was written, and the path of that under
+        ``"checkpoint"``, before anything asks for the run.
         """
 
     def rewind(self) -> None:

@@ -230,7 +230,10 @@ class TensorBoardLogger(FolderLogger):
         found = event_files(
             folder if self._sub_dir is None else os.path.join(folder, os.path.expandvars(self._sub_dir))
         )
-        return all(found.get(path, -1) >= size for path, size in state["log"]["files"].items())
+        known = state["log"]["files"]
+        if not known:
+            return not found or self.is_at_home(state)
+        return all(found.get(path, -1) >= size for path, size in known.items())
 
     def rewind(self) -> None:
         """Cut the event files back to what the checkpoint knows of, and remove those that came later.

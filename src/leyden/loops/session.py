@@ -75,6 +75,12 @@ class Session:
     """What a fit goes on from, until all of it is restored."""
     position: Any = None
     """Where a resumed fit stood in its data; None once it is there."""
+    supplies: dict[str, Any] = field(default_factory=dict)
+    """What the loops draw from, by prefix."""
+    workers: dict[str, list[int | None]] = field(default_factory=dict)
+    """How many workers were chosen for each loader, by prefix; None for one that has those that its owner gave it."""
+    waits: Any = None
+    """What measures the waits for data."""
     _shelf: Shelf | None = None
 
     @property
@@ -192,7 +198,13 @@ class Session:
         converts = _converts(precision)
         if device.type == "cpu" and not (before or move or after or converts):
             return None  # loaders deliver host memory: nothing to move
-        move_batch = move or module.transfer_batch_to_device
+        move_batch: Callable[..., Any] = move or module.transfer_batch_to_device
+        if device.type == "cuda" and self.config.fast_data and not move:
+            from leyden.loops.ahead import Ahead, Lane  # noqa: PLC0415  # only runs on CUDA copy batches ahead
+
+            move_batch = ahead = Ahead(device, Lane(device))
+            if not (before or after or converts):
+                return ahead
 
         def bring(batch: Any, dataloader_idx: int = 0) -> Any:
             if converts:

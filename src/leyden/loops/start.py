@@ -131,6 +131,13 @@ def configure_optimizers(session: Session) -> None:
             f"configure_optimizers() returned {len(optimizers)} optimizers; with semantics='lightning' that takes manual"
             " optimization: set self.automatic_optimization = False."
         )
+    for optimizer in optimizers:
+        if (fused := getattr(optimizer, "_leyden_fused", None)) is not None:
+            fused.undo(optimizer)  # by an earlier fit, which had the same object
+    if config.fused_optimizers:
+        from leyden.loops.fused import fuse  # noqa: PLC0415  # only runs that ask for it
+
+        fuse(optimizers, module)
     session.strategy.optimizers, session.strategy.lr_scheduler_configs = optimizers, schedules
     optimization = session.optimization = Optimization(session)
     session.strategy.set_optimizers(optimizers, schedules, optimization.step_with_closure, optimization.backward)
