@@ -15,7 +15,9 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDa
 
 import leyden as L
 from leyden.data.combined import CombinedLoader
+from leyden.errors import LeydenWarning
 from leyden.loops.compiled import _guard, _mark, _ragged, _reads, _reason, _records
+from leyden.loops.graphable import obstacle
 
 
 def loader(samples: int, batch_size: int | None = 4, **options: Any) -> DataLoader[Any]:
@@ -132,3 +134,28 @@ def test_the_guard_that_failed_in_a_line(text: str, line: str) -> None:
 )
 def test_the_reason_of_a_failure_in_a_line(text: str, line: str) -> None:
     assert _reason(text) == line
+
+
+def test_a_compiled_run_is_not_captured_as_a_cuda_graph_as_well() -> None:
+    class Net(L.LightningModule):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            return None
+
+        def configure_optimizers(self) -> None:
+            return None
+
+    class Ask(L.Callback):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            found.append(obstacle(trainer._session))
+
+    found: list[str | None] = []
+    for compile in ({"backend": "eager"}, False):
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = L.Trainer(
+            accelerator="cpu", max_epochs=1, compile=compile, callbacks=[Ask()], enable_model_summary=False, **quiet
+        )
+        with pytest.warns(LeydenWarning, match="without an optimizer"):
+            trainer.fit(Net(), loader(4))
+    assert found[0] is not None
+    assert "the run is compiled" in found[0]
+    assert found[1] is None
