@@ -208,6 +208,39 @@ def test_P4_workers_outlive_the_first_signals_and_end_with_the_run(tmp_path: Pat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_P4_workers_of_a_run_that_is_killed_while_they_start_end_too(tmp_path: Path, context: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("""
+import os, signal, sys, time
+from torch.utils.data import DataLoader
+from leyden.data.feed import Feed
+
+def init(worker_id):
+    parent = os.getppid()
+    open(f"{sys.argv[2]}/{os.getpid()}", "w").close()
+    os.kill(parent, signal.SIGKILL)
+    while os.getppid() == parent:
+        time.sleep(0.01)
+
+if __name__ == "__main__":
+    next(iter(Feed(DataLoader(range(4), num_workers=1, multiprocessing_context=sys.argv[1], worker_init_fn=init), "batch")))
+""")
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    run = subprocess.Popen([sys.executable, str(script), context, str(pids)], env=environment, stdin=subprocess.DEVNULL)
+    assert run.wait(timeout=100) == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    worker = int(next(pids.iterdir()).name)
+    while alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if alive(worker):
+        os.kill(worker, signal.SIGKILL)
+        raise AssertionError("the worker waits for a process that is no more")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 def test_P4_a_worker_that_hangs_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     # holds the interpreter, so that no handler of Python's can run

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 from torch.utils.data import get_worker_info
+from torch.utils.data._utils import worker as torchs_worker
 
 from leyden.data import generators
 from leyden.data.generators import Streams, digest
@@ -155,6 +156,7 @@ class Start:
         self.told: Any = None
 
     def __call__(self, worker_id: int) -> None:
+        watch_the_parent()
         known = _known_to_torch()
         shield(self.leaving, known.get("done_event"))
         if self.told is not None and "collate_fn" in known:
@@ -165,6 +167,26 @@ class Start:
             pl_worker_init_function(worker_id, self.rank)
         if self.own is not None:
             self.own(worker_id)
+
+
+def watch_the_parent() -> None:
+    """Let torch's loop of this worker end when the process that started it has ended, however early that was.
+
+    torch itself takes for the main process whatever its parent is when the loop begins. Where a run is killed while its
+    workers start, that is the system's first process, and the worker would wait for ever.
+    """
+    parent = multiprocessing.parent_process()
+    method = getattr(multiprocessing.current_process(), "_start_method", None) or multiprocessing.get_start_method()
+    if parent is None or parent.pid is None or sys.platform == "win32" or method == "forkserver":
+        return  # the parent of one that a server has forked is the server
+    main = parent.pid
+
+    class Watchdog(torchs_worker.ManagerWatchdog):
+        def __init__(self) -> None:
+            super().__init__()
+            self.manager_pid = main
+
+    torchs_worker.ManagerWatchdog = Watchdog  # type: ignore[misc]
 
 
 def leaving() -> Any:
