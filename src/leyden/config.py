@@ -21,6 +21,7 @@ SEMANTICS: dict[str, dict[str, Any]] = {
     # worker_seeds: what the random numbers of data workers follow from: the batch, or the worker that loads it
     # loading: how checkpoint files are read by default (None: as torch.load decides)
     # resumed_log: where a fit that goes on from a checkpoint logs
+    # epoch_mean: over which samples the mean of an epoch goes, with several processes
     # data_wait: whether ThroughputMonitor also logs the share of time that was spent waiting for data
     "leyden": {
         "short_window": "actual",
@@ -32,6 +33,7 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "loading": True,
         "log_folder": "leyden_logs",
         "resumed_log": "same version",
+        "epoch_mean": "all samples",
         "data_wait": True,
     },
     "lightning": {
@@ -44,6 +46,7 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "loading": None,
         "log_folder": "lightning_logs",
         "resumed_log": "new version",
+        "epoch_mean": "local unless sync_dist",
         "data_wait": False,
     },
 }
@@ -99,6 +102,7 @@ class TrainerConfig:
     fused_optimizers: bool = False
     fast_data: bool = True
     num_workers: int | str | None = None
+    use_distributed_sampler: bool = True
 
     def __post_init__(self) -> None:
         _check_counts(self)

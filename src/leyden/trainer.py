@@ -173,7 +173,7 @@ class Trainer(TrainerFace):
         self.test_loop = EvaluationLoop(RunningStage.TESTING)
         self.predict_loop = PredictLoop()
         self._strategy, self._accelerator = resolve.strategy(
-            *(given[name] for name in ("strategy", "accelerator", "devices", "num_nodes", "precision", "plugins"))
+            strategy, accelerator, devices, num_nodes, precision, plugins, sync_batchnorm
         )
         self._profiler = resolve.profiler(profiler)
         quiet = config.barebones
@@ -226,6 +226,8 @@ class Trainer(TrainerFace):
         Raises:
             SIGTERMException: (a SystemExit, code 143) when a signal asks the process to end and the run is saved.
         """
+        if self._strategy.spawns:
+            return self._strategy.run_elsewhere(self, "fit", locals())  # type: ignore[no-any-return]
         model, datamodule, train_dataloaders = unwrap(model, datamodule, train_dataloaders, val_dataloaders)
         sources = {"train": train_dataloaders, "val": val_dataloaders}
         with self._running(TrainerFn.FITTING, RunningStage.TRAINING):
@@ -278,6 +280,8 @@ class Trainer(TrainerFace):
         self, fn: TrainerFn, loop: EvaluationLoop, model: LightningModule | None, dataloaders: Any, ckpt_path: Any,
         verbose: bool, datamodule: Any, weights_only: bool | None,
     ) -> list[dict[str, float]]:  # fmt: skip
+        if self._strategy.spawns:
+            return self._strategy.run_elsewhere(self, str(fn), locals())  # type: ignore[no-any-return]
         provided = model is not None
         model, datamodule, dataloaders = unwrap(self._known(model, str(fn)), datamodule, dataloaders)
         results: list[dict[str, float]] = []
@@ -308,6 +312,8 @@ class Trainer(TrainerFace):
             ckpt_path: As in ``validate``.
             weights_only: As in ``fit``.
         """
+        if self._strategy.spawns:
+            return self._strategy.run_elsewhere(self, "predict", locals())  # type: ignore[no-any-return]
         provided = model is not None
         model, datamodule, dataloaders = unwrap(self._known(model, "predict"), datamodule, dataloaders)
         predictions: list[Any] | None = None
@@ -334,10 +340,12 @@ class Trainer(TrainerFace):
         self.state.fn, self.state.status, self.state.stage = fn, TrainerStatus.RUNNING, stage
         self.should_stop = False
         self._interrupt, device = Interrupt(self._strategy.asked_to_stop), self._strategy.root_device
+        progress = self.progress
         try:
             # around the saving too: a signal that comes then is noted, or is the second one
             with self._interrupt, resolve.Determinism(self.config), current(self._accelerator, device):
                 try:
+                    self._strategy.launch(self._interrupt, lambda: progress.batches)
                     yield
                     self.state.status = TrainerStatus.FINISHED
                 except BaseException as exception:
@@ -350,6 +358,7 @@ class Trainer(TrainerFace):
                     finally:
                         del ending  # or the exception and this frame would keep each other alive
                 else:
+                    self._strategy.agree_on(self._interrupt)
                     if self._interrupt.received:  # while everybody was told that the run is over
                         from leyden.loops import leave  # noqa: PLC0415  # few runs end so
 
@@ -358,6 +367,7 @@ class Trainer(TrainerFace):
                         if not self._returns_after(self._interrupt.exception()):
                             raise self._interrupt.exception()
         finally:
+            self._strategy.land()
             self._release()
 
     def _returns_after(self, exception: BaseException) -> bool:
@@ -418,10 +428,12 @@ class Trainer(TrainerFace):
         self.results.clear()
         session.bind(self._callbacks, self._profiler)
         strategy.setup()
+        strategy.distribute(fitting)
         if fitting:
             # after the set-up: a callback may have asked for saving behind the training
             strategy.checkpoint_io.listen(self._interrupt.fail)
             configure_optimizers(session)
+            strategy.accompany(self.fit_loop, model.automatic_optimization)
             session.hooks.on_fit_start()
         if self.config.enable_autolog_hparams and not self.config.barebones:
             log_hyperparams(self._loggers, model, datamodule)
@@ -439,6 +451,7 @@ class Trainer(TrainerFace):
         model.zero_grad()
         if session.position is not None and session.position.window:
             session.optimization.load_state_dict(session.position.window)
+        strategy.agree_on(self._interrupt)
         if self._interrupt.received:
             self._interrupt.answer()  # it came while data were prepared, say
         return session
@@ -476,6 +489,7 @@ class Trainer(TrainerFace):
 
     def _end(self, session: Session) -> None:
         """Everything after the last batch, when nothing went wrong."""
+        self._strategy.agree_on(self._interrupt)
         if self._interrupt.received:
             self._interrupt.answer()  # it came too late for the loop, but whoever sent it wants to stop here
         fn = self.state.fn
@@ -497,6 +511,7 @@ class Trainer(TrainerFace):
 
         self.state.status = TrainerStatus.INTERRUPTED
         ending = leave.ending(self, self._session, exception, self._interrupt)
+        self._strategy.fail(ending, together=self._interrupt.answered and not self._interrupt.forced)
         try:
             if self._session is not None:
                 leave.tell(self, ending, self._interrupt)

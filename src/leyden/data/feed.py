@@ -559,6 +559,8 @@ def _parts(loader: Any, how: str) -> list[Any]:
 def _draws_often(loader: Any) -> bool:
     """Whether the sampler may draw random numbers more than once in a pass, from generators that others use too."""
     for part in _samplers(loader):
+        if vars(type(part)).get("draws_apart"):
+            return False
         if isinstance(part, RandomSampler) and type(part) is RandomSampler:
             if part.generator is not None and (part.replacement or part.num_samples > len(part.data_source)):
                 return True

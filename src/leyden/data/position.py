@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,8 @@ class Supply:
         self.single = len(self.feeds) == 1 and combined.flattened[0] is combined.iterables
         held = {f"{i}.{name}": g for i, feed in enumerate(self.feeds) for name, g in feed.streams.held.items()}
         self.streams = Streams(held)
+        self.agree: Callable[[], None] | None = None
+        """Lets all ranks draw from one random state; None for one process."""
 
     @property
     def keeps_state(self) -> bool:
@@ -61,6 +63,8 @@ class Supply:
             if epoch is not None:
                 set_epoch(feed.loader, epoch)
             feed.key, feed.passes = (stage, i, epoch or 0, moment), 0
+        if self.agree is not None:
+            self.agree()
 
     def iterate(self, place: Place | None = None) -> Iterator[Any]:
         """Begin an epoch, or go on at ``place``; yields batches of a single loader, else triples as CombinedLoader does."""

@@ -81,7 +81,8 @@ def is_whole(trainer: Any, session: Session | None, error: BaseException) -> boo
         trace = trace.tb_next
     evaluation = trainer.fit_loop.validation
     inside = session is not None and (trainer.validating or trainer.sanity_checking)
-    return asked and (not inside or evaluation.cuts(session))
+    # with several processes the others may be in another batch
+    return asked and trainer.world_size == 1 and (not inside or evaluation.cuts(session))
 
 
 def leave(trainer: Any, session: Session | None, cluster: Any, interrupt: Interrupt) -> None:

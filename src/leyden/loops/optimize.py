@@ -34,6 +34,8 @@ class Optimization:
             is_written(session.module, name, LightningModule)
             for name in ("configure_gradient_clipping", "clip_gradients")
         )
+        self.exchange: Callable[[Optimizer], None] | None = getattr(session.strategy, "exchange_gradients", None)
+        """Averages, before a step, gradients that several processes have not averaged yet; None for one process."""
         self.stepped = 0
         """How many updates of the model were made since the current batch began."""
         self._leads = 0
@@ -120,6 +122,8 @@ class Optimization:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Everything between the gradients and the step: unscale, normalise, hooks, clip."""
+        if self.exchange is not None:
+            self.exchange(optimizer)
         self.precision.unscale(optimizer)
         if self.window_weight is not None or self.rescale != 1.0:
             factor = self.rescale if self.window_weight is None else _inverse(self.window_weight)
