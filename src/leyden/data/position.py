@@ -13,6 +13,7 @@ from leyden.data.combined import CombinedLoader
 from leyden.data.feed import Feed, Pass
 from leyden.data.generators import Streams, plain, raw
 from leyden.data.loaders import length, set_epoch
+from leyden.data.sharding import share_of
 from leyden.errors import CheckpointError
 from leyden.runtime.ranks import rank_zero_warn
 
@@ -158,7 +159,8 @@ class Supply:
             found.drawn = found.done[0] = changed[0]
             found.passes[0].mark = None
         for run, feed, saved in zip(found.passes, self.feeds, loaders, strict=True):
-            if saved["about"].get("samples") != _about(feed).get("samples"):
+            about = _about(feed)
+            if any(saved["about"].get(key, default) != about.get(key) for key, default in (("samples", None), ("ranks", 1))):
                 run.mark = None  # another order was announced
         return found
 
@@ -175,6 +177,7 @@ def _about(feed: Feed) -> dict[str, Any]:
         "workers": loader.num_workers,
         "samples": _count(loader.dataset) if sized else None,
         "seeding": feed.seeding,
+        "ranks": getattr(share_of(loader), "size", 1),
     }
 
 
@@ -199,6 +202,10 @@ def _compare(feed: Feed, then: Mapping[str, Any], drawn: int | None, what: str) 
             f" {now.get('samples')} now: {goes_on}."
         )
     before, after = then.get("batch_size"), now.get("batch_size")
+    if before and after and then.get("ranks", 1) != now.get("ranks", 1):
+        # together, the ranks draw from one order: what counts is how many samples of it a batch of all of them takes
+        before, after = before * then.get("ranks", 1), after * now.get("ranks", 1)
+        name = f"{name}, over all processes,"
     if before != after and before and after:
         if drawn:
             done, rest = divmod(drawn * before, after)

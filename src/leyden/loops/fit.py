@@ -254,7 +254,8 @@ class FitLoop:
         elif data.iterator is None:
             data.begin(session)
         session.position, progress.cut = None, False
-        self.due, self.opened = self.next_due(session), progress.epoch
+        # the tail of a batch of the run that is resumed may be due, and all ranks are at it
+        self.due, self.opened = progress.batches if progress.tail else self.next_due(session), progress.epoch
         return data.take()
 
     def end_epoch(self, session: Session) -> None:

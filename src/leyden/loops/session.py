@@ -93,7 +93,7 @@ class Session:
         for logger in self.trainer.loggers:
             # loggers create their run when first asked; hooks may ask for its name and folder from here on
             _ = getattr(logger, "experiment", None)
-        self.strategy.barrier("pre_setup")
+        self.agree_on_versions()
         if self.datamodule is not None:
             self.datamodule.setup(stage)
         for callback in callbacks:
@@ -127,6 +127,15 @@ class Session:
     def seconds_since(self, moment: float) -> float:
         """The time since ``moment`` of the monotonic clock; of several processes, whose clocks differ, that of rank 0."""
         return float(self.strategy.broadcast(time.monotonic() - moment))
+
+    def agree_on_versions(self) -> None:
+        """Let the loggers of all processes name the folder in which rank 0 logs."""
+        if self.strategy.world_size == 1:
+            return
+        followers = [logger for logger in self.trainer.loggers if hasattr(logger, "follow")]
+        mine = [logger.version for logger in followers] if self.strategy.is_global_zero else []
+        for logger, version in zip(followers, self.strategy.broadcast(mine), strict=True):
+            logger.follow(version)
 
     def agree_on_epoch(self) -> None:
         """Let all processes agree on the values of the training epoch that ends."""

@@ -8,6 +8,7 @@ the process ends. Gradients do not travel here: a strategy has torch's own machi
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -81,6 +82,7 @@ def meet(world: World, backend: str, timeout: timedelta) -> None:
 def part() -> None:
     """Close the process group, if it is open."""
     if dist.is_initialized():
+        gc.collect()  # whatever still holds the group would keep its threads, which must not outlive the interpreter
         dist.destroy_process_group()
 
 

@@ -8,9 +8,11 @@ SLURM, MPI or LSF, or are started by ``strategies.launch``; what stops one of th
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -244,6 +246,10 @@ class DDPStrategy(Strategy):
     def _wrap(self, module: nn.Module) -> None:
         from torch.nn.parallel import DistributedDataParallel  # noqa: PLC0415  # where there are several processes
 
+        # DistributedDataParallel imports it, and that import keeps the frames in which it runs, with all that they hold
+        thread = threading.Thread(target=importlib.import_module, args=("torch._dynamo",))
+        thread.start()
+        thread.join()
         self._through = through = _Through(module)
         vars(module)["forward"] = through  # past nn.Module's own bookkeeping; given back in teardown
         device = self.root_device

@@ -118,7 +118,7 @@ class Watch:
         """Stop to look."""
         self._over.set()
         if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=PERIOD * 20)
+            self._thread.join(timeout=ANSWER)
 
     def _read(self, key: str) -> str | None:
         with self._lock:
