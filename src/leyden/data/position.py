@@ -160,7 +160,9 @@ class Supply:
             found.passes[0].mark = None
         for run, feed, saved in zip(found.passes, self.feeds, loaders, strict=True):
             about = _about(feed)
-            if any(saved["about"].get(key, default) != about.get(key) for key, default in (("samples", None), ("ranks", 1))):
+            if any(
+                saved["about"].get(key, default) != about.get(key) for key, default in (("samples", None), ("ranks", 1))
+            ):
                 run.mark = None  # another order was announced
         return found
 

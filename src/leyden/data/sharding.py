@@ -115,12 +115,6 @@ class Sharded:
             return -(-whole // self.size)
         return len(range(self.rank, whole, self.size))
 
-    def set_epoch(self, epoch: int) -> None:
-        """Tell the user's sampler which epoch begins, if it wants to know."""
-        tell = getattr(self.sampler, "set_epoch", None)
-        if callable(tell):
-            tell(epoch)
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "sampler" not in vars(self):
             raise AttributeError(name)

@@ -27,6 +27,7 @@ from leyden.runtime.seed import given_seed, rng_state, seeds_workers
 
 if TYPE_CHECKING:
     from leyden.data.position import Place, Supply
+    from leyden.strategies.base import Strategy
 
 _END = object()
 
@@ -252,6 +253,12 @@ def limits(combined: CombinedLoader, stage: str, limit: int | float, argument: s
     return [num_batches(stage, length(loader), limit, argument) for loader in combined.flattened]
 
 
+def in_step(iterator: Iterator[Any], strategy: Strategy) -> Iterator[Any]:
+    """Iterate as long as all ranks have a next item, where nobody knows how many there are: all ask each time."""
+    while strategy.reduce_boolean_decision((item := next(iterator, _END)) is not _END):
+        yield item
+
+
 def nothing(session: Session, combined: CombinedLoader, counts: list[int | float]) -> bool:
     """Whether an evaluation has no batch at all; one that only other ranks have batches of is run, to meet them."""
     if sum(counts) > 0:
@@ -333,6 +340,8 @@ class TrainingData:
         data, limit = self.supply, self.num_batches
         draws = takes(session.module.training_step, "dataloader_iter")
         iterator = data.iterate(place)
+        if not self.sized and session.strategy.world_size > 1:
+            iterator = in_step(iterator, session.strategy)
         taken, waiting = (0, []) if place is None else (place.drawn, place.ahead)
         if draws:
             triples = ((batch, i, 0) for i, batch in enumerate(iterator, taken)) if data.single else iterator
