@@ -77,7 +77,7 @@ def _outcome(path: Path) -> tuple[float, str | None, Any]:
     return outcome
 
 
-def make_trainer(devices: int = 2, **arguments: Any) -> L.Trainer:
+def make_trainer(devices: Any = 2, **arguments: Any) -> L.Trainer:
     """A Trainer on the CPU that writes and shows nothing."""
     quiet: dict[str, Any] = {
         "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,

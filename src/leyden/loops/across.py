@@ -185,6 +185,8 @@ class Across:
             )
             slot.step_name, slot.epoch_name = step_name, epoch_name
             slot.synced, slot.rank_zero_only = True, only_zero
+            if reduction == "metric":  # at the end of an epoch it is reset here as well
+                slot.metric = metrics_of(self.strategy.module)[name[-1]]
         return slot
 
     def _report(self, name: Name, present: Tensor, batches: Tensor) -> None:
@@ -223,7 +225,9 @@ def _name(key: tuple[Any, ...], slot: Slot, metrics: dict[int, str]) -> Name:
     hook, name = (key[1], key[3]) if key[0] == "resumed" else (key[0], key[2])
     suffix = slot.name != name
     views = (slot.step_name, slot.epoch_name, slot.prog_bar, slot.logger, suffix, slot.rank_zero_only)
-    return hook, name, slot.reduction, views, metrics.get(id(slot.metric), "") if slot.metric is not None else ""
+    if slot.metric is not None:
+        return hook, name, "metric", views, metrics.get(id(slot.metric), "")
+    return hook, name, slot.reduction, views, ""
 
 
 def _reduced(reduction: str, present: Tensor, total: Tensor, weight: Tensor) -> Tensor:

@@ -168,3 +168,26 @@ def copy_flat(tensors: list[Tensor]) -> None:
 def _put_back(flat: Tensor, tensors: list[Tensor]) -> None:
     for tensor, value in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(value.view_as(tensor))
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose backward brings each rank the gradients that all ranks have for what it gave."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        rows = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(rows, tensor, group=group)
+        return torch.stack(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        total = gradients[0].contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return total[dist.get_rank(ctx.group)], None
+
+
+def gather_with_gradients(tensor: Tensor, group: Any = None) -> Tensor:
+    """Return the tensors of all ranks, stacked; gradients flow back to the ranks that they came from."""
+    gathered: Tensor = _Gather.apply(tensor.contiguous(), group)  # type: ignore[no-untyped-call]
+    return gathered

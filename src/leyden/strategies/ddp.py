@@ -406,9 +406,9 @@ class DDPStrategy(Strategy):
         def gather(leaf: Tensor) -> Tensor:
             dist = torch.distributed
             if sync_grads:
-                from torch.distributed.nn.functional import all_gather  # noqa: PLC0415  # only who asks for it
+                from leyden.runtime.collective import gather_with_gradients  # noqa: PLC0415  # see launch
 
-                return torch.stack(all_gather(leaf, group=group or dist.group.WORLD))  # type: ignore[no-untyped-call]
+                return gather_with_gradients(leaf, group)
             rows = [
                 torch.empty_like(leaf, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))
             ]
