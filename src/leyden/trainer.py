@@ -172,9 +172,8 @@ class Trainer(TrainerFace):
         self.validate_loop = EvaluationLoop(RunningStage.VALIDATING)
         self.test_loop = EvaluationLoop(RunningStage.TESTING)
         self.predict_loop = PredictLoop()
-        self._strategy, self._accelerator = resolve.strategy(
-            strategy, accelerator, devices, num_nodes, precision, plugins, sync_batchnorm
-        )
+        names = ("strategy", "accelerator", "devices", "num_nodes", "precision", "plugins", "sync_batchnorm")
+        self._strategy, self._accelerator = resolve.strategy(*(given[name] for name in names))
         self._profiler = resolve.profiler(profiler)
         quiet = config.barebones
         switches = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")
