@@ -65,7 +65,8 @@ gpu:
 	elif ! $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
 		echo "make gpu: torch sees no CUDA GPU here, so nothing was run."; \
 	else \
-		PYTHONPATH=src $(PYTHON) -m pytest tests/gpu && PYTHONPATH=src $(PYTHON) benchmarks/gpu/overhead.py; \
+		PYTHONPATH=src $(PYTHON) -m pytest tests/gpu && \
+		PYTHONPATH=src $(PYTHON) benchmarks/gpu/bench.py --write benchmarks/gpu/RESULTS.md; \
 	fi
 
 clean:

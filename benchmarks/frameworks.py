@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ def with_trainer(
     every: int = 50,
     attach: bool = False,
     callbacks: int = 0,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Prepared:
     """Fit on a framework with Lightning's API: ``"leyden"`` or ``"lightning.pytorch"``.
 
@@ -61,6 +62,7 @@ def with_trainer(
         every: ``log_every_n_steps``.
         attach: Whether ModelCheckpoint, EarlyStopping, LearningRateMonitor and CSVLogger take part.
         callbacks: How many callbacks with an ``on_train_batch_end`` that does nothing take part.
+        arguments: Further arguments of the Trainer.
     """
     L = importlib.import_module(name)
     known = importlib.import_module(f"{name}.callbacks")
@@ -106,6 +108,7 @@ def with_trainer(
         enable_model_summary=False,
         default_root_dir=folder,
         **parts,
+        **(arguments or {}),
     )
     module, loader = Module(), work.loader()
     return Prepared(lambda: trainer.fit(module, loader), module.net.parameters)
@@ -350,17 +353,21 @@ def loops(work: Workload) -> dict[str, Prepare]:
     return {RECORDED: bound(by_hand, work), BARE: bound(by_hand, work, record=False)}
 
 
-def contenders(work: Workload, only: str = "") -> list[Contender]:
+def contenders(work: Workload, only: str = "", arguments: Iterable[Mapping[str, Any]] = ()) -> list[Contender]:
     """Return Leyden and every peer that is installed, each compared with the loop that keeps its losses.
 
     Args:
         work: What is trained.
         only: Only the rows whose name contains this.
+        arguments: Further arguments of our Trainer; each mapping of them is one more row.
     """
     rows = [
         Contender("leyden, self.log", bound(with_trainer, work), RECORDED),
         Contender("leyden, nothing logged", bound(with_trainer, work, metrics=0), BARE),
     ]
+    for each in arguments:
+        name = ", ".join(["leyden, self.log", *(f"{argument}={value}" for argument, value in each.items())])
+        rows.append(Contender(name, bound(with_trainer, work, arguments=each), RECORDED))
     there = installed()
     rows += [Contender(name, bound(way, work), RECORDED) for name, (package, way) in PEERS.items() if package in there]
     return [row for row in rows if only in row.name]

@@ -96,3 +96,16 @@ def test_the_cause_is_found_behind_other_errors() -> None:
     assert "the quota is full" in atomic.explain(error)
     assert "the disk failed" in atomic.explain(DistributedError(OSError(errno.EIO, "broken")))
     assert atomic.explain(ValueError("odd")) == "ValueError: odd."
+
+
+def test_what_this_process_writes_is_no_leftover_however_its_path_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads may write to one folder, one by its relative path."""
+    monkeypatch.chdir(tmp_path)
+    with atomic.temporary(Path("a")) as file:
+        file.write_text("x")
+        atomic.sweep(tmp_path)
+        assert file.exists()
+        os.replace(file, "a")
+    assert os.listdir(tmp_path) == ["a"]

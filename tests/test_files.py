@@ -11,13 +11,14 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
 
-from leyden import files
+from leyden import atomic, files
 from leyden.errors import CheckpointError, CheckpointNotFoundError, LeydenWarning
 
 
@@ -177,7 +178,7 @@ def test_very_long_name(tmp_path):
 
 KILLED = """
 import os, signal, sys, torch
-from leyden import files
+from leyden import atomic, files
 at, path = sys.argv[1:]
 def die(*a, **k): os.kill(os.getpid(), signal.SIGKILL)
 if at == "write":
@@ -413,3 +414,130 @@ def test_remote(monkeypatch):
     with pytest.raises(CheckpointNotFoundError, match="memory://folder/deep/a.ckpt"):
         files.load(path)
     assert not fs.ls("/folder/deep", detail=False)
+
+
+def test_what_contains_itself_is_saved_as_torch_saves_it(path):
+    loop = [torch.ones(2)]
+    loop.append(loop)
+    files.save({"loop": loop, "leyden": {}}, path)
+    found = files.load(path)["loop"]
+    assert found[1] is found
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\x1b[2J", "\u0308\u20ac"])
+def test_B1_a_class_of_any_name_is_looked_at(path, name):
+    torch.save({"x": timedelta(1)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {entry: archive.read(entry) for entry in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, content in parts.items():
+            archive.writestr(entry, content.replace(b"cdatetime\ntimedelta\n", f"csome\n{name}\n".encode()))
+    shown = repr(files.look(path)["x"])
+    assert shown == f"<some.{name.encode('unicode_escape').decode()}>"
+    with pytest.raises(CheckpointError, match="not opened"):
+        files.load(path)
+
+
+def test_a_manifest_that_somebody_spoilt_is_a_warning(path):
+    files.save({"state_dict": {"w": torch.ones(2)}, "leyden": {}}, path)
+    content = files.load(path)
+    content["leyden"]["manifest"]["state_dict"] = 7
+    torch.save(content, path)
+    with pytest.warns(LeydenWarning, match=r"what is noted of 'state_dict' is 7"):
+        files.load(path)
+
+
+@pytest.fixture
+def remote():
+    """A remote file system that counts what is read of each file."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Counting(MemoryFileSystem):
+        protocol = "counted"
+        store, pseudo_dirs, cachable = {}, [""], False
+        read = {}
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.replace("counted://", "memory://"))
+
+        def open(self, path, mode="rb", **kwargs):
+            file = super().open(path, mode, **kwargs)
+            if mode != "rb":
+                return file
+            content, read, name = io.BytesIO(file.getvalue()), self.read, path.rpartition("/")[2]
+
+            class Reader(io.RawIOBase):
+                def readable(self):
+                    return True
+
+                def seekable(self):
+                    return True
+
+                def seek(self, *args):
+                    return content.seek(*args)
+
+                def tell(self):
+                    return content.tell()
+
+                def readinto(self, buffer):
+                    count = content.readinto(buffer)
+                    read[name] = read.get(name, 0) + count
+                    return count
+
+            return Reader()
+
+    fsspec.register_implementation("counted", Counting, clobber=True)
+    Counting.store.clear()
+    Counting.read.clear()
+    return Counting
+
+
+def test_of_a_remote_folder_only_the_newest_is_fetched_whole(remote):
+    big = torch.zeros(1 << 20)
+    for step in (1, 2, 3):
+        files.save({"global_step": step, "state_dict": {"w": big, "b": torch.ones(3)}}, f"counted://runs/{step}.ckpt")
+    remote.read.clear()
+    assert files.newest("counted://runs") == "counted://runs/3.ckpt"
+    assert remote.read["1.ckpt"] < 20_000
+    assert remote.read["2.ckpt"] < 20_000
+    assert remote.read["3.ckpt"] > 4 << 20
+    remote.read.clear()
+    found = files.look("counted://runs/1.ckpt")
+    assert (found["state_dict"]["w"].shape, found["state_dict"]["w"].device.type) == (big.shape, "meta")
+    assert remote.read["1.ckpt"] < 20_000
+    assert torch.equal(files.load("counted://runs/1.ckpt")["state_dict"]["w"], big)
+
+
+def test_what_is_damaged_in_a_remote_folder_is_told(remote):
+    for step in (1, 2, 3, 4):
+        files.save({"global_step": step, "state_dict": {"w": torch.rand(5000)}}, f"counted://runs/{step}.ckpt")
+    fs = fsspec.filesystem("counted")
+    content = bytearray(fs.cat("/runs/4.ckpt"))
+    content[len(content) // 2] ^= 1  # in the tensor
+    fs.pipe("/runs/4.ckpt", bytes(content))
+    content = bytearray(fs.cat("/runs/3.ckpt"))
+    content[content.index(b"global_step")] ^= 1
+    fs.pipe("/runs/3.ckpt", bytes(content))
+    fs.pipe("/runs/5.ckpt", b"not a checkpoint")
+    with pytest.warns(LeydenWarning) as said:
+        assert files.newest("counted://runs") == "counted://runs/2.ckpt"
+    assert sorted(str(each.message).partition(".ckpt")[0][-1] for each in said) == ["3", "4", "5"]
+
+
+def test_what_a_killed_write_left_in_a_remote_folder_goes(remote):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    fs = fsspec.filesystem("counted")
+    own = atomic.temporary_name("a.ckpt")
+    left = own.replace(f".{os.getpid()}-", f".{dead.pid}-")
+    theirs = own.replace(f".{os.getpid()}-", f".{os.getppid()}-")
+    elsewhere = ".a.ckpt.1-00000000-00000000.tmp"
+    for name in (left, theirs, elsewhere, ".a.tmp", "b.ckpt"):
+        fs.pipe(f"/runs/{name}", b"half")
+    files.save({"global_step": 1}, "counted://runs/a.ckpt")
+    names = sorted(path.rpartition("/")[2] for path in fs.ls("/runs", detail=False))
+    assert names == sorted([theirs, elsewhere, ".a.tmp", "b.ckpt", "a.ckpt"])
+    fs.store["/runs/" + elsewhere].modified = datetime.fromtimestamp(1, tz=timezone.utc)
+    files.save({"global_step": 1}, "counted://runs/a.ckpt")
+    assert elsewhere not in str(fs.ls("/runs", detail=False))

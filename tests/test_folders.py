@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import warnings
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -271,3 +272,111 @@ def test_B1_a_table_of_contents_may_not_point_outside(path: Path, tmp_path: Path
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError):
         files.load(tmp_path / "a.ckpt")
+
+
+# ------------------------------------------------------------------ what a hostile reviewer tried
+
+
+def test_C4_a_link_that_is_replaced_leaves_what_it_led_to_a_checkpoint(path: Path) -> None:
+    link = path.parent / "last.ckpt"
+    link.symlink_to(path.name)
+    save(link, 4)
+    assert (link.is_symlink(), files.load(link)["global_step"]) == (False, 4)
+    assert files.load(path)["global_step"] == 3
+    assert names(path.parent) == ["a.ckpt", "last.ckpt"]
+
+
+@pytest.mark.parametrize("text", ["[]", "7", "[" * 100_000, "\ufeff", "null"])
+def test_C6_a_manifest_of_any_other_kind_is_damage(path: Path, text: str) -> None:
+    (path / folders.MANIFEST).write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointDamagedError, match="manifest"):
+        files.load(path)
+    with pytest.raises(CheckpointDamagedError, match="no good checkpoint"):
+        files.newest(path.parent)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "../b.ckpt"}, {"name": 7}, {"record": None}, {"format": "1"}, {"files": []},
+        {"files": {"../secret": {"bytes": 1, "crc32": "00000000"}}},
+        {"files": {"/dev/zero": {"bytes": 0, "crc32": "00000000"}}},
+        {"files": {"meta.pt": 7}}, {"files": {"meta.pt": {}}},
+    ],
+)  # fmt: skip
+def test_B1_a_manifest_of_a_stranger_speaks_of_its_own_folder_only(path: Path, change: dict[str, Any]) -> None:
+    content = json.loads((path / folders.MANIFEST).read_text())
+    content = {**{key: value for key, value in content.items() if key != "crc32"}, **change}
+    text = json.dumps({"crc32": folders._checksum(content), **content})
+    (path / folders.MANIFEST).write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointDamagedError, match="did not write"):
+        files.verify(path)
+
+
+def test_any_plain_record_can_be_kept(tmp_path: Path) -> None:
+    files.save_folder(
+        tmp_path / "a.ckpt", write(1), {"global_step": 1, "scores": {9: 0.5, 10: float("nan"), "x": None}}
+    )
+    assert files.verify(tmp_path / "a.ckpt")
+
+
+def test_every_folder_in_a_checkpoint_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(atomic, "sync_folder", lambda folder: flushed.append(folder.name))
+
+    def deep(folder: Path) -> None:
+        (folder / "a" / "b" / "c").mkdir(parents=True)
+        (folder / "a" / "b" / "c" / "file").write_text("x")
+
+    files.save_folder(tmp_path / "a.ckpt", deep)
+    assert {"a", "b", "c"} <= set(flushed)
+    assert flushed[-1] == tmp_path.name
+
+
+@pytest.mark.parametrize("how", ["gone", "cut"])
+def test_C6_a_folder_of_lightning_without_its_data_is_an_error_of_ours(tmp_path: Path, how: str) -> None:
+    write(3)(tmp_path / "a.ckpt")
+    (tmp_path / "a.ckpt" / "meta.pt").unlink()
+    data = tmp_path / "a.ckpt" / "__0_0.distcp"
+    content = data.read_bytes()
+    data.unlink()
+    if how == "cut":
+        data.write_bytes(content[: len(content) // 3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(CheckpointDamagedError, match=r"a\.ckpt.* cannot be read"):
+            files.load(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("verb", [files.load, files.look])
+def test_C6_a_table_of_contents_of_which_parts_are_missing_is_damage(tmp_path: Path, verb: Any) -> None:
+    write(3)(tmp_path / "a.ckpt")
+    (tmp_path / "a.ckpt" / "meta.pt").unlink()  # as Lightning's are, it has nothing to be compared with
+    table = tmp_path / "a.ckpt" / ".metadata"
+    table.write_bytes(table.read_bytes().replace(b"\x04size", b"\x04sjze"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(CheckpointDamagedError, match=r"a\.ckpt.* cannot be read"):
+            verb(tmp_path / "a.ckpt")
+
+
+def test_what_is_no_dict_beside_the_shards_says_so(tmp_path: Path) -> None:
+    files.save_folder(tmp_path / "a.ckpt", lambda folder: torch.save([1, 2], folder / "meta.pt"))
+    with pytest.raises(CheckpointError, match="holds a list in meta.pt"):
+        files.load(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    "to", [lambda storage, location: storage, {"cuda:0": "cpu"}, "cpu", torch.device("meta"), None]
+)
+def test_map_location_moves_tensors_whatever_else_there_is(tmp_path: Path, to: Any) -> None:
+    def into(folder: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = {"model": {"w": torch.ones(2)}, "hyper_parameters": Namespace(lr=0.1)}
+            dcp.save(state, checkpoint_id=folder, no_dist=True)
+
+    files.save_folder(tmp_path / "a.ckpt", into)
+    content = files.load(tmp_path / "a.ckpt", map_location=to)
+    assert content["hyper_parameters"] == Namespace(lr=0.1)
+    assert content["state_dict"]["w"].device.type == ("meta" if to == torch.device("meta") else "cpu")

@@ -323,14 +323,51 @@ def test_64_true_keeps_all_digits_of_numbers() -> None:
     assert rows(made, "b")[0][1] == 2**40 + 1
 
 
-def test_writing_into_the_tensor_afterwards_changes_nothing() -> None:
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (torch.tensor(0.1), 0.1),
+        (torch.tensor(0.1, requires_grad=True) * 3, 0.3),
+        (torch.tensor(1 + 2j).conj().imag, -2.0),  # a view that is to be read with its sign turned
+        (torch._efficientzerotensor(()), 0.0),  # has no memory, and forward-mode gradients make them
+        (torch.tensor(1.5).as_subclass(nn.Parameter), 1.5),
+        (torch.tensor([[2.5]]), 2.5),
+        (torch.tensor(0.1, dtype=torch.float64), 0.1),
+        (torch.tensor(0.25, dtype=torch.float16), 0.25),
+        (torch.tensor(3), 3.0),
+        (torch.tensor(math.inf), math.inf),
+    ],
+)
+def test_every_kind_of_tensor_in_host_memory_is_read_right(value: Tensor, expected: float) -> None:
+    run = fit(lambda module, _: module.log("x", value), limit_train_batches=1)
+    logged = run.callback_metrics["x"]
+    assert logged.item() == pytest.approx(expected)
+    assert logged.dtype == (torch.float64 if value.dtype is torch.float64 else torch.float32)
+    assert run.history[-1]["x"] == pytest.approx(expected)
+
+
+def test_a_value_inside_a_transform_of_functions_is_no_memory_to_be_read() -> None:
+    def do(module: Net, _: int) -> None:
+        def inner(x: Tensor) -> Tensor:
+            module.log("x", x.sum())
+            return x.sum()
+
+        torch.func.grad(inner)(torch.ones(3))
+
+    assert fit(do, limit_train_batches=1).callback_metrics["x"].item() == 3.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_writing_into_the_tensor_afterwards_changes_nothing(dtype: torch.dtype) -> None:
     def do(net: Net, i: int) -> None:
-        value = torch.tensor(float(i))
+        value = torch.tensor(float(i), dtype=dtype)
         net.log("a", value, on_epoch=True)
+        net.log("b", value)
         value.fill_(100.0)
 
     made = fit(do)
     assert [value for _, value in rows(made, "a_step")] == [0.0, 1.0, 2.0, 3.0]
+    assert [value for _, value in rows(made, "b")] == [0.0, 1.0, 2.0, 3.0]
     assert float(made.callback_metrics["a_epoch"]) == 1.5
 
 

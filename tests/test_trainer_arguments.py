@@ -23,6 +23,10 @@ from leyden.loggers import CSVLogger, DummyLogger, TensorBoardLogger
 from leyden.profilers import SimpleProfiler
 from leyden.strategies import SingleDeviceStrategy
 
+OURS = {
+    "semantics": None, "compile": False, "cuda_graphs": False, "fused_optimizers": False, "fast_data": True,
+    "num_workers": None,
+}  # fmt: skip
 DEFAULTS = {
     "accelerator": "auto", "strategy": "auto", "devices": "auto", "num_nodes": 1, "precision": None, "logger": None,
     "callbacks": None, "fast_dev_run": False, "max_epochs": None, "min_epochs": None, "max_steps": -1, "min_steps": None,
@@ -96,7 +100,7 @@ def test_the_arguments_are_lightnings_with_its_defaults() -> None:
     parameters = dict(inspect.signature(L.Trainer.__init__).parameters)
     assert parameters.pop("self")
     assert parameters.pop("unknown").kind is inspect.Parameter.VAR_KEYWORD
-    assert parameters.pop("semantics").default is None
+    assert {name: parameters.pop(name).default for name in OURS} == OURS
     assert {name: parameter.default for name, parameter in parameters.items()} == DEFAULTS
     assert {parameter.kind for parameter in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
 
@@ -128,7 +132,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"devices": []}, r"devices=\[\]"),
     ({"devices": "many"}, "devices='many'"),
     ({"num_nodes": 2}, r"Trainer\(num_nodes=2\): no launcher has started this process"),
-    ({"devices": 2, "strategy": "single_device"}, r"Trainer\(devices=2, num_nodes=1\) asks for 2 devices.*Use strategy='ddp'"),
+    (
+        {"devices": 2, "strategy": "single_device"},
+        r"Trainer\(devices=2, num_nodes=1\) asks for 2 devices.*Use strategy='ddp'",
+    ),
     ({"num_nodes": 0}, r"Trainer\(num_nodes=0\) is not valid: it must be an int >= 1"),
     ({"strategy": "fsdp"}, r"Trainer\(strategy='fsdp'\) is not there yet"),
     ({"strategy": "singledevice"}, "Did you mean 'single_device'"),

@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the trainer costs on a GPU: a small step against a hand-written loop that reads its loss back, or does not.
 
-    PYTHONPATH=src python3 benchmarks/gpu/overhead.py [--steps 2000] [--rounds 5]
-
 On a GPU the loop that calls ``loss.item()`` at each step waits for the device each time; a trainer that stores the loss
 and reads it when a row is due may be faster than that loop. Both loops are shown.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import tempfile
-import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from contest import Table, contest
 
 WIDTH, BATCH = 1024, 256
 
@@ -97,46 +92,19 @@ def with_leyden(steps: int, folder: str, *, log: bool) -> Callable[[], None]:
     return lambda: trainer.fit(module, batches)
 
 
-def seconds(run: Callable[[], None]) -> float:
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2000, help="batches in one run")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each contender")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("torch sees no CUDA GPU, so nothing was measured.")
-        return
-    warnings.simplefilter("ignore")
-    table: dict[str, Callable[[int, str], Callable[[], None]]] = {
-        "a loop with loss.item() each step": lambda steps, folder: by_hand(steps, wait=True),
-        "a loop that keeps the loss on the device": lambda steps, folder: by_hand(steps, wait=False),
-        "leyden, self.log": lambda steps, folder: with_leyden(steps, folder, log=True),
-        "leyden, nothing logged": lambda steps, folder: with_leyden(steps, folder, log=False),
-    }
-    times: dict[str, list[float]] = {name: [] for name in table}
-    with tempfile.TemporaryDirectory() as folder:
-        for prepare in table.values():
-            seconds(prepare(200, folder))
-        for _ in range(options.rounds):
-            for name, prepare in table.items():
-                times[name].append(seconds(prepare(options.steps, folder)))
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {options.steps} steps, {options.rounds} rounds")
-    waiting, keeping = list(times.values())[:2]
-    for name, mine in times.items():
-        to_waiting = statistics.median(a / b for a, b in zip(mine, waiting, strict=True))
-        to_keeping = statistics.median(a / b for a, b in zip(mine, keeping, strict=True))
-        step = statistics.median(mine) / options.steps * 1e6
-        print(
-            f"{name:<42} {step:7.1f} us/step  {to_waiting:5.2f} to the loop that waits  {to_keeping:5.2f} to the other"
-        )
-
-
-if __name__ == "__main__":
-    main()
+def measure(steps: int, rounds: int) -> Table:
+    """Let all run by turns."""
+    return contest(
+        "The cost of a small step",
+        f"Three layers of width {WIDTH}, batches of {BATCH} on the device, SGD; {steps} steps, {rounds} rounds; ratios of"
+        " times. The first loop waits for the device at each step, to read its loss; the second does not.",
+        {
+            "a loop with loss.item() each step": lambda steps, folder: by_hand(steps, wait=True),
+            "a loop that keeps the loss on the device": lambda steps, folder: by_hand(steps, wait=False),
+            "leyden, self.log": lambda steps, folder: with_leyden(steps, folder, log=True),
+            "leyden, nothing logged": lambda steps, folder: with_leyden(steps, folder, log=False),
+        },
+        steps,
+        rounds,
+        warm=200,
+    )

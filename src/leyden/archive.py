@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
+import struct
 import tarfile
 import threading
 import zipfile
@@ -155,7 +157,7 @@ class Opaque:
         """Take whatever the object held, and drop it."""
 
     def __repr__(self) -> str:
-        return f"<{self.origin}>"
+        return f"<{self.origin.encode('unicode_escape').decode()}>"  # it may be shown on a terminal
 
 
 def _stand_in(name: str, any_name: bool) -> Any:
@@ -170,7 +172,8 @@ def _stand_in(name: str, any_name: bool) -> Any:
         return dict
     # up to Lightning 1.4 the states of callbacks were kept under their classes
     if any_name or (from_lightning and ".callbacks" in module):
-        return type(attribute, (Opaque,), {"origin": name, "__qualname__": attribute})
+        # the name of a class may not be any text, its qualified name may
+        return type("Opaque", (Opaque,), {"origin": name, "__qualname__": attribute})
     return None
 
 
@@ -284,6 +287,36 @@ def _is_zip(source: Source, name: str) -> bool:
     raise CheckpointDamagedError(f"The checkpoint {name} is not a checkpoint, or damaged beyond recognition.")
 
 
+def outline(source: IO[bytes], copy: IO[bytes]) -> bool:
+    """Write to ``copy`` all of a checkpoint file but its tensors: it is as long, and has holes in their place.
+
+    Of a remote file that fetches little, and what is no tensor can be read from the copy as from the file.
+
+    Returns:
+        False if the file is not of the format, or is cut off; then ``copy`` is as before.
+    """
+    if not zipfile.is_zipfile(source):
+        return False
+    with zipfile.ZipFile(source) as archive:
+        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+        ends = [*(entry.header_offset for entry in entries[1:]), archive.start_dir]
+        copy.truncate(source.seek(0, io.SEEK_END))
+        for entry, end in zip(entries, ends, strict=False):
+            copy.seek(entry.header_offset)
+            if (
+                "/data/" in entry.filename
+            ):  # for its name only, which torch looks for: the padding after it does not matter
+                name = entry.filename.encode()
+                copy.write(struct.pack("<4s22xHH", _ZIP, len(name), 0) + name)
+            else:
+                source.seek(entry.header_offset)
+                copy.write(source.read(end - entry.header_offset))
+        source.seek(archive.start_dir)
+        copy.seek(archive.start_dir)
+        copy.write(source.read())
+    return True
+
+
 MANIFEST = "manifest"
 """The key, under ``leyden``, of what a checkpoint holds: for each of its keys the number of tensors and of their bytes."""
 
@@ -305,15 +338,12 @@ def contents(checkpoint: Mapping[str, Any]) -> dict[str, list[int]]:
     return found
 
 
-def _tensors(value: Any) -> Iterable[Tensor]:
+def _tensors(value: Any, above: tuple[int, ...] = ()) -> Iterable[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        for item in value:
-            yield from _tensors(item)
+    elif isinstance(value, (Mapping, list, tuple, set, frozenset)) and id(value) not in above:  # it may contain itself
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item, (*above, id(value)))
 
 
 def changes(checkpoint: Any) -> list[str]:
@@ -326,10 +356,11 @@ def changes(checkpoint: Any) -> list[str]:
     lines = [f"{key!r} is missing" for key in wanted if key not in found]
     lines += [f"{key!r} was added" for key in found if key not in wanted]
     for key, (tensors, size) in found.items():
-        if key in wanted and list(wanted[key]) != [tensors, size]:
-            lines.append(
-                f"{key!r} has {tensors} tensors of {size} bytes, it was written with {wanted[key][0]} of {wanted[key][1]}"
-            )
+        noted = wanted.get(key, [tensors, size])
+        if not isinstance(noted, (list, tuple)) or len(noted) != 2:
+            lines.append(f"what is noted of {key!r} is {noted!r}")
+        elif list(noted) != [tensors, size]:
+            lines.append(f"{key!r} has {tensors} tensors of {size} bytes, it was written with {noted[0]} of {noted[1]}")
     return lines
 
 

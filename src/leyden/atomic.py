@@ -19,6 +19,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
 
 _writing: set[str] = set()
-"""Temporary paths that this process is writing now, in any thread."""
+"""Temporary names that this process is writing now, in any thread: names, since one path can be written in several ways."""
 
 
 def write_file(path: Path, write: Callable[[Path], None], check: Callable[[Path], Any] | None = None) -> None:
@@ -54,7 +55,7 @@ def write_file(path: Path, write: Callable[[Path], None], check: Callable[[Path]
 def temporary(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; a file that is still there when the block ends is removed."""
     file = path.parent / temporary_name(path.name)
-    _writing.add(str(file))
+    claim(file)
     try:
         yield file
     except BaseException:
@@ -62,7 +63,7 @@ def temporary(path: Path) -> Iterator[Path]:
             file.unlink()
         raise
     finally:
-        _writing.discard(str(file))
+        release(file)
 
 
 def temporary_name(name: str, kind: str = "tmp") -> str:
@@ -73,12 +74,12 @@ def temporary_name(name: str, kind: str = "tmp") -> str:
 
 def claim(path: Path) -> None:
     """Note that this process writes the temporary ``path`` until :func:`release`: it is no leftover."""
-    _writing.add(str(path))
+    _writing.add(path.name)
 
 
 def release(path: Path) -> None:
     """Undo :func:`claim`."""
-    _writing.discard(str(path))
+    _writing.discard(path.name)
 
 
 def make_folder(folder: Path) -> None:
@@ -145,8 +146,12 @@ def sweep(folder: Path) -> None:
 def leftovers(folder: Path) -> list[Path]:
     """Return what is in ``folder`` under a temporary name of a process that is no more."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        return [Path(entry.path) for entry in entries if is_temporary(entry.name) and _is_abandoned(Path(entry.path))]
+        return [Path(entry.path) for entry in entries if is_abandoned(entry.name, partial(_modified, entry.path))]
     return []
+
+
+def _modified(path: str) -> float:
+    return os.lstat(path).st_mtime
 
 
 def is_temporary(name: str) -> bool:
@@ -154,17 +159,23 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
-def _is_abandoned(path: Path) -> bool:
-    match = _TEMPORARY.fullmatch(path.name)
-    if match is None or str(path) in _writing:
+def is_abandoned(name: str, modified: Callable[[], float]) -> bool:
+    """Return whether ``name`` is a temporary one of a process that is no more.
+
+    Args:
+        name: Without its folder.
+        modified: Called where the process is not of this machine: when the file was last written, in seconds since 1970.
+    """
+    match = _TEMPORARY.fullmatch(name)
+    if match is None or name in _writing:
         return False
     process, host = int(match[1]), match[2]
     if host == _host() and process == os.getpid():
         return True  # a process before this one had the same number, as in a container that was started again
     if host == _host() and sys.platform != "win32":
         return not _runs(process)
-    with contextlib.suppress(OSError):
-        return time.time() - path.lstat().st_mtime > _STALE
+    with contextlib.suppress(OSError, NotImplementedError):
+        return time.time() - modified() > _STALE
     return False
 
 

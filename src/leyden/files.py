@@ -17,6 +17,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -113,6 +114,7 @@ def _save_remote(obj: Any, path: str, verify: bool, storage_options: dict[str, A
     temporary = f"{folder}/{atomic.temporary_name(name)}"
     if folder:
         fs.makedirs(folder, exist_ok=True)
+        _sweep_remote(fs, folder)
     try:
         with fs.open(temporary, "wb") as file:
             _torch_save(obj, file)
@@ -124,6 +126,19 @@ def _save_remote(obj: Any, path: str, verify: bool, storage_options: dict[str, A
         with contextlib.suppress(Exception):
             fs.rm(temporary)
         raise
+
+
+def _sweep_remote(fs: Any, folder: str) -> None:
+    """Remove files that dead processes left half written in a remote folder, as ``atomic.sweep`` does in a local one."""
+    with contextlib.suppress(Exception):  # whatever it is, it is in nobody's way
+        fs.invalidate_cache(folder)
+        for path in map(str, fs.ls(folder, detail=False)):
+            if atomic.is_abandoned(path.rpartition("/")[2], partial(_modified, fs, path)):
+                fs.rm_file(path)
+
+
+def _modified(fs: Any, path: str) -> float:
+    return float(fs.modified(path).timestamp())
 
 
 # --------------------------------------------------------------------------------------------- read
@@ -189,6 +204,27 @@ def verify(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> 
 
             return bool(folders.check(source))
         return archive.check(source, repr(str(path)))
+
+
+@contextlib.contextmanager
+def _outlined(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> Iterator[Path | IO[bytes]]:
+    """As ``_opened``, for who reads no tensors: of a remote one they are not fetched."""
+    if is_remote(path):
+        fs, target = _filesystem(path, storage_options)
+        with tempfile.TemporaryDirectory(prefix="leyden-", ignore_cleanup_errors=True) as folder:
+            copy, outlined = Path(folder) / "outline", False
+            # a file system that reads no parts, a file of another kind: fetched whole, it is as it is, or its error is told
+            with (
+                contextlib.suppress(Exception),
+                fs.open(target, "rb", block_size=1 << 18) as source,
+                open(copy, "wb") as file,
+            ):
+                outlined = archive.outline(source, file)
+            if outlined:
+                yield copy
+                return
+    with _opened(path, storage_options) as source:
+        yield source
 
 
 @contextlib.contextmanager
@@ -264,13 +300,14 @@ def _names(folder: Path) -> str:
 
 
 def newest(
-    folder: PathLike | Iterable[PathLike], suffix: str = SUFFIX, *, since: float = -math.inf
+    folder: PathLike | Iterable[PathLike], suffix: str | tuple[str, ...] = SUFFIX, *, since: float = -math.inf
 ) -> Path | str | None:
     """Return the good checkpoint with the highest ``global_step`` in a folder, or in several; None if there is none.
 
     The step is the one recorded inside; names do not count, and the time of writing only between equals. The one that
     is returned was compared with its checksums. One that is damaged, or that cannot be opened without running its code,
-    is passed over with a warning that names it and the one that is taken. Of a remote folder, every file is fetched.
+    is passed over with a warning that names it and the one that is taken. Of a remote folder, the one that is returned is
+    fetched, and of the others what is no tensor.
     What was written before ``since`` (seconds since 1970) does not count; nor does a remote file then.
 
     Returns:
@@ -294,7 +331,7 @@ def newest(
 
 
 def _newest(
-    places: Iterable[PathLike], suffix: str, but: Path | None = None, since: float = -math.inf
+    places: Iterable[PathLike], suffix: str | tuple[str, ...], but: Path | None = None, since: float = -math.inf
 ) -> tuple[Path | str | None, list[CheckpointError]]:
     """Return the newest good checkpoint, and why others, that might be newer, are not."""
     found: list[tuple[int, float, str, Path | str]] = []
@@ -320,7 +357,7 @@ def _newest(
     return None, passed_over
 
 
-def _checkpoints_in(place: PathLike, suffix: str) -> list[Path | str]:
+def _checkpoints_in(place: PathLike, suffix: str | tuple[str, ...]) -> list[Path | str]:
     if is_remote(place):
         fs, target = _filesystem(place, None)
         entries = fs.ls(target, detail=False) if fs.isdir(target) else []
@@ -360,7 +397,7 @@ def recorded_step(path: PathLike) -> int | None:
     Raises:
         CheckpointError: if the checkpoint cannot be read.
     """
-    with _opened(path) as source:
+    with _outlined(path) as source:
         if isinstance(source, Path) and source.is_dir():
             from leyden import folders  # noqa: PLC0415  # only for checkpoints of several processes
 
@@ -387,7 +424,7 @@ def look(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> An
     Raises:
         CheckpointError: if it cannot be read at all.
     """
-    with _opened(path, storage_options) as source:
+    with _outlined(path, storage_options) as source:
         if isinstance(source, Path) and source.is_dir():
             from leyden import sharded  # noqa: PLC0415  # only for checkpoints of several processes
 

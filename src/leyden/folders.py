@@ -21,7 +21,7 @@ import sys
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from leyden import atomic
@@ -115,8 +115,9 @@ def commit(folder: Path, path: Path, record: Mapping[str, Any] | None = None) ->
         "files": noted,
     }
     _write_manifest(folder, content)
-    for inner in {folder, *((folder / name).parent for name in noted)}:
+    for inner in (entry for entry in folder.rglob("*") if entry.is_dir()):
         atomic.sync_folder(inner)
+    atomic.sync_folder(folder)
     _require_free(path)
     _put_in_place(folder, path)
     atomic.release(folder)
@@ -131,7 +132,8 @@ def _write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+    as_read = json.loads(json.dumps(content))  # its keys are text, and sorted as such
+    return f"{zlib.crc32(json.dumps(as_read, sort_keys=True).encode()):08x}"
 
 
 def _files(folder: Path) -> list[str]:
@@ -163,16 +165,19 @@ def _put_in_place(folder: Path, path: Path) -> None:
         os.rename(folder, path)
         atomic.sync_folder(path.parent)
         return
-    former = folder
-    if not _exchange(folder, path):
+    former = folder if _exchange(folder, path) else path.parent / atomic.temporary_name(path.name, "old")
+    if former is not folder:
         # between these two renames nothing is called `path`; the two in waiting are found by `waiting`
-        former = path.parent / atomic.temporary_name(path.name, "old")
-        os.rename(path, former)
+        atomic.claim(former)  # or another thread would put it in place again
         try:
-            os.rename(folder, path)
-        except BaseException:
-            os.rename(former, path)
-            raise
+            os.rename(path, former)
+            try:
+                os.rename(folder, path)
+            except BaseException:
+                os.rename(former, path)
+                raise
+        finally:
+            atomic.release(former)
     try:
         atomic.sync_folder(path.parent)
     finally:
@@ -180,9 +185,13 @@ def _put_in_place(folder: Path, path: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a folder that is no checkpoint any more, the manifest first; what cannot be removed is a leftover."""
+    """Remove a folder that is no checkpoint any more, the manifest first; what cannot be removed is a leftover.
+
+    Of a link, the link: what it led to is a checkpoint still.
+    """
     with contextlib.suppress(OSError):
-        (folder / MANIFEST).unlink(missing_ok=True)
+        if not folder.is_symlink():
+            (folder / MANIFEST).unlink(missing_ok=True)
         atomic.delete(folder)
 
 
@@ -225,17 +234,39 @@ def manifest(folder: Path) -> dict[str, Any]:
             f"The checkpoint {str(folder)!r} is a folder without {MANIFEST}: writing it was cut short, or it is no"
             " checkpoint. Use another one."
         ) from error
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointDamagedError(f"The checkpoint {str(folder)!r} is damaged: its manifest: {error}.") from error
     if found != wanted:
         raise CheckpointDamagedError(
             f"The checkpoint {str(folder)!r} is damaged: the checksum of its manifest is wrong."
         )
-    if content["format"] > FORMAT:
+    version = content.get("format")
+    if isinstance(version, int) and version > FORMAT:
         raise CheckpointError(
-            f"{folder} has format {content['format']}; this version of Leyden reads up to format {FORMAT}. Update Leyden."
+            f"{folder} has format {version}; this version of Leyden reads up to format {FORMAT}. Update Leyden."
         )
+    if not _is_ours(content):
+        raise CheckpointDamagedError(f"The checkpoint {str(folder)!r} has a manifest that Leyden did not write.")
     return dict(content)
+
+
+def _is_ours(content: Mapping[str, Any]) -> bool:
+    """Whether a manifest has what ours have, and speaks of files in its own folder only."""
+    name, noted = content.get("name"), content.get("files")
+    return (
+        isinstance(content.get("format"), int)
+        and isinstance(content.get("record"), dict)
+        and isinstance(name, str)
+        and PurePath(name).name == name
+        and isinstance(noted, dict)
+        and all(
+            isinstance(about, dict)
+            and {"bytes", "crc32"} <= about.keys()
+            and not PurePath(file).is_absolute()
+            and ".." not in PurePath(file).parts
+            for file, about in noted.items()
+        )
+    )
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -287,7 +318,7 @@ def _in_waiting(parent: Path) -> list[tuple[Path, Path]]:
     """Return committed folders of dead processes, the new ones before the replaced, and what each should be called."""
     found = []
     for entry in sorted(atomic.leftovers(parent), key=lambda entry: entry.suffix, reverse=True):  # .tmp before .old
-        if entry.suffix in (".tmp", ".old") and is_committed(entry):
+        if entry.suffix in (".tmp", ".old") and not entry.is_symlink() and is_committed(entry):
             with contextlib.suppress(CheckpointError):
                 found.append((entry, parent / manifest(entry)["name"]))
     return found

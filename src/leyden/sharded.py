@@ -8,9 +8,10 @@ that is no tensor; those here read plain data only.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -135,6 +136,26 @@ def load(folder: Path, map_location: Any = None, weights_only: bool = True, *, v
         return result
     reader = Reader(folder)
     contents = reader.read_metadata()
+    with _read(folder):
+        flat = _values(reader, contents, weights_only)
+        return {**result, **_as_file(_nested(_moved(flat, map_location), contents.planner_data))}
+
+
+@contextlib.contextmanager
+def _read(folder: Path) -> Iterator[None]:
+    """Turn what torch's reader raises in the block, a dozen kinds for damage of a dozen kinds, into one error."""
+    try:
+        yield
+    except (CheckpointError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointDamagedError(
+            f"The checkpoint {str(folder)!r} cannot be read: {type(error).__name__}: {error}. Use another one."
+        ) from error
+
+
+def _values(reader: Reader, contents: Any, weights_only: bool) -> dict[str, Any]:
+    """Read all of a checkpoint folder, tensors to the CPU; values by the flat names that torch gave them."""
     flat: dict[str, Any] = {}
     for name, entry in contents.state_dict_metadata.items():
         is_tensor = isinstance(entry, metadata.TensorStorageMetadata)
@@ -144,11 +165,7 @@ def load(folder: Path, map_location: Any = None, weights_only: bool = True, *, v
     reader.set_up_storage_reader(contents, True)
     plan = reader.prepare_global_plan([reader.prepare_local_plan(planner.create_local_plan())])[0]
     reader.read_data(planner.finish_plan(plan), planner).wait()
-    if isinstance(map_location, (str, torch.device)):
-        flat = {name: value.to(map_location) if isinstance(value, Tensor) else value for name, value in flat.items()}
-    elif map_location is not None:
-        flat = _moved(flat, map_location)
-    return {**result, **_as_file(_nested(flat, contents.planner_data))}
+    return flat
 
 
 def look(folder: Path) -> dict[str, Any]:
@@ -165,28 +182,39 @@ def look(folder: Path) -> dict[str, Any]:
     if not (folder / ".metadata").is_file():
         return result
     contents = Reader(folder).read_metadata()
-    flat = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        if isinstance(entry, metadata.TensorStorageMetadata)
-        else "<a value>"
-        for name, entry in contents.state_dict_metadata.items()
-    }
-    return {**result, **_as_file(_nested(flat, contents.planner_data))}
+    with _read(folder):
+        flat = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            if isinstance(entry, metadata.TensorStorageMetadata)
+            else "<a value>"
+            for name, entry in contents.state_dict_metadata.items()
+        }
+        return {**result, **_as_file(_nested(flat, contents.planner_data))}
 
 
 def _rest(folder: Path, map_location: Any, weights_only: bool, *, any_name: bool = False) -> dict[str, Any]:
     path = folder / META
     if not path.is_file():
         return {}
-    return dict(archive.read(path, repr(str(path)), map_location, weights_only, any_name=any_name))
+    found = archive.read(path, repr(str(path)), map_location, weights_only, any_name=any_name)
+    if not isinstance(found, Mapping):
+        raise CheckpointError(
+            f"The checkpoint {str(folder)!r} holds a {type(found).__name__} in {META}, where a dict is."
+        )
+    return dict(found)
 
 
 def _moved(flat: Mapping[str, Any], map_location: Any) -> dict[str, Any]:
     """Put tensors where ``map_location`` says, as torch.load would."""
+    if map_location is None:
+        return dict(flat)
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    if isinstance(map_location, (str, torch.device)):
+        return {**flat, **{name: value.to(map_location) for name, value in tensors.items()}}
     buffer = io.BytesIO()
-    torch.save(dict(flat), buffer)
+    torch.save(tensors, buffer)
     buffer.seek(0)
-    return dict(torch.load(buffer, map_location=map_location, weights_only=True))
+    return {**flat, **torch.load(buffer, map_location=map_location, weights_only=True)}
 
 
 def _nested(flat: Mapping[str, Any], paths: Mapping[str, Any] | None) -> dict[str, Any]:

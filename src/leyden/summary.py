@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils.flop_counter import FlopCounterMode
 
 from leyden.errors import MisconfigurationException
 from leyden.runtime.ranks import rank_zero_warn
@@ -112,7 +111,8 @@ class ModelSummary:
         self._model = model
         self._max_depth = max_depth
         self._has_example = getattr(model, "example_input_array", None) is not None
-        self._flop_counter = FlopCounterMode(display=False)
+        self._flops: dict[str, dict[Any, int]] = {}
+        """FLOPs on the example by operator, for the whole and for each layer."""
         self._layers = {name: LayerSummary(layer) for name, layer in self.named_modules}
         try:
             if self._has_example:
@@ -124,19 +124,23 @@ class ModelSummary:
     def _run_example(self, precision: ForwardPrecision | None) -> None:
         model = self._model
         example = move_to(model.example_input_array, _device_of(model))
+        from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415  # only models with an example pay for it
+
+        counter = FlopCounterMode(display=False)
         with ExitStack() as stack:
             if precision is not None:
                 example = precision.convert_input(example)
             stack.enter_context(_untouched(model))
             stack.enter_context(torch.no_grad())
             stack.enter_context(precision.forward_context() if precision is not None else nullcontext())
-            stack.enter_context(self._flop_counter)
+            stack.enter_context(counter)
             if isinstance(example, Mapping):
                 model(**example)
             elif isinstance(example, (list, tuple)):
                 model(*example)
             else:
                 model(example)
+        self._flops = counter.get_flop_counts()
 
     @property
     def named_modules(self) -> list[tuple[str, nn.Module]]:
@@ -214,14 +218,13 @@ class ModelSummary:
     @property
     def flop_counts(self) -> dict[str, dict[Any, int]]:
         """The FLOPs of each layer on the example, by operator."""
-        counts = self._flop_counter.get_flop_counts()
         root = type(self._model).__name__
-        return {name: dict(counts.get(f"{root}.{name}", {})) for name in self._layers}
+        return {name: dict(self._flops.get(f"{root}.{name}", {})) for name in self._layers}
 
     @property
     def total_flops(self) -> int:
         """The FLOPs of one forward pass on the example; 0 without one."""
-        return self._flop_counter.get_total_flops()
+        return sum(self._flops.get("Global", {}).values())
 
     @property
     def columns(self) -> list[Column]:

@@ -95,11 +95,12 @@ class Trainer(TrainerFace):
         semantics: ``"leyden"``, or ``"lightning"`` for its behaviour where ours differs on purpose. None is ``"leyden"``,
             except in a program that imports Lightning's names (``leyden.compat``).
         compile: Compile the steps with ``torch.compile``; a dict holds its arguments (``{"mode": "max-autotune"}``).
-        cuda_graphs: Capture the whole update as a CUDA graph and replay it, where it can be.
+        cuda_graphs: Capture the whole update as a CUDA graph and replay it; where it cannot be, one line says why.
         fused_optimizers: Give Adam, AdamW, SGD and Adagrad their fused form, where the device has one.
         fast_data: Read data that lies in memory a batch at a time, keep it on the device where it is small, copy batches
             ahead, keep workers. The batches are the same, to the last bit; False leaves it all to the DataLoader.
-        num_workers: Worker processes of the DataLoaders: an int, or ``"auto"``, which measures; None leaves them as they are.
+        num_workers: Worker processes of the DataLoaders: an int, or ``"auto"``, which measures at the beginning of a run; a
+            resumed run has those of its checkpoint. None leaves them as they are.
 
     Raises:
         MisconfigurationException: for a value that cannot be; the message names the argument.

@@ -383,6 +383,27 @@ class TrainerFace(VintageTrainer):
         say(str(report))
         return report
 
+    def advise(self, model: Any, train_dataloaders: Any = None, datamodule: Any = None, seconds: float = 3.0) -> Any:
+        """Measure what would make this fit faster: print a table and return it, with ``rows`` and ``arguments`` as data.
+
+        Copies train for some seconds as the fit is, and with each of: compiled, fused optimizers, bf16, channels_last,
+        more workers, TF32, CUDA graphs; then with all that gained. Nothing changes: not the module, the generators, the
+        loaders, a file or a log. Callbacks are left out, and validation, but for callbacks of ours that are part of the
+        training: accumulation, averaging, finetuning. One of your own that changes the model is left out too.
+
+        Args:
+            model: As in ``fit``, like the other two.
+            train_dataloaders: Data of more than 64 MB are not copied but read.
+            datamodule: See ``train_dataloaders``; a copy is set up once.
+            seconds: For each of them, the fit as it is beside it included; a few updates at least.
+
+        Raises:
+            MisconfigurationException: for what cannot be copied, a fit too short, or several processes.
+        """
+        from leyden.loops.advise import advise  # noqa: PLC0415  # only who asks for advice
+
+        return advise(self, model, train_dataloaders, datamodule, seconds)
+
     # ------------------------------------------------------------------ parts
 
     @property

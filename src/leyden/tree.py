@@ -75,15 +75,15 @@ def move_to(tree: Any, device: torch.device) -> Any:
     A copy from pinned host memory does not block the host. Objects whose ``to`` returns None (they move in place)
     are kept.
     """
-    non_blocking = device.type == "cuda"
+    return tree_map(lambda node: moved(node, device), tree, MOVABLE)
 
-    def move(node: Any) -> Any:
-        if isinstance(node, Tensor):
-            return node.to(device, non_blocking=non_blocking)
-        moved = node.to(device)
-        return node if moved is None else moved
 
-    return tree_map(move, tree, _MOVABLE)
+def moved(node: Any, device: torch.device) -> Any:
+    """Return one node that has a ``to`` method on ``device``, as ``move_to`` does."""
+    if isinstance(node, Tensor):
+        return node.to(device, non_blocking=device.type == "cuda")
+    other = node.to(device)
+    return node if other is None else other
 
 
 class _HasTo(type):
@@ -93,7 +93,7 @@ class _HasTo(type):
         )
 
 
-class _MOVABLE(metaclass=_HasTo):
+class MOVABLE(metaclass=_HasTo):
     """Anything with a ``to`` method: tensors, packed sequences, graph batches, tokenizer outputs."""
 
 

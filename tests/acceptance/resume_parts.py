@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,23 @@ class Noisy(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, Tensor]:
         self.asked.append(int(index))
+        noise = torch.rand(4) + random.random() + float(np.random.rand()) + float(self.rng.random())
+        return int(index), torch.sin(torch.arange(4.0) + int(index)) + 0.1 * noise.float()
+
+
+class Noting(Dataset):
+    """The samples of Noisy with nothing that changes: workers can be kept. Notes in a file which process loads."""
+
+    def __init__(self, size: int, notes: Path) -> None:
+        self.size, self.notes = size, notes
+        self.rng = np.random.default_rng(5)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        with self.notes.open("a") as file:
+            file.write(f"{os.getpid()}\n")
         noise = torch.rand(4) + random.random() + float(np.random.rand()) + float(self.rng.random())
         return int(index), torch.sin(torch.arange(4.0) + int(index)) + 0.1 * noise.float()
 

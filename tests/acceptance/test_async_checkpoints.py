@@ -94,9 +94,7 @@ def step_of(path: Any) -> int:
     assert len(content["state_dict"]) == 4
     for weight in content["state_dict"].values():
         assert torch.equal(weight, torch.full((SIZE,), float(step)))
-    assert (
-        content["leyden"]["progress"]["global_step"] == step if "global_step" in content["leyden"]["progress"] else True
-    )
+    assert content["leyden"]["progress"]["global_step"] == step
     return step
 
 

@@ -217,6 +217,27 @@ def test_R1_with_workers_that_draw_random_numbers(tmp_path: Path, kind: str, per
     _check(_working(kind, 2, persistent), tmp_path, every=5 if kind != "single" else 9)
 
 
+@pytest.mark.parametrize(
+    ("kind", "samples"),
+    [("shuffle", False), ("combined", False), ("lazy", False), ("buckets", False), ("eager", False), ("shuffle", True)],
+)
+def test_R1_I3_with_workers_that_are_kept(tmp_path: Path, kind: str, samples: bool) -> None:
+    notes = tmp_path / "notes"
+
+    def make() -> tuple[Any, Any, Any]:
+        validation = parts.loader("shuffle", data=parts.Noting(4, notes), size=4, num_workers=1)
+        if kind == "combined":  # one of them starts again in the middle of the epoch
+            pair = [parts.loader("shuffle", data=parts.Noting(n, notes), size=n, num_workers=1) for n in (14, 6)]
+            return parts.Recording(), CombinedLoader(dict(zip("ab", pair, strict=True)), "max_size_cycle"), validation
+        return parts.Recording(), parts.loader(kind, data=parts.Noting(14, notes), num_workers=1), validation
+
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    _check(make, folder, every=5, samples=samples)
+    runs = len(list(folder.glob("*"))) // 5 + 2
+    assert len(set(notes.read_text().split())) <= (3 if kind == "combined" else 2) * runs + 2
+
+
 def _combined(mode: str, workers: int = 0) -> Make:
     more = {"num_workers": workers, "persistent_workers": True} if workers else {}
 

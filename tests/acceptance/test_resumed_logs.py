@@ -37,12 +37,21 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
+class Bare(Net):
+    """Without hyperparameters."""
+
+    def __init__(self) -> None:
+        L.LightningModule.__init__(self)
+        self.net = torch.nn.Linear(2, 1)
+
+
 def fit(root: Path, logger: Any, steps: int, ckpt_path: Any = None, model: Any = None, **kwargs: Any) -> L.Trainer:
     """A fit as a fresh process would do it."""
     kwargs.setdefault("callbacks", [ModelCheckpoint(every_n_train_steps=4, save_top_k=-1)])
+    kwargs.setdefault("log_every_n_steps", 1)
     torch.manual_seed(1)
     trainer = L.Trainer(
-        max_steps=steps, default_root_dir=root, logger=logger, log_every_n_steps=1, enable_progress_bar=False,
+        max_steps=steps, default_root_dir=root, logger=logger, enable_progress_bar=False,
         enable_model_summary=False, accelerator="cpu", **kwargs,
     )  # fmt: skip
     trainer.fit(model or Net(), DataLoader(DATA, batch_size=2), ckpt_path=ckpt_path)
@@ -251,6 +260,64 @@ def test_H4_last_without_a_checkpoint_puts_the_rows_of_a_named_version_aside(tmp
     assert len(list(folder.glob("superseded.*"))) == 1
 
 
+def test_H4_the_rows_of_two_runs_that_left_no_checkpoint_are_both_kept(tmp_path: Path) -> None:
+    fit(tmp_path, CSVLogger(tmp_path, version="mine"), 2)
+    for steps in (3, 3):
+        with pytest.warns(PossibleUserWarning, match="starts anew"):
+            fit(tmp_path, CSVLogger(tmp_path, version="mine"), steps, "last")
+    folder = tmp_path / "leyden_logs" / "mine"
+    kept = {path.name: len(path.read_text().splitlines()) - 1 for path in folder.glob("metrics*.csv")}
+    assert kept == {"metrics.csv": 3, "metrics.superseded.csv": 2, "metrics.superseded-1.csv": 3}
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_H4_a_checkpoint_that_knows_of_no_row_takes_none_of_another_run(kind: Any, tmp_path: Path) -> None:
+    """A colleague's, say, written before the first row: any log at all begins with nothing."""
+    state = kind(tmp_path / "theirs")
+    fit(tmp_path / "theirs", state, 4, log_every_n_steps=50, model=Bare())
+    [checkpoint] = (tmp_path / "theirs").rglob("*.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    log = content["leyden"]["loggers"][0]["log"]
+    assert log.get("rows", 0) == 0
+    if kind is TensorBoardLogger:
+        log["files"] = {}
+        torch.save(content, checkpoint)
+    fit(tmp_path / "mine", kind(tmp_path / "mine"), 6)
+    folder = tmp_path / "mine" / "leyden_logs" / "version_0"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    moved = pytest.warns(LeydenWarning, match="checkpoint folder has changed")
+    with moved, pytest.warns(LeydenWarning, match="not the log of that run"):
+        trainer = fit(tmp_path / "mine", kind(tmp_path / "mine"), 8, checkpoint, model=Bare())
+    assert trainer.logger.version == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_H4_a_moved_run_goes_on_where_it_is_though_its_checkpoint_knows_of_no_row(tmp_path: Path) -> None:
+    options = {"log_every_n_steps": 5, "model": Bare()}
+    fit(
+        tmp_path / "here", CSVLogger(tmp_path / "here"), 7, **options
+    )  # the checkpoint is of step 4, before the first row
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = pytest.warns(LeydenWarning, match="checkpoint folder has changed")
+    with moved:
+        trainer = fit(tmp_path / "there", CSVLogger(tmp_path / "there"), 9, "last", **{**options, "model": Bare()})
+    assert trainer.logger.version == 0
+    rows = (tmp_path / "there" / "leyden_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 2  # that of step 4 is there once
+
+
+@pytest.mark.parametrize("version", ["../../victim", "/victim", ".."])
+def test_H4_a_checkpoint_names_no_folder_outside(version: str, tmp_path: Path) -> None:
+    version = version.replace("/victim", f"{tmp_path}/victim") if version.startswith("/") else version
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    logger = CSVLogger(tmp_path)
+    state = {**logger.state_dict(), "version": version, "save_dir": str(tmp_path)}
+    fresh = CSVLogger(tmp_path)
+    fresh.load_state_dict(state)
+    assert Path(fresh.log_dir).parent == tmp_path / "leyden_logs"
+
+
 def test_H4_a_fit_without_ckpt_path_has_a_version_of_its_own(tmp_path: Path) -> None:
     fit(tmp_path, True, 5)
     assert fit(tmp_path, True, 5).logger.version == 1
@@ -332,3 +399,33 @@ def test_H4_a_logger_that_fails_is_no_reason_to_lose_a_checkpoint(tmp_path: Path
     with pytest.warns(match="Broken.state_dict.. failed while a checkpoint was written.*no room"):
         fit(tmp_path, [Broken()], 4)
     assert list(tmp_path.rglob("*.ckpt"))
+
+
+def test_H4_a_validation_ahead_of_a_resumed_fit_leaves_the_run_and_its_top_k(tmp_path: Path) -> None:
+    """Warnings are errors here: none says that the folder has changed, and that the top k start anew."""
+
+    class Validated(Bare):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val", self.net(batch[0]).square().mean())
+
+    def trainer(steps: int) -> L.Trainer:
+        best = ModelCheckpoint(monitor="val", save_top_k=2, every_n_epochs=1)
+        return L.Trainer(
+            max_steps=steps, default_root_dir=tmp_path, logger=CSVLogger(tmp_path), callbacks=[best], accelerator="cpu",
+            enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+        )  # fmt: skip
+
+    loader = DataLoader(DATA, batch_size=2)
+    first = trainer(12)
+    first.fit(Validated(), loader, loader)
+    second, model = trainer(18), Validated()
+    second.validate(model, loader, verbose=False)
+    provisional = second.checkpoint_callback.dirpath
+    assert provisional.endswith("version_1/checkpoints")
+    second.fit(model, loader, loader, ckpt_path="last")
+    callback = second.checkpoint_callback
+    assert callback.dirpath == first.checkpoint_callback.dirpath
+    assert len(callback.best_k_models) == 2
+    assert callback.best_model_score <= first.checkpoint_callback.best_model_score
+    second.validate(model, loader, verbose=False)
+    assert callback.dirpath == first.checkpoint_callback.dirpath  # a fit has used it

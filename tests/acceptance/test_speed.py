@@ -171,16 +171,21 @@ def costs_of(log: Callable[[L.LightningModule], None], folder: Path) -> tuple[in
 VALUE = torch.tensor(1.5)
 
 
-def test_H1_a_log_is_three_calls_and_one_operation(tmp_path: Path) -> None:
-    calls, operations = costs_of(lambda module: module.log("loss", VALUE), tmp_path)
-    assert calls <= 3
-    assert operations == ["aten.clone.default"]  # the caller may go on with its tensor
+def test_H1_a_number_in_host_memory_costs_nothing_of_torch(tmp_path: Path) -> None:
+    for value in (VALUE, torch.tensor(1.5, requires_grad=True)):
+        calls, operations = costs_of(lambda module, value=value: module.log("loss", value), tmp_path)
+        assert calls <= 4
+        assert operations == []
 
 
-def test_H1_with_a_graph_it_is_one_more_view(tmp_path: Path) -> None:
-    value = torch.tensor(1.5, requires_grad=True)
+def test_H1_any_other_tensor_costs_one_copy_and_one_view_where_it_has_a_graph(tmp_path: Path) -> None:
+    value = VALUE.double()
     calls, operations = costs_of(lambda module: module.log("loss", value), tmp_path)
-    assert calls <= 3
+    assert calls <= 4
+    assert operations == ["aten.clone.default"]  # the caller may go on with its tensor
+    value.requires_grad_()
+    calls, operations = costs_of(lambda module: module.log("loss", value), tmp_path)
+    assert calls <= 4
     assert operations == ["aten.detach.default", "aten.clone.default"]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from leyden import atomic, files, folders
 from leyden.callbacks.checkpoint_files import (
     Ledger,
     bears,
@@ -74,6 +75,17 @@ def test_remote_paths():
     assert [path.rsplit("/", 1)[1] for path in paths_in(folder)] == ["a.ckpt"]
     assert bears(f"{folder}/a.ckpt", "0123abcd")
     assert not bears(f"{folder}/a.ckpt", "ffffffff")
+
+
+def test_a_folder_that_a_link_replaces_is_never_half_a_checkpoint(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("a")
+    files.save_folder(tmp_path / "last.ckpt", lambda folder: (folder / "x").write_text("x"))
+    monkeypatch.setattr(atomic, "delete", lambda path: None)  # killed while its files go
+    link(str(tmp_path / "a"), str(tmp_path / "last.ckpt"))
+    assert os.readlink(tmp_path / "last.ckpt") == "a"
+    [rest] = [path for path in tmp_path.iterdir() if path.name not in ("a", "last.ckpt")]
+    assert atomic.is_temporary(rest.name)
+    assert not (rest / folders.MANIFEST).exists()
 
 
 def test_link_replaces_what_was_there(tmp_path):

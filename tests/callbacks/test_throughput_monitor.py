@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 from collections import deque
 
 import pytest
@@ -347,6 +348,23 @@ def test_on_a_device_only_what_it_has_done_is_told():
     meter.count(4, None, None)
     found = meter.throughput.compute()
     assert (found["batches"], found["time"]) == (6, 12.0)
+
+
+def test_the_times_of_a_device_stay_exact_over_days():
+    """A device tells milliseconds in 32 bits: after a day, those since the run began are 8 ms apart."""
+
+    class Days(Queue):
+        def between(self, earlier, later):
+            return struct.unpack("f", struct.pack("f", 1000 * self.times[later] - 1000 * self.times[earlier]))[0] / 1000
+
+    device = Days()
+    meter = _Meter(Throughput(window_size=2), device)
+    device.ran, device.times = 99, [0.0, 100_000.0, 100_000.003, 100_000.006]
+    meter.start(before=1.0)
+    for _ in range(3):
+        meter.count(4, None, None)
+    assert meter.throughput.compute()["device/batches_per_sec"] == pytest.approx(1000 / 3, rel=1e-4)
+    assert meter.time == pytest.approx(100_001.006, abs=1e-3)
 
 
 def test_marks_of_a_device_are_its_events(monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from leyden import files
 from leyden.checkpoint_io.staging import Staging
 from leyden.errors import CheckpointError
 
@@ -79,6 +80,23 @@ def test_what_changes_in_place_afterwards_does_not_show():
     checkpoint["defaultdict"]["new"].append(1)
     del checkpoint["state_dict"]["0.weight"]
     assert records(snapshot) == before
+
+
+def test_attributes_of_tensors_are_of_the_moment_too():
+    weight = nn.Parameter(torch.ones(2))
+    weight.tags, weight.scale, weight.self = ["a"], torch.ones(1), weight
+    marked = torch.ones(2).as_subclass(Marked)
+    marked.tags = ["c"]
+    staging = Staging()
+    staging.begin()
+    snapshot = staging.take([weight, marked])
+    staging.end()
+    weight.tags.append("b")
+    weight.scale.zero_()
+    marked.tags.clear()
+    built, other = snapshot.build()
+    assert (built.tags, built.scale.item(), built.self is built) == (["a"], 1.0, True)
+    assert (type(other), other.tags) == (Marked, ["c"])
 
 
 def test_memory_that_is_shared_stays_shared_and_is_copied_once():
@@ -168,6 +186,16 @@ def test_an_address_that_passes_to_another_tensor_within_a_moment():
 def test_what_cannot_be_pickled_is_an_error_at_once():
     with pytest.raises(CheckpointError, match=r"cannot be pickled .*on_save_checkpoint"):
         take({"a": lambda: None})
+
+
+def test_an_object_that_fails_in_its_own_way_is_the_error_of_a_synchronous_save(tmp_path):
+    class Stubborn:
+        def __reduce__(self):
+            raise NotImplementedError("a live connection")
+
+    for save in (take, lambda content: files.save(content, tmp_path / "a.ckpt")):
+        with pytest.raises(CheckpointError, match=r"could not be written: NotImplementedError: a live connection"):
+            save({"a": Stubborn()})
 
 
 def test_objects_of_the_user_come_through():

@@ -864,3 +864,23 @@ def test_nothing_keeps_the_model_alive(tmp_path):
         assert [ref() for ref in seen] == [None, None]
     finally:
         gc.enable()
+
+
+def test_rewind_leaves_another_run_of_the_same_name_and_version_alone(tmp_path):
+    """A checkpoint of a colleague's says how far the files of their version 0 reached, not ours."""
+    theirs = Experiment(tmp_path / "theirs", name="x", version=0)
+    state = theirs.state_dict()
+    theirs.close()
+    ours = Experiment(tmp_path / "ours", name="x", version=0)
+    for step in range(3):
+        ours.log({"loss": float(step)})
+    ours.close()
+    folder = Path(ours.log_dir)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    again = Experiment(tmp_path / "ours", name="x", version=0)
+    again.load_state_dict(state)
+    again.rewind()
+    again.close()
+    assert (folder / "metrics.csv").read_bytes() == before[folder / "metrics.csv"]
+    assert all(path.read_bytes() == content for path, content in before.items() if "tfevents" in path.name)
+    assert any("tfevents" in path.name for path in before)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import pickle
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -178,6 +180,64 @@ def test_nothing_is_made_when_nothing_is_logged(tmp_path):
     logger.save()
     logger.finalize("success")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_has_its_folder_at_once_and_its_events_with_the_first_row(tmp_path):
+    logger, folder = TensorBoardLogger(tmp_path), tmp_path / "leyden_logs" / "version_0"
+    logger.begin()
+    assert list(folder.iterdir()) == []
+    logger.log_hyperparams({"lr": 0.1})
+    logger.save()
+    assert [path.name for path in folder.iterdir()] == ["hparams.yaml"]
+    logger.log_metrics({"a": 1.0}, 0)
+    logger.save()
+    assert scalars(folder) == {"hp_metric": [(0, -1.0)], "a": [(0, 1.0)]}
+
+
+@pytest.mark.parametrize("end", [TensorBoardLogger.state_dict, lambda logger: logger.finalize("success")])
+def test_hyperparameters_of_a_run_without_a_row_are_not_lost(tmp_path, end):
+    logger = TensorBoardLogger(tmp_path)
+    logger.begin()
+    logger.log_hyperparams({"lr": 0.1})
+    end(logger)
+    assert scalars(tmp_path / "leyden_logs" / "version_0") == {"hp_metric": [(0, -1.0)]}
+
+
+def test_a_run_that_logs_nothing_is_a_run_too(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    logger.begin()
+    logger.finalize("success")
+    names = sorted(path.name for path in (tmp_path / "leyden_logs" / "version_0").iterdir())
+    assert names[1:] == ["hparams.yaml"]
+    assert names[0].startswith("events.out.tfevents")
+
+
+def test_tensorboard_is_imported_by_the_first_row_in_the_thread_that_trains(tmp_path):
+    code = """
+import sys, threading
+import torch, leyden as L
+from torch.utils.data import DataLoader
+class Module(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(2, 1)
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 0:
+            print("first", "tensorboard" in sys.modules)
+        loss = self.net(batch).mean()
+        self.log("loss", loss)
+        return loss
+    def on_train_batch_end(self, *args):
+        print("after", "tensorboard" in sys.modules)
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+L.Trainer(max_epochs=1, accelerator="cpu", log_every_n_steps=2, enable_progress_bar=False).fit(
+    Module(), DataLoader(torch.ones(4, 2), batch_size=1))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert [line for line in done.stdout.splitlines() if line[:5] in ("first", "after")] == [
+        "first False", "after False", "after False", "after True", "after True",
+    ]  # fmt: skip
 
 
 def test_pickle_and_copy_leave_the_writer_behind(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import leyden as L
+from leyden import atomic, files
 from leyden.callbacks import ModelCheckpoint
 from leyden.errors import CheckpointError, MisconfigurationException, PossibleUserWarning
 from leyden.loggers import CSVLogger
@@ -156,6 +159,37 @@ def test_C5_a_trainer_that_has_trained_means_its_own_run(tmp_path: Path) -> None
 class Val(Net):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val", self.net(batch[0]).mean())
+
+
+def test_C5_checkpoints_of_another_ending_are_found_and_looked_at(tmp_path: Path) -> None:
+    class Saver(ModelCheckpoint):
+        FILE_EXTENSION = ".pt"
+
+    def savers() -> dict[str, Any]:
+        return {"callbacks": [Saver(every_n_train_steps=2, save_top_k=-1)]}
+
+    fit(tmp_path, 5, CSVLogger(tmp_path), **savers())
+    run = fit(tmp_path, 7, CSVLogger(tmp_path), "last", **savers())
+    assert Path(run.ckpt_path).name == "epoch=0-step=4.pt"
+    assert run.loggers[0].version == 0
+    for path in tmp_path.rglob("*.pt"):
+        path.write_bytes(path.read_bytes()[:-99])
+    with pytest.raises(CheckpointError, match="There is no good checkpoint"):
+        fit(tmp_path, 9, CSVLogger(tmp_path), "last", **savers())
+
+
+def test_C5_a_folder_whose_process_died_before_it_got_its_name_is_found(tmp_path: Path) -> None:
+    path = Path(fit(tmp_path, 3, CSVLogger(tmp_path)).checkpoint_callback.best_model_path)
+    content = files.load(path)
+    path.unlink()
+    files.save_folder(path, lambda folder: torch.save(content, folder / "meta.pt"), {"global_step": 2})
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    waiting = atomic.temporary_name(path.name).replace(f".{os.getpid()}-", f".{dead.pid}-")
+    path.rename(path.parent / waiting)
+    run = fit(tmp_path, 4, CSVLogger(tmp_path), "last")
+    assert (run.loggers[0].version, Path(run.ckpt_path).name) == (0, waiting)
+    assert run.global_step == 4
 
 
 def test_C5_only_damaged_checkpoints_are_an_error_not_a_fresh_start(tmp_path: Path) -> None:

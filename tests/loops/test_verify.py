@@ -160,6 +160,18 @@ def test_a_tensor_that_is_changed_on_the_way(tmp_path: Path) -> None:
     )
 
 
+def test_data_that_are_made_without_a_seed_are_not_called_state(tmp_path: Path) -> None:
+    seeds = iter((1, 2))
+
+    def fresh() -> Any:
+        data = torch.randn(16, 3, generator=torch.Generator().manual_seed(next(seeds)))
+        return DataLoader(TensorDataset(data), batch_size=4), loaders()[1]
+
+    report = both(tmp_path, Net, data=fresh)
+    assert "the batch" in report.difference
+    assert report.hint == ""  # `verify` finds the cause by a third process
+
+
 def test_a_generator_of_all(tmp_path: Path) -> None:
     class Draws(Net):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

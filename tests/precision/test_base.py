@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from leyden.errors import MisconfigurationException
 from leyden.precision import Precision
@@ -63,6 +67,55 @@ def test_optimizer_step_with_and_without_closure(module):
 
     assert precision.optimizer_step(optimizer, closure) > 0
     assert not torch.equal(before, module.weight)
+
+
+def names_seen_by_a_profiler(work):
+    with torch.profiler.profile() as profile:
+        work()
+    return {event.name for event in profile.events()}
+
+
+def test_nobody_who_listens_to_an_optimizer_misses_a_step(module, monkeypatch):
+    """The short way to ``step`` is taken only where there are no hooks, no profiler, and no other ``step``."""
+    module(torch.ones(1, 4)).sum().backward()
+    optimizer, heard = torch.optim.SGD(module.parameters(), lr=0.1), []
+    step = Precision().optimizer_step
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd.profiler, "record_function", None)  # the short way does not come by it
+        step(optimizer)
+    for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook,
+                     register_optimizer_step_pre_hook,
+                     register_optimizer_step_post_hook):  # fmt: skip
+        handle = register(lambda *_: heard.append(1))
+        step(optimizer)
+        handle.remove()
+    assert len(heard) == 4
+    assert "Optimizer.step#SGD.step" in names_seen_by_a_profiler(lambda: step(optimizer))
+
+    usual = torch.optim.SGD.step
+
+    @functools.wraps(usual)
+    def watched(self, closure=None):
+        heard.append(2)
+        return usual(self, closure)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", watched)  # as others' instruments do
+        step(optimizer)
+    optimizer.step = lambda: heard.append(3)  # as a schedule does, to count
+    step(optimizer)
+    assert heard[4:] == [2, 3]
+
+
+def test_the_short_way_is_the_same_step(module):
+    other = copy.deepcopy(module)
+    ours, theirs = (torch.optim.AdamW(m.parameters(), lr=0.1, amsgrad=True) for m in (module, other))
+    for _ in range(3):
+        for each in (module, other):
+            each(torch.ones(1, 4)).pow(2).sum().backward()
+        Precision().optimizer_step(ours)
+        theirs.step()
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("as_optimizer", [True, False])

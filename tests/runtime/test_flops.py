@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -65,11 +66,12 @@ def device_name(monkeypatch, name):
     [
         ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA H200", 989.4), ("NVIDIA H200 NVL", 835.5),
         ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835.5),
-        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A40", 149.7), ("NVIDIA RTX A6000", 154.8), ("NVIDIA A10G", 125),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A40", 149.7), ("NVIDIA RTX A6000", 154.8), ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
         ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("NVIDIA L40", 181), ("NVIDIA RTX 6000 Ada Generation", 364.2),
         ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 4080 SUPER", 104.4), ("NVIDIA GeForce RTX 4080", 97.5),
         ("NVIDIA GeForce RTX 3090 Ti", 80), ("NVIDIA GeForce RTX 3090", 71), ("Tesla T4", 65), ("TITAN RTX", 130.5),
-        ("Quadro RTX 5000 with Max-Q Design", 89.2), ("NVIDIA GeForce RTX 2080 Ti", 56.9),
+        ("Quadro RTX 5000", 89.2), ("NVIDIA GeForce RTX 3080 Ti", 68.2), ("NVIDIA GeForce RTX 2080 Ti", 56.9),
         ("Tesla V100-SXM2-32GB", 125), ("Tesla V100-PCIE-16GB", 112), ("Tesla V100S-PCIE-32GB", 130),
     ],
 )  # fmt: skip
@@ -77,12 +79,46 @@ def test_chips_are_known_by_their_names(name, tera, monkeypatch):
     assert get_available_flops(device_name(monkeypatch, name), torch.float16) == round(tera * 1e12)
 
 
-def test_single_precision_counts_on_tf32_where_it_is_allowed(monkeypatch):
-    device = device_name(monkeypatch, "NVIDIA A100-SXM4-40GB")
-    for precision, tera in (("highest", 19.5), ("high", 156), ("medium", 156)):
-        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda answer=precision: answer)
-        assert get_available_flops(device, torch.float32) == tera * 1e12
-    assert get_available_flops(device_name(monkeypatch, "Tesla T4"), torch.float32) == 8.1e12  # it has no TF32
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4070 SUPER",
+        "NVIDIA GeForce RTX 4070 Ti SUPER", "NVIDIA GeForce RTX 3070 Ti", "Quadro RTX 5000 with Max-Q Design",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "GRID A100-10C",
+    ],
+)  # fmt: skip
+def test_a_variant_is_not_taken_for_the_chip(name, monkeypatch):
+    with pytest.warns(UserWarning, match="are not known: no MFU is logged"):
+        assert get_available_flops(device_name(monkeypatch, name), torch.float16) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"), [("NVIDIA A100-SXM4-80GB", 19.5), ("NVIDIA H100 80GB HBM3", 66.9), ("Tesla V100-SXM2-32GB", 7.8)]
+)
+def test_double_precision_counts_on_tensor_cores_where_there_are(name, tera, monkeypatch):
+    assert get_available_flops(device_name(monkeypatch, name), torch.float64) == round(tera * 1e12)
+
+
+@pytest.mark.parametrize(
+    ("said", "tera"),
+    [
+        ("set_float32_matmul_precision('highest')", 19.5), ("set_float32_matmul_precision('high')", 156),
+        ("set_float32_matmul_precision('medium')", 156), ("backends.cuda.matmul.allow_tf32 = True", 156),
+        ("backends.cuda.matmul.fp32_precision = 'tf32'", 156), ("backends.cuda.matmul.fp32_precision = 'ieee'", 19.5),
+    ],
+)  # fmt: skip
+def test_single_precision_counts_on_tf32_where_it_is_allowed(said, tera):
+    if "fp32_precision" in said and not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("torch 2.9 and later")
+    code = (
+        "import torch; from leyden.runtime.flops import get_available_flops as flops\n"
+        f"torch.{said}\n"
+        "for name in ('NVIDIA A100-SXM4-40GB', 'Tesla T4'):\n"
+        "    torch.cuda.get_device_name = lambda device=None: name\n"
+        "    print(flops(torch.device('cuda', 0), torch.float32))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == [str(round(tera * 1e12)), str(round(8.1e12))], done.stderr  # a T4 has no TF32
 
 
 @pytest.mark.parametrize(
@@ -98,7 +134,9 @@ def test_a_cpu_has_no_figure_and_nothing_is_said():
     assert get_available_flops(torch.device("cpu"), torch.float32) is None
 
 
-@pytest.mark.parametrize(("kind", "tera"), [("V4-8", 275), ("V5LITEPOD-4", 197), ("V9", None)])
+@pytest.mark.parametrize(
+    ("kind", "tera"), [("V4-8", 275), ("V5LITEPOD-4", 197), ("v5p-8", 459), ("v6e-8", 918), ("V9", None)]
+)
 def test_tpus(kind, tera, monkeypatch):
     package, experimental = ModuleType("torch_xla"), ModuleType("torch_xla.experimental")
     experimental.tpu = SimpleNamespace(get_tpu_env=lambda: {"TYPE": kind})

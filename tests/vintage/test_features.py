@@ -16,7 +16,7 @@ import torch
 
 import leyden as ptl
 from leyden.callbacks import EarlyStopping, ModelCheckpoint
-from leyden.errors import LeydenWarning, MisconfigurationException
+from leyden.errors import CheckpointDamagedError, LeydenWarning, MisconfigurationException
 
 
 def fitted(make_trainer: Any, net: Any, **arguments: Any) -> ptl.Trainer:
@@ -84,6 +84,27 @@ def test_restoring_a_session(own_folder: bool, model: Any, make_trainer: Any, tm
     _, fresh = job(2, 1)
     assert fresh.global_step == 20  # a version without a checkpoint starts anew
     assert job(1, 4)[1].global_step == 80  # there is nothing left to train
+
+
+def test_restoring_a_session_asks_all_its_folders_before_it_gives_up(
+    model: Any, make_trainer: Any, tmp_path: Path
+) -> None:
+    def job(epochs: int) -> ptl.Trainer:
+        exp = ptl.Experiment(save_dir=tmp_path / "logs", name="session", version=0)
+        kept = ModelCheckpoint(filepath=tmp_path / "kept")
+        try:
+            return fitted(make_trainer, model(), experiment=exp, max_nb_epochs=epochs, checkpoint_callback=kept)
+        finally:
+            exp.close()
+
+    folder = Path(job(1).log_dir) / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    (folder / "damaged.ckpt").write_bytes(b"PK\x03\x04 cut off")
+    assert job(2).global_step == 40
+    for path in (tmp_path / "kept").rglob("*.ckpt"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointDamagedError, match="no good checkpoint"):
+        job(3)
 
 
 def test_restoring_a_session_that_was_killed(tmp_path: Path, monkeypatch: Any) -> None:

@@ -152,6 +152,7 @@ class ModelCheckpoint(Checkpoint):
         self.dirpath: str | None = None
         if dirpath:
             self.dirpath = str(dirpath) if is_url(dirpath) else os.path.realpath(os.path.expanduser(dirpath))
+        self._provisional: str | None = None  # a default folder that no fit has used yet
         self._save_on_train_epoch_end = save_on_train_epoch_end
         self._enable_version_counter = enable_version_counter
         check_arguments(monitor, save_last, self._top, self._occasions)
@@ -198,8 +199,11 @@ class ModelCheckpoint(Checkpoint):
 
     def setup(self, trainer: TrainerView, pl_module: Any, stage: str) -> None:
         """Settle the folder, and let the strategy write behind the training if that is wanted."""
-        self.dirpath = trainer.strategy.broadcast(self.dirpath or default_folder(trainer))
+        # a fit that resumes goes on with the version of its checkpoint, whatever a validation before it has logged to
+        is_default = self.dirpath is None or self.dirpath == self._provisional
+        self.dirpath = trainer.strategy.broadcast(default_folder(trainer) if is_default else self.dirpath)
         assert self.dirpath is not None
+        self._provisional = self.dirpath if is_default and stage != "fit" else None
         if self.save_last == "link" and is_url(self.dirpath):
             raise ValueError(f"ModelCheckpoint(save_last='link') needs a local folder; dirpath is {self.dirpath!r}.")
         if stage == "fit" and not trainer.fast_dev_run and trainer.is_global_zero:

@@ -196,15 +196,17 @@ def bears(path: str, mark: str) -> bool:
 
 def link(path: str, linkpath: str) -> None:
     """Make ``linkpath`` a symbolic link to ``path``, or a copy where links cannot be made; replaces what was there."""
-    folder, name = os.path.split(linkpath)
-    fresh = os.path.join(folder, atomic.temporary_name(name))  # what a killed process leaves of it is swept away
-    try:
-        os.symlink(os.path.relpath(path, os.path.dirname(linkpath)), fresh)
-    except OSError:  # Windows asks for a privilege
-        (shutil.copytree if os.path.isdir(path) else shutil.copy)(path, fresh)
-    if os.path.isdir(linkpath) and not os.path.islink(linkpath):
-        shutil.rmtree(linkpath)  # a folder cannot be replaced in one move
-    os.replace(fresh, linkpath)
+    with atomic.temporary(Path(linkpath)) as fresh:  # what a killed process leaves of it is swept away
+        try:
+            os.symlink(os.path.relpath(path, os.path.dirname(linkpath)), fresh)
+        except OSError:  # Windows asks for a privilege
+            (shutil.copytree if os.path.isdir(path) else shutil.copy)(path, fresh)
+        if os.path.isdir(linkpath) and not os.path.islink(linkpath):
+            # a folder cannot be replaced in one move; it can stop being a checkpoint in one, if it is ours
+            from leyden import folders  # noqa: PLC0415  # only for checkpoints of several processes
+
+            (folders.remove if folders.is_committed(Path(linkpath)) else shutil.rmtree)(Path(linkpath))
+        os.replace(fresh, linkpath)
 
 
 def _filesystem(url: str) -> Any:

@@ -66,18 +66,19 @@ class _Meter:
     def __init__(self, throughput: Throughput, clock: Any) -> None:
         self.throughput, self.clock = throughput, clock
         self.totals = dict.fromkeys(_TOTALS, 0)
-        self.time, self.before, self.paused = 0.0, 0.0, 0.0
-        self.begin: Any = None
+        self.time, self.paused = 0.0, 0.0
         self.last: Any = None
         """The moment of the last batch."""
+        self._passed: Any = None
+        """The moment up to which ``time`` is known."""
         self._pending: deque[tuple[Any, Any]] = deque()
 
     def start(self, before: float = 0.0) -> None:
         """Begin to measure; ``before`` are seconds that an earlier part of the run took."""
         self.throughput.reset()
         self._pending.clear()
-        self.time, self.before, self.paused = before, before, 0.0
-        self.begin = self.last = self.clock.stamp()
+        self.time, self.paused = before, 0.0
+        self._passed = self.last = self.clock.stamp()
 
     def count(self, samples: int, length: int | None, flops: int | None) -> None:
         """Note one more batch."""
@@ -102,7 +103,9 @@ class _Meter:
         while pending and clock.passed(pending[0][0]):
             moment, what = pending.popleft()
             if isinstance(what, dict):
-                self.time = self.before + clock.between(self.begin, moment) - self.paused
+                # from batch to batch: a device tells times in 32 bits, too few for those since a run began
+                self.time += clock.between(self._passed, moment) - self.paused
+                self._passed, self.paused = moment, 0.0
                 self.throughput.update(time=self.time, **what)
             else:
                 self.paused += clock.between(what, moment)

@@ -151,12 +151,14 @@ class AsyncCheckpointIO(CheckpointIO):
                 if not task.is_undo:
                     task.do()
             except BaseException as error:
-                for later in reversed(tasks[index:]):
-                    if later.is_undo:
-                        later.do()
                 self._error = error
-                if self._fail is not None:
-                    self._fail(error)
+                try:
+                    for later in reversed(tasks[index:]):
+                        if later.is_undo:
+                            later.do()
+                finally:
+                    if self._fail is not None:
+                        self._fail(error)
                 return
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leyden import atomic
 from leyden.errors import CheckpointError
 
 _COPIED_ALWAYS = 4096
@@ -72,11 +73,8 @@ class Staging:
         pickler = _Pickler(buffer, self)
         try:
             pickler.dump(checkpoint)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise CheckpointError(
-                f"The checkpoint could not be written: something in it cannot be pickled ({error}). Leave that out of"
-                " state_dict() or on_save_checkpoint()."
-            ) from error
+        except Exception as error:  # whatever an object of the user's raises
+            raise CheckpointError(f"The checkpoint could not be written: {atomic.explain(error)}") from error
         return Snapshot(buffer.getvalue(), pickler.tensors, self._events())
 
     def end(self) -> None:
@@ -110,7 +108,6 @@ class Staging:
             staged = nn.Parameter(staged, requires_grad=tensor.requires_grad)
         elif tensor.requires_grad:
             staged.requires_grad_()
-        vars(staged).update(vars(tensor))
         return staged
 
     def _memory(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
@@ -177,7 +174,13 @@ class _Pickler(pickle.Pickler):
         if not isinstance(obj, Tensor):
             return NotImplemented
         self.tensors.append(self._staging.twin(obj))
-        return _Slot, (len(self.tensors) - 1,)
+        place = _Slot, (len(self.tensors) - 1,)
+        # attributes that somebody has given a tensor are of this moment, too
+        return (*place, vars(obj), None, None, _give) if vars(obj) else place
+
+
+def _give(tensor: Tensor, attributes: dict[str, Any]) -> None:
+    vars(tensor).update(attributes)
 
 
 class _Builder(pickle.Unpickler):

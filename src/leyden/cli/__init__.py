@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compat": ("leyden.cli.compat", "what of Lightning a code base uses, and what of it Leyden lacks"),
     "run": ("leyden.cli.run", "run a script written for Lightning, or for 2019, on Leyden, unchanged"),
     "ckpt": ("leyden.cli.ckpt", "look into checkpoints, check them, compare two"),
+    "advise": ("leyden.cli.advise", "measure what would make the fit of a script faster"),
     "verify-resume": ("leyden.cli.verify_resume", "prove that the fit of a script can be killed and resumed"),
 }
 """Name of each subcommand, the module that has it, and one line of help."""

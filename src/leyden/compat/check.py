@@ -83,7 +83,8 @@ class _Reader(ast.NodeVisitor):
         self._known: dict[str, str] = {}  # name in the file -> dotted foreign name
         self._bound: Counter[str] = Counter()  # how many things the file binds to a name
         self._findings: list[Finding] = []
-        self._guards = 0
+        self._caught: list[set[str]] = []  # by the blocks around what is being read
+        self._guarded: set[int] = set()  # attributes whose absence the program catches
 
     # ------------------------------------------------------------------ imports
 
@@ -120,14 +121,35 @@ class _Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Try(self, node: ast.Try) -> None:
-        names = {name for handler in node.handlers for name in _caught(handler)}
-        guarded = bool(names & {"ImportError", "ModuleNotFoundError", "AttributeError", "Exception", "BaseException"})
-        self._guards += guarded
-        for statement in node.body:
-            self.visit(statement)
-        self._guards -= guarded
+        self._visit_body(node.body, {name for handler in node.handlers for name in _names(handler.type)})
         for part in (*node.handlers, *node.orelse, *node.finalbody):
             self.visit(part)
+
+    visit_TryStar = visit_Try
+
+    def visit_With(self, node: ast.With) -> None:
+        calls = [item.context_expr for item in node.items if isinstance(item.context_expr, ast.Call)]
+        for item in node.items:
+            self.visit(item)
+        self._visit_body(
+            node.body,
+            {name for call in calls if "suppress" in _names(call.func) for arg in call.args for name in _names(arg)},
+        )
+
+    def _visit_body(self, body: list[ast.stmt], caught: set[str]) -> None:
+        self._caught.append(caught)
+        for statement in body:
+            self.visit(statement)
+        self._caught.pop()
+
+    def _catches(self, *errors: str) -> bool:
+        """Whether a block around what is being read goes on after one of these errors."""
+        return any(names & {*errors, "Exception", "BaseException"} for names in self._caught)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if self._catches("AttributeError"):
+            self._guarded.add(id(node))
+        self.generic_visit(node)
 
     # ------------------------------------------------------------------ everything else that binds a name
 
@@ -138,6 +160,12 @@ class _Reader(ast.NodeVisitor):
     def visit_arg(self, node: ast.arg) -> None:
         self._bound[node.arg] += 1
         self.generic_visit(node)
+
+    def visit_ExceptHandler(self, node: ast.ExceptHandler | ast.MatchAs) -> None:
+        self._bound[node.name or ""] += 1
+        self.generic_visit(node)
+
+    visit_MatchAs = visit_ExceptHandler
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> None:
         self._bound[node.name] += 1
@@ -163,12 +191,15 @@ class _Reader(ast.NodeVisitor):
             inner |= {id(part) for part in ast.walk(node.value)} if _dotted(node) else set()
             parts = _dotted(node)
             if parts and parts[0] in self._known and not self._bound[parts[0]] and isinstance(node.ctx, ast.Load):
-                self._resolves(".".join([self._known[parts[0]], *parts[1:]]), node.lineno)
+                dotted = ".".join([self._known[parts[0]], *parts[1:]])
+                self._resolves(dotted, node.lineno, guarded=id(node) in self._guarded)
         return list(dict.fromkeys(self._findings))
 
-    def _resolves(self, dotted: str, line: int) -> bool:
+    def _resolves(self, dotted: str, line: int, guarded: bool | None = None) -> bool:
         """Count a use of a foreign name; note it and return False if Leyden lacks it."""
         self.uses += 1
+        if guarded is None:  # an import
+            guarded = self._catches("ImportError", "ModuleNotFoundError")
         module = dotted
         parts: list[str] = []
         while module not in self.modules:
@@ -177,11 +208,11 @@ class _Reader(ast.NodeVisitor):
         if not parts or (len(parts) == 1 and parts[0].startswith("__")):
             return True
         if parts[0] not in members(module, self.modules):
-            self._findings.append(Finding(self.path, line, _short(module, parts[0], self.modules), self._guards > 0))
+            self._findings.append(Finding(self.path, line, _short(module, parts[0], self.modules), guarded))
             return False
-        return self._has(self.modules[module][parts[0]], f"{module}.{parts[0]}", parts[1:], line)
+        return self._has(self.modules[module][parts[0]], f"{module}.{parts[0]}", parts[1:], line, guarded)
 
-    def _has(self, target: Target, shown: str, rest: list[str], line: int) -> bool:
+    def _has(self, target: Target, shown: str, rest: list[str], line: int, guarded: bool) -> bool:
         """Whether what answers a name has the attributes that the file takes of it (of a class: what it declares)."""
         if not rest:
             return True
@@ -189,9 +220,7 @@ class _Reader(ast.NodeVisitor):
         for part in rest:
             if not hasattr(value, part):
                 hint = did_you_mean(part, dir(value))
-                self._findings.append(
-                    Finding(self.path, line, f"Leyden has no {shown}.{part}.{hint}", self._guards > 0)
-                )
+                self._findings.append(Finding(self.path, line, f"Leyden has no {shown}.{part}.{hint}", guarded))
                 return False
             value, shown = getattr(value, part), f"{shown}.{part}"
             if not isinstance(value, type):
@@ -203,13 +232,14 @@ def _short(module: str, name: str, modules: dict[str, dict[str, Target]]) -> str
     return explain(module, name, modules).partition(" `leyden compat")[0]
 
 
-def _caught(handler: ast.ExceptHandler) -> Iterator[str]:
-    if handler.type is None:
+def _names(expression: ast.expr | None) -> Iterator[str]:
+    """Yield the names in what a block catches, and of what is taken from modules the last part; all, for a bare except."""
+    if expression is None:
         yield "BaseException"
     else:
-        for node in ast.walk(handler.type):
-            if isinstance(node, ast.Name):
-                yield node.id
+        for node in ast.walk(expression):
+            if isinstance(node, (ast.Name, ast.Attribute)):
+                yield node.id if isinstance(node, ast.Name) else node.attr
 
 
 def _dotted(node: ast.expr) -> list[str]:

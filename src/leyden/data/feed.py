@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from leyden.data.generators import Streams, differs, digest, find, plain, raw
+from leyden.data.samplers import attributes, draws_often, only, parts
+from leyden.data.whole import Plan, Whole
 from leyden.runtime.ranks import rank_zero_only, rank_zero_warn
 from leyden.types import Stateful
 
@@ -58,7 +60,7 @@ class Pass:
         """Return it as plain data, with those attributes of samplers that ``changed``."""
         return {
             "begin": None if self.begin is None else plain(self.begin),
-            "parts": [_only(state, names) for state, names in zip(self.parts, changed, strict=True)],
+            "parts": [only(state, names) for state, names in zip(self.parts, changed, strict=True)],
             "first": None if self.first is None else plain(self.first),
             "journal": {number: plain(state) for number, state in self.journal.items()},
             **{name: getattr(self, name) for name in ("forgotten", "warm", "seed", "number", "mark")},
@@ -109,6 +111,7 @@ class Feed:
         seeding: How random numbers in workers come about: ``"batch"``, ``"sample"`` (then ``seed`` is the run's),
             ``"worker"`` (Lightning's ``seed_everything(workers=True)``) or ``"torch"`` (as torch does).
         seed: The run's, for ``"sample"``.
+        keep: Whether workers are kept for the next pass, where that changes nothing; ``release`` ends them.
 
     Attributes:
         how: ``"indices"``, ``"sequence"``: can go on anywhere; ``"state"``: the loader can; ``"dataset"``: its data set
@@ -117,9 +120,10 @@ class Feed:
         run: The pass that was begun last.
         resume: What the next pass goes on from: a Pass, and the number of batches that are done.
         warm: Whether the workers are to be taken as running already, though they are not.
+        whole: Reads batches of data in memory as a whole, where that gives the same; None where it is not to.
     """
 
-    def __init__(self, loader: Any, seeding: str = "torch", seed: int = 0) -> None:
+    def __init__(self, loader: Any, seeding: str = "torch", seed: int = 0, keep: bool = False) -> None:
         self.loader, self.seeding, self.seed = loader, seeding, seed
         self.how = _how(loader)
         self.key: tuple[Any, ...] = ()
@@ -127,13 +131,13 @@ class Feed:
         self.passes = 0
         self.resume: tuple[Pass, int] | None = None
         self.warm = False
-        self.parts = _parts(loader, self.how)
+        self.parts = parts(loader, self.how)
         self.changed: list[set[str]] = [set() for _ in self.parts]
-        self._former = [_attributes(part) for part in self.parts]
+        self._former = [attributes(part) for part in self.parts]
         ordering = {name: getattr(loader, name, None) for name in ("generator", "sampler", "batch_sampler")}
         using = {name: getattr(loader, name, None) for name in ("dataset", "collate_fn")}
         self.streams = Streams(find({**ordering, **using}))
-        self._journals = self.how == "indices" and _draws_often(loader)
+        self._journals = self.how == "indices" and draws_often(loader)
         self._skip = 0
         self._first: dict[str, Any] | None = None
         self._live: dict[str, Any] | None = None
@@ -142,8 +146,15 @@ class Feed:
         self._used = False
         self._alone: bool | None = None
         self._begun: Iterator[Any] | None = None
+        self.whole: Whole | None = None
+        self._plan: Plan | None = None
         self._copy: Any = None
         self._in_main: Any = None
+        self._kept: Any = None
+        if keep and self.how == "indices" and seeding in ("batch", "sample") and loader.num_workers:
+            from leyden.data.kept import Kept, can_keep  # noqa: PLC0415  # only runs with workers need it
+
+            self._kept = Kept() if can_keep(loader) else None
         if seeding == "sample" and isinstance(loader, DataLoader) and loader.num_workers == 0:
             from leyden.data.workers import InMain  # noqa: PLC0415  # only runs that ask for streams of samples need it
 
@@ -217,9 +228,13 @@ class Feed:
                 if start is not None:
                     loader.worker_init_fn = own
         else:
+            self._plan = None if self.whole is None or self.how != "indices" else self.whole.plan()
             copied = self._copy = self._dressed(start)
-            iterator = iter(copied)
+            iterator = iter(copied) if self._kept is None else self._kept.begin(loader, copied)
             self.settle()
+            if self._plan is not None:
+                plan, self._plan = self._plan, None
+                return plan.batches(iterator)
         if start is not None:
             from leyden.data.workers import watch  # noqa: PLC0415  # only runs with workers need it
 
@@ -246,7 +261,7 @@ class Feed:
             object.__setattr__(copied, name, Indices(getattr(loader, name), self))
         if start is not None:
             copied.worker_init_fn = start
-        if self._in_main is not None:
+        if self._in_main is not None and self._plan is None:
             copied.collate_fn = self._in_main.around(loader.collate_fn)
         return copied
 
@@ -273,6 +288,8 @@ class Feed:
         """Let go of the copy; what the user may see of it is brought home."""
         self.settle()
         self._copy = None
+        if self._kept is not None:
+            self._kept.stop()
         if self._in_main is not None:
             self._in_main.restore()
 
@@ -293,6 +310,9 @@ class Feed:
 
     def draw(self, sampler: Any) -> Iterator[Any]:
         """Return the iterator over ``sampler`` that the loader gets."""
+        if self._kept is not None and self._kept.asking:
+            kept: Iterator[Any] = self._kept.drawn(self, sampler)
+            return kept
         if self._mute:
             self._mute, self._undo = False, self.streams.now()
             return iter(())
@@ -302,15 +322,24 @@ class Feed:
         self._used = True
         if self._begun is not None:
             return self._begun
-        drawn = chain.from_iterable(self._parts_of(iter(sampler)))
+        drawn = chain.from_iterable(self._parts_of(iter(sampler), self._plan is not None))
         if self._alone is not None:
             # the loader asks twice where it starts workers, and draws a seed unless it keeps them: once, and always
             self._begun = drawn
             if self._alone:
                 torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
-        return drawn
+        return drawn if self._plan is None else self._plan.share(drawn)
 
-    def _parts_of(self, drawn: Iterator[Any]) -> Iterator[Iterator[Any]]:
+    def redraw(self, sampler: Any) -> Iterator[Any]:
+        """Do what ``draw`` does, and before it what starting workers draws, for workers that are there already."""
+        if self._alone is None:
+            self.draw(sampler)
+            torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
+        else:
+            self._alone = True
+        return self.draw(sampler)
+
+    def _parts_of(self, drawn: Iterator[Any], whole: bool) -> Iterator[Iterator[Any]]:
         """Yield what is to be handed on, in one or more pieces; runs when the first index is asked for."""
         run = self.run
         assert run is not None
@@ -341,7 +370,7 @@ class Feed:
             samples = self.seeding == "sample" and self.how == "indices"
             kind = workers.NumberedSamples if samples else workers.Numbered
             drawn = map(kind, zip(drawn, repeat(run.seed), count(skip)))
-        elif self._in_main is not None and self.how == "indices":
+        elif self._in_main is not None and self.how == "indices" and not whole:
             drawn = map(self._in_main, drawn, repeat(run.seed), count(skip))
         streams = self.streams
         del self  # this frame lives as long as the iterator, see Indices
@@ -374,7 +403,7 @@ class Feed:
             if isinstance(part, Stateful):
                 found.append({"state": copy.deepcopy(part.state_dict())})
             else:
-                now = _attributes(part)
+                now = attributes(part)
                 changed.update(name for name in now if name not in former or former[name] != now[name])
                 found.append({"attributes": now})
         return found
@@ -421,7 +450,7 @@ class Feed:
         parts = self.states()
         return {
             "held": plain(self.streams.of_held()),
-            "parts": [_only(state, names) for state, names in zip(parts, self.changed, strict=True)],
+            "parts": [only(state, names) for state, names in zip(parts, self.changed, strict=True)],
             "warm": self.warm or (kept and getattr(self.loader, "_iterator", None) is not None),
         }
 
@@ -530,61 +559,3 @@ def _journaled(streams: Streams, run: Pass, drawn: Iterator[Any]) -> Iterator[An
                     run.forgotten = True
         expected.update({name: after[name] for name in changed if name in after})
         yield indices
-
-
-def _samplers(loader: Any) -> list[Any]:
-    """Return the batch sampler and the samplers of a loader, and those within them."""
-    found: list[Any] = []
-    waiting = [getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)]
-    while waiting and len(found) < 8:
-        part = waiting.pop(0)
-        if part is not None and not any(part is other for other in found):
-            found.append(part)
-            waiting += [getattr(part, "batch_sampler", None), getattr(part, "sampler", None)]
-    return found
-
-
-def _torchs(part: Any) -> bool:
-    return isinstance(part, (list, tuple, range, Tensor)) or type(part).__module__.startswith("torch.utils.data.")
-
-
-def _parts(loader: Any, how: str) -> list[Any]:
-    """Return what may have a memory of its own: samplers, and a loader, whose classes are not torch's."""
-    if how != "indices":
-        return []
-    subclass = [loader] if type(loader) is not DataLoader else []
-    return [part for part in [*_samplers(loader), *subclass] if not _torchs(part)]
-
-
-def _draws_often(loader: Any) -> bool:
-    """Whether the sampler may draw random numbers more than once in a pass, from generators that others use too."""
-    for part in _samplers(loader):
-        if vars(type(part)).get("draws_apart"):
-            return False
-        if isinstance(part, RandomSampler) and type(part) is RandomSampler:
-            if part.generator is not None and (part.replacement or part.num_samples > len(part.data_source)):
-                return True
-        elif not _torchs(part):
-            return True
-    return False
-
-
-def _attributes(part: Any) -> dict[str, Any]:
-    """Return the attributes that are numbers, words, or short lists of them."""
-    found = {}
-    for name, value in getattr(part, "__dict__", {}).items():
-        several = isinstance(value, (list, tuple)) and len(value) <= 64
-        if all(isinstance(item, (bool, int, float, str, type(None))) for item in (value if several else [value])):
-            found[name] = list(value) if isinstance(value, list) else value
-    found.pop("_IterableDataset_len_called", None)  # torch's own
-    return found
-
-
-def _only(state: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    if "attributes" not in state:
-        return state
-    found = state["attributes"]
-    return {
-        "attributes": {name: value for name, value in found.items() if name in names},
-        "absent": sorted(names - found.keys()),
-    }

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from leyden.errors import MisconfigurationException, PossibleUserWarning
 from leyden.runtime.ranks import rank_zero_warn
-from leyden.types import RunningStage
+from leyden.types import RunningStage, Stateful
 
 
 def check_iterable(loader: object, source: str, fn: str) -> None:
@@ -157,6 +157,38 @@ def without_shuffle(loader: Any) -> Any:
         batch_sampler = copy.copy(loader.batch_sampler)
         batch_sampler.sampler = ordered  # type: ignore[attr-defined]
         object.__setattr__(copied, "batch_sampler", batch_sampler)
+    return copied
+
+
+def why_own_workers(loader: Any) -> str | None:
+    """Say, as half a sentence, why nobody but its owner can say how many workers ``loader`` has; None where one can."""
+    name, kind = type(loader).__name__, type(loader)
+    if not isinstance(loader, DataLoader):
+        return f"the {name} is no DataLoader"
+    if isinstance(loader.dataset, IterableDataset):
+        return f"the data set {type(loader.dataset).__name__} is iterable: how its workers share it is its own affair"
+    if isinstance(loader, Stateful):
+        return f"the {name} keeps a state of its own, in its workers"
+    if kind.__iter__ is not DataLoader.__iter__ or kind._get_iterator is not DataLoader._get_iterator:  # noqa: SLF001
+        return f"the {name} iterates in a way of its own"
+    return None
+
+
+def with_workers(loader: Any, count: int) -> Any:
+    """Return ``loader``, or a copy of it with ``count`` workers if it has another number of them.
+
+    Workers of the copy do not persist by themselves; everything else that makes sense with its number of workers stays.
+    """
+    if loader.num_workers == count:
+        return loader
+    # a copy, see without_shuffle
+    copied = copy.copy(loader)
+    changes: dict[str, Any] = {"num_workers": count, "persistent_workers": False, "_iterator": None}
+    if count:
+        changes["prefetch_factor"] = loader.prefetch_factor or 2  # torch's default
+    else:
+        changes |= {"prefetch_factor": None, "timeout": 0, "_DataLoader__multiprocessing_context": None}
+    vars(copied).update(changes)
     return copied
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
@@ -14,8 +14,13 @@ from leyden.data.feed import Feed, Pass
 from leyden.data.generators import Streams, plain, raw
 from leyden.data.loaders import length, set_epoch
 from leyden.data.sharding import share_of
+from leyden.data.whole import Whole
 from leyden.errors import CheckpointError
+from leyden.runtime.cores import cores
 from leyden.runtime.ranks import rank_zero_warn
+
+if TYPE_CHECKING:
+    from leyden.data.resident import Shelf
 
 
 @dataclass
@@ -42,11 +47,23 @@ class Supply:
         combined: The loaders.
         seeding: As for ``Feed``.
         seed: As for ``Feed``.
+        fast: Whether batches of data in memory are read as a whole.
+        shelf: Keeps such data on the device; None where batches begin on the host.
+        keep: As for ``Feed``; all loaders together keep no more workers than there are cores for them.
+        loaders: What is drawn from in the place of ``combined.flattened``; None for those themselves.
     """
 
-    def __init__(self, combined: CombinedLoader, seeding: str = "torch", seed: int = 0) -> None:
+    def __init__(
+        self, combined: CombinedLoader, seeding: str = "torch", seed: int = 0, fast: bool = False,
+        shelf: Shelf | None = None, keep: bool = False, loaders: list[Any] | None = None,
+    ) -> None:  # fmt: skip
         self.combined = combined
-        self.feeds = [Feed(loader, seeding, seed) for loader in combined.flattened]
+        loaders = combined.flattened if loaders is None else loaders
+        workers = [int(getattr(loader, "num_workers", 0)) for loader in loaders if isinstance(loader, DataLoader)]
+        keep = keep and (len(workers) < 2 or sum(workers) <= max(cores(), *workers))
+        self.feeds = [Feed(loader, seeding, seed, keep) for loader in loaders]
+        for feed in self.feeds if fast else ():
+            feed.whole = Whole(feed.loader, shelf)
         self.single = len(self.feeds) == 1 and combined.flattened[0] is combined.iterables
         held = {f"{i}.{name}": g for i, feed in enumerate(self.feeds) for name, g in feed.streams.held.items()}
         self.streams = Streams(held)

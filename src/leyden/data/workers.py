@@ -145,13 +145,22 @@ class Start:
     Args:
         own: The user's; None for none.
         rank: Seed by ``pl_worker_init_function`` with this rank; None does not.
+
+    Attributes:
+        told: Where workers that may be kept tell how they stand; None for others.
     """
 
     def __init__(self, own: Callable[[int], Any] | None, rank: int | None = None) -> None:
         self.own, self.rank, self.leaving = own, rank, leaving()
+        self.told: Any = None
 
     def __call__(self, worker_id: int) -> None:
-        shield(self.leaving, _done())
+        known = _known_to_torch()
+        shield(self.leaving, known.get("done_event"))
+        if self.told is not None and "collate_fn" in known:
+            from leyden.data.kept import remember  # noqa: PLC0415  # only workers that may be kept
+
+            remember(self.told, worker_id, known["dataset"], known["collate_fn"])
         if self.rank is not None:
             pl_worker_init_function(worker_id, self.rank)
         if self.own is not None:
@@ -189,12 +198,12 @@ def _leave(flag: Any) -> None:
         process.kill()
 
 
-def _done() -> Any:
-    """Return the event by which torch's main process tells this worker that it is not needed any more; None if unknown."""
+def _known_to_torch() -> dict[str, Any]:
+    """Return what torch's worker knows: its data set, and the event by which it learns that it is not needed any more."""
     frame: FrameType | None = sys._getframe()  # noqa: SLF001  # torch hands it to the function that calls us, and to nobody else
     while frame is not None and frame.f_code.co_name != "_worker_loop":
         frame = frame.f_back
-    return None if frame is None else frame.f_locals.get("done_event")
+    return {} if frame is None else dict(frame.f_locals)
 
 
 def shield(leaving: Any, done: Any = None) -> None:

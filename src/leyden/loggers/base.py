@@ -77,6 +77,10 @@ class Logger(ABC):
         """What stands between a group and a name within it, as in ``train/loss``."""
         return "/"
 
+    def begin(self) -> None:
+        """Called when a run begins: make what it logs to."""
+        _ = self.experiment
+
     @abstractmethod
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Record one row: a number for each name, at ``step``."""
@@ -111,7 +115,8 @@ class Logger(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the run of ``state``, unless the user has named another.
 
-        Called with what ``state_dict`` returned when the checkpoint was written, before anything asks for the run.
+        Called with what ``state_dict`` returned when the checkpoint was written, and the path of that under
+        ``"checkpoint"``, before anything asks for the run.
         """
 
     def rewind(self) -> None:

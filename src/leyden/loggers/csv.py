@@ -102,7 +102,10 @@ class CSVLogger(FolderLogger):
 
     def holds(self, state: Mapping[str, Any], folder: str) -> bool:
         """Whether ``metrics.csv`` in ``folder`` begins with the rows that ``state`` tells of."""
-        return "log" not in state or _rows_until(os.path.join(folder, METRICS_FILE), state["log"]) is not None
+        if "log" not in state:
+            return True
+        found = _rows_until(os.path.join(folder, METRICS_FILE), state["log"])
+        return found is not None and (state["log"]["rows"] > 0 or not found[1] or self.is_at_home(state))
 
     def close(self) -> None:
         """Bring all rows to disk; the next one opens the file again."""
@@ -122,15 +125,20 @@ class CSVLogger(FolderLogger):
             rank_zero_info(f"{path}: {superseded} rows after the checkpoint are taken out; the run logs them again.")
 
     def set_aside(self) -> None:
-        """Rename ``metrics.csv`` to ``metrics.superseded.csv``."""
+        """Rename ``metrics.csv`` to ``metrics.superseded.csv``, or where there is one, ``metrics.superseded-1.csv`` …"""
         if not self.begins_anew:
             return
         path = os.path.join(self.log_dir, METRICS_FILE)
         filesystem = filesystem_of(path)
         self.close()
         if filesystem.isfile(path):
-            move_file(filesystem, path, os.path.join(self.log_dir, SUPERSEDED_FILE))
-            rank_zero_info(f"{path} is of a run that left no checkpoint: it is put aside as {SUPERSEDED_FILE}.")
+            name, (stem, suffix) = SUPERSEDED_FILE, os.path.splitext(SUPERSEDED_FILE)
+            for number in itertools.count(1):
+                if not filesystem.exists(os.path.join(self.log_dir, name)):
+                    break
+                name = f"{stem}-{number}{suffix}"
+            move_file(filesystem, path, os.path.join(self.log_dir, name))
+            rank_zero_info(f"{path} is of a run that left no checkpoint: it is put aside as {name}.")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_experiment": None}

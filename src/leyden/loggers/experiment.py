@@ -383,6 +383,8 @@ class Experiment(SummaryWriter, Logger):
         (reach, self._reach), found = (self._reach, None), self._found
         if reach is None or found["rows"] < reach["rows"]:
             return
+        if any(found["events"].get(path, -1) < size for path, size in reach["events"].items()):
+            return  # of another run that had the same name and version: their files are called otherwise
         for path, size in found["events"].items():
             kept, full = reach["events"].get(path, 0), os.path.join(self.get_logdir(), path)
             if kept == 0:

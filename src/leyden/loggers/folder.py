@@ -118,6 +118,8 @@ class FolderLogger(Logger):
         folder = self._folder(version)
         if self._named and folder != self._folder(self.version):
             return
+        if not os.path.normpath(folder).startswith(os.path.join(os.path.normpath(self.root_dir), "")):
+            return  # a checkpoint of a stranger decides about nothing outside
         there = bool(filesystem_of(folder).isdir(folder))
         if there and not self.holds(state, folder):
             rank_zero_warn(
@@ -128,7 +130,7 @@ class FolderLogger(Logger):
                 " rows that are there stay; new ones are added."
             )
             return
-        if not there and state.get("save_dir") != _absolute(self._save_dir):
+        if not there and not self.is_at_home(state):
             return  # a checkpoint that came from elsewhere, without its logs
         if self._version is not None and folder != self._folder(self._version):
             self.close()
@@ -153,6 +155,18 @@ class FolderLogger(Logger):
         """Whether ``folder`` holds the log of the run of ``state``, at least as far as ``state`` says."""
         return True
 
+    def is_at_home(self, state: Mapping[str, Any]) -> bool:
+        """Whether the run of ``state`` was logged below the directory of this logger, or was moved there, checkpoint and all.
+
+        That must tell where ``state`` knows of no row yet: any log at all begins with nothing.
+        """
+        folder, checkpoint = self._folder(state["version"]), str(state.get("checkpoint", ""))
+        if is_local(folder):
+            folder, checkpoint = os.path.realpath(folder), os.path.realpath(checkpoint)
+        return bool(state.get("save_dir") == _absolute(self._save_dir)) or checkpoint.startswith(
+            os.path.join(folder, "")
+        )
+
     def knows_hyperparams(self, params: Mapping[str, Any] | Namespace | None) -> bool:
         """Whether the run with which this one goes on has already logged these hyperparameters."""
         if self._state is None:
@@ -175,11 +189,12 @@ class FolderLogger(Logger):
 
     def write_hyperparams(self) -> None:
         """Write all hyperparameters so far to ``hparams.yaml``, as plain data that ``yaml.safe_load`` reads back."""
-        import yaml  # noqa: PLC0415  only a run that logs to files pays for it
-
-        filesystem = filesystem_of(self.save_dir)
+        filesystem, text = filesystem_of(self.save_dir), "{}\n"
         filesystem.makedirs(self.log_dir, exist_ok=True)
-        text = yaml.safe_dump(plain_params(self.hparams), sort_keys=False, allow_unicode=True)
+        if self.hparams:
+            import yaml  # noqa: PLC0415  only a run that has hyperparameters pays for it
+
+            text = yaml.safe_dump(plain_params(self.hparams), sort_keys=False, allow_unicode=True)
         replace_file(filesystem, os.path.join(self.log_dir, HPARAMS_FILE), [text.encode()])
 
     def read_hyperparams(self) -> dict[str, Any]:
@@ -246,6 +261,7 @@ def replace_file(filesystem: Any, path: str, blocks: Iterable[bytes]) -> None:
         with filesystem.open(temporary, "wb") as file:
             for block in blocks:
                 file.write(block)
+        sync_file(temporary)  # or a power failure might leave the new name with nothing in it
         move_file(filesystem, temporary, path)
     except BaseException:
         if filesystem.exists(temporary):

@@ -125,6 +125,9 @@ class Recorder:
                 del first  # or the exception and this frame would keep each other, and the loggers, alive
 
     def _start(self) -> None:
+        for logger in self._queued:
+            # what a logger has put off until there is a row: here, for workers may be forked while the thread imports
+            _ = getattr(logger, "experiment", None)
         self._thread = Thread(target=self._run, name="leyden-recorder", daemon=True)
         self._thread.start()
 

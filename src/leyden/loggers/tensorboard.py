@@ -69,6 +69,15 @@ class TensorBoardLogger(FolderLogger):
         self._kwargs = kwargs
         self._last_step = -1
         self._experiment: EventWriter | None = None
+        self._begun = False
+        """Whether a run has begun that has not ended."""
+        self._waiting: list[tuple[dict[str, Any], dict[str, Any], int | None]] = []
+        """Hyperparameters, with their metrics and step, that go into the event file when there is one."""
+
+    def begin(self) -> None:
+        """Take the folder of the version. The event file comes with the first event: TensorBoard is slow to import."""
+        _ = self.version
+        self._begun = True
 
     @property
     def sub_dir(self) -> str | None:
@@ -93,6 +102,9 @@ class TensorBoardLogger(FolderLogger):
                     options = {"max_queue": 1000, **self._kwargs}
                     # a run that goes on has its file already, and may have nothing to add
                     self._experiment = EventWriter(self.log_dir, waits=self._state is not None, **options)
+                    waiting, self._waiting = self._waiting, []
+                    for each in waiting:
+                        self._write_hyperparams(*each)
         return self._experiment
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -141,11 +153,17 @@ class TensorBoardLogger(FolderLogger):
             metrics = {"hp_metric": metrics}
         if not metrics:
             return
+        if self._experiment is None and self._begun:
+            self._waiting.append((added, metrics, step))
+        else:
+            self._write_hyperparams(added, metrics, step)
+
+    def _write_hyperparams(self, params: dict[str, Any], metrics: dict[str, Any], step: int | None) -> None:
         self.log_metrics(metrics, step)
         from torch.utils.tensorboard.summary import hparams  # noqa: PLC0415  see experiment
 
         # the writer's own add_hparams would put them into a run of their own, in a folder beside this one
-        for summary in hparams(sanitize_params(flatten_params(added)), metrics):  # type: ignore[no-untyped-call]
+        for summary in hparams(sanitize_params(flatten_params(params)), metrics):  # type: ignore[no-untyped-call]
             self.experiment.add(summary, step)
 
     def log_graph(self, model: Module, input_array: Tensor | tuple[Any, ...] | None = None) -> None:
@@ -167,19 +185,25 @@ class TensorBoardLogger(FolderLogger):
 
     def save(self) -> None:
         """Bring all events to disk, and ``hparams.yaml`` if none is there yet."""
-        if self._experiment is None:
+        if self._experiment is not None:
+            self._experiment.flush()
+        elif not self._begun:
             return
-        self._experiment.flush()
         if not self.has_hyperparams_file():
             self.write_hyperparams()
 
     def finalize(self, status: str) -> None:
         """Bring everything to disk and close the event file; the next call of any verb opens another."""
+        if self._begun:
+            _ = self.experiment  # a run that has logged nothing is a run, too
+            self._begun = False
         super().finalize(status)
         self.close()
 
     def close(self) -> None:
         """Bring all events to disk and close their file; the next one opens another."""
+        if self._waiting:
+            _ = self.experiment
         if self._experiment is not None:
             self._experiment.close()
             self._experiment = None
@@ -191,6 +215,8 @@ class TensorBoardLogger(FolderLogger):
         with write_lock(self):
             if not on_rank_zero():
                 return {}
+            if self._waiting:
+                _ = self.experiment
             self.save()
             files = event_files(self.log_dir)
             for path in files:
@@ -204,7 +230,10 @@ class TensorBoardLogger(FolderLogger):
         found = event_files(
             folder if self._sub_dir is None else os.path.join(folder, os.path.expandvars(self._sub_dir))
         )
-        return all(found.get(path, -1) >= size for path, size in state["log"]["files"].items())
+        known = state["log"]["files"]
+        if not known:
+            return not found or self.is_at_home(state)
+        return all(found.get(path, -1) >= size for path, size in known.items())
 
     def rewind(self) -> None:
         """Cut the event files back to what the checkpoint knows of, and remove those that came later.

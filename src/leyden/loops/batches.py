@@ -22,11 +22,13 @@ from leyden.hooks import is_written
 from leyden.loops.profiled import measured_iterator
 from leyden.loops.session import Session
 from leyden.module import LightningModule
-from leyden.runtime.ranks import rank_zero_warn
+from leyden.runtime.ranks import rank_zero_only, rank_zero_warn
 from leyden.runtime.seed import given_seed, rng_state, seeds_workers
+from leyden.types import TrainerFn
 
 if TYPE_CHECKING:
     from leyden.data.position import Place, Supply
+    from leyden.data.wait import Waits
     from leyden.strategies.base import Strategy
 
 _END = object()
@@ -278,15 +280,28 @@ def nothing(session: Session, combined: CombinedLoader, counts: list[int | float
     return True
 
 
-def supply(session: Session, combined: CombinedLoader) -> Supply:
-    """Return what the loops draw from: the loaders, with the random streams that this run's workers have."""
+def supply(session: Session, combined: CombinedLoader, prefix: str, step: Callable[..., Any]) -> Supply:
+    """Return what the loops draw from: the loaders, with the workers and the random streams that they have in this run.
+
+    ``step`` is what gets the batches.
+    """
     from leyden.data.position import Supply  # noqa: PLC0415  # when a run begins, not when a script imports names
 
+    former = session.supplies.pop(prefix, None)
+    if former is not None:
+        former.release()  # loaders that were asked for anew: the workers of the others end
     lightning = session.config.rule("worker_seeds") == "worker"
-    if not seeds_workers():
-        made = Supply(combined, "torch" if lightning else "batch")
+    if seeds_workers():
+        seeding, seed = ("worker", 0) if lightning else ("sample", given_seed())
     else:
-        made = Supply(combined, "worker") if lightning else Supply(combined, "sample", given_seed())
+        seeding, seed = "torch" if lightning else "batch", 0
+    loaders, fast = None, session.config.fast_data
+    if session.config.num_workers is not None:
+        from leyden.loops.workers import chosen  # noqa: PLC0415  # only where the Trainer says how many
+
+        loaders = chosen(session, combined, prefix)
+    shelf, keep = session.shelf(takes(step, "dataloader_iter")), fast and session.trainer.state.fn is TrainerFn.FITTING
+    made = session.supplies[prefix] = Supply(combined, seeding, seed, fast, shelf, keep, loaders)
     if session.strategy.world_size > 1:
         from leyden.data import sharding  # noqa: PLC0415  # only for several processes
 
@@ -331,7 +346,7 @@ class TrainingData:
         counts = [num_batches("train", length(x), limit, "limit_train_batches") for x in loader.flattened]
         loader.limits = same_on_all_ranks(session, counts)
         self.num_batches = total(loader)
-        self.supply = supply(session, loader)
+        self.supply = supply(session, loader, "train", session.module.training_step)
         self.iterator: Iterator[Any] | None = None
         self.ahead: Ahead = None
 
@@ -358,9 +373,26 @@ class TrainingData:
                 data.streams.put(waiting[0])
             self.ahead = Lookahead(iterator if data.single else _only_batches(iterator), limit, self._here, taken)
             iterator = self.ahead
+        if not draws and (waits := self._waits(session)) is not None:
+            iterator = waits.around(iterator)
         if session.profiler is not None:
             iterator = measured_iterator(iterator, session.profiler, "train_dataloader_next")
         self.iterator = iterator
+
+    def _waits(self, session: Session) -> Waits | None:
+        """What measures the waits for data in this fit; None where nobody wants to know, or where it cannot be known."""
+        device, config = session.strategy.root_device, session.config
+        if config.barebones or config.fast_dev_run or rank_zero_only.rank or device.type not in ("cpu", "cuda"):
+            return None
+        if session.waits is None:
+            from leyden.data import wait  # noqa: PLC0415  # when a run begins, not when a script imports names
+            from leyden.runtime.cores import cores  # noqa: PLC0415  # as above
+
+            clock = wait.HostClock() if device.type == "cpu" else wait.DeviceClock(device)
+            loaders = [feed.loader for feed in self.supply.feeds]
+            session.waits = wait.Waits(clock, lambda: wait.remedy(loaders, cores(), config.num_workers))
+        found: Waits = session.waits
+        return found
 
     def _here(self, drawn: int) -> Place:
         place = self.supply.place(drawn)

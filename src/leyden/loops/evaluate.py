@@ -63,7 +63,8 @@ class EvaluationLoop:
             return
         self.load_rng = rng_state() if fitting else None
         self.loader = batches.request(session, self.prefix, "sequential")
-        self.supply = batches.supply(session, self.loader)
+        step = getattr(session.module, _names(session, self.prefix).step)
+        self.supply = batches.supply(session, self.loader, self.prefix, step)
         limit = config.limit_test_batches if self.prefix == "test" else config.limit_val_batches
         self.max_batches = batches.limits(self.loader, str(self.stage), limit, f"limit_{self.prefix}_batches")
         if fitting:

@@ -28,8 +28,14 @@ def choose(session: Session, straight: Callable[..., Any]) -> tuple[Callable[...
         train = indexed_batch
     elif hooks.optimizer_step or any(needs_closure(optimizer) for optimizer in session.strategy.optimizers):
         train = closure_batch
+    draws = batches.takes(step, "dataloader_iter")
+    if session.config.cuda_graphs:
+        from leyden.loops.graphs import graphed  # noqa: PLC0415  # only runs that ask for graphs need it
+
+        why = None if train is straight else _WHY_NOT[train]
+        train = graphed(session, train, "training_step takes dataloader_iter" if draws else why)
     train = measured(train, session.profiler, "run_training_batch")
-    if not batches.takes(step, "dataloader_iter"):
+    if not draws:
         return train, batches.positional(step)
     for name in ("on_train_batch_start", "on_train_batch_end"):
         setattr(hooks, name, getattr(hooks, name).wrapped(_with_drawn_batch))
@@ -180,3 +186,11 @@ def _step(session: Session, opt: Optimization, index: int, batch_idx: int, evalu
             " step. Call optimizer.step(closure=optimizer_closure), or optimizer_closure() where there is no step."
         )
     opt.count(index)
+
+
+_WHY_NOT: dict[Callable[..., Any], str] = {
+    manual_batch: "optimization is manual",
+    indexed_batch: "training_step takes optimizer_idx",
+    closure_batch: "an optimizer runs training_step inside its own step, or the module overrides optimizer_step",
+}
+"""Why a way to train cannot be captured as a CUDA graph."""

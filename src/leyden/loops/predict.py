@@ -82,7 +82,7 @@ class PredictLoop:
     def _run(self, session: Session, indices: list[Callable[[int], list[int]]], keep: bool) -> None:
         hooks, module = session.hooks, session.module
         assert self.loader is not None
-        supply = batches.supply(session, self.loader)
+        supply = batches.supply(session, self.loader, "predict", module.predict_step)
         supply.start_epoch("predict", None)
         iterator = supply.triples()
         modes = {child: child.training for child in module.modules()}

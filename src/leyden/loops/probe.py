@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import random
+import re
 import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -166,7 +169,8 @@ class Probe(Callback):
         for path, value in _leaves(tree):
             if isinstance(value, Tensor):
                 kept = None
-                if value.layout is torch.strided and value.numel() <= self._room:
+                whole = value.layout is torch.strided and not (value.is_nested or value.is_quantized)
+                if whole and value.numel() <= self._room:
                     self._room -= value.numel()
                     kept = value.detach().to("cpu", copy=True)
                 found[path] = ["tensor", _tensor_digest(value), kept]
@@ -206,30 +210,57 @@ def watch(trainer: Any, fit: Any, task: Task, *args: Any, **kwargs: Any) -> None
         kwargs.pop("ckpt_path")  # a run that begins is as good
     with contextlib.suppress(Enough):
         fit(*args, **kwargs)
-    probe.write()
+    if trainer.is_global_zero:  # all processes of a fit have one task, and so one file
+        probe.write()
 
 
 # --------------------------------------------------------------------------------------------- trees
 
 
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _leaves(tree: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
     """Yield path and value of each leaf: tensors, and plain values; of anything else a text that tells two apart."""
+    if isinstance(tree, Tensor) or type(tree) in _PLAIN:
+        yield path, tree
+        return
+    if id(tree) in above:
+        return  # it contains itself
+    above = (*above, id(tree))
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+            yield from _leaves(value, f"{path}.{key}" if path else str(key), above)
     elif isinstance(tree, (list, tuple)):
         for number, value in enumerate(tree):
-            yield from _leaves(value, f"{path}[{number}]")
-    elif isinstance(tree, Tensor) or tree is None or type(tree) in (bool, int, float, str):
-        yield path, tree
-    elif hasattr(tree, "item") and getattr(tree, "ndim", None) == 0:
-        yield path, tree.item()
-    elif hasattr(tree, "tobytes"):
-        yield path, _digest(tree.tobytes())
-    elif isinstance(tree, (bytes, complex)):
-        yield path, repr(tree)
-    elif hasattr(tree, "__dict__") and not callable(tree):
-        yield from _leaves(vars(tree), path)
+            yield from _leaves(value, f"{path}[{number}]", above)
+    elif isinstance(tree, (set, frozenset)):
+        yield path, str(sorted(map(_text, tree)))
+    elif hasattr(tree, "tobytes"):  # arrays, numbers of numpy's, images
+        yield from _bytes_of(tree, path, above)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        own = {each.name: getattr(tree, each.name, None) for each in dataclasses.fields(tree)}
+        yield from _leaves({**own, **getattr(tree, "__dict__", {})}, path, above)
+    elif hasattr(tree, "__dict__") and not callable(tree) and not isinstance(tree, Enum):
+        yield from _leaves(vars(tree), path, above)
+    elif not callable(tree):
+        yield path, _text(tree)
+
+
+def _bytes_of(array: Any, path: str, above: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    if getattr(array, "ndim", None) == 0:
+        value = array.item()
+        yield path, value if type(value) in _PLAIN else _text(value)
+    elif getattr(getattr(array, "dtype", None), "hasobject", False):  # its bytes are addresses
+        yield from _leaves(array.tolist(), path, above)
+    else:
+        about = f"{getattr(array, 'dtype', '')} {getattr(array, 'shape', getattr(array, 'size', ''))} "
+        yield path, _digest(about.encode() + array.tobytes())
+
+
+def _text(value: Any) -> str:
+    """Return ``repr`` without addresses, which another process has others of."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _named(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
@@ -249,9 +280,12 @@ def _digest(data: bytes | str) -> str:
 
 def _tensor_digest(tensor: Tensor) -> str:
     plain = tensor.detach().cpu()
+    if plain.is_nested:
+        return _digest(" ".join(map(_tensor_digest, plain.unbind())))
     about = f"{plain.dtype} {tuple(plain.shape)} "
     if plain.layout is not torch.strided or plain.is_quantized:
         plain = plain.to_dense() if not plain.is_quantized else plain.dequantize()
+    plain = plain.resolve_conj().resolve_neg()
     return _digest(about.encode() + plain.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 

@@ -267,27 +267,22 @@ def callbacks(
                 f"Trainer(callbacks={_shown(item)}): a callback must be a Callback object, not"
                 f" {'a class' if isinstance(item, type) else type(item).__name__}.{_made(item)}"
             )
-    from_ours = {name: load(target) for name, target in _CALLBACKS.items()}
-    _contradiction(found, from_ours["Checkpoint"], "enable_checkpointing", explicit)
-    _contradiction(found, from_ours["ProgressBar"], "enable_progress_bar", explicit)
-    _contradiction(found, from_ours["ModelSummary"], "enable_model_summary", explicit)
-
-    def has(name: str) -> bool:
-        return any(isinstance(item, from_ours[name]) for item in found)
-
-    if sum(isinstance(item, from_ours["ProgressBar"]) for item in found) > 1:
-        names = [type(item).__name__ for item in found if isinstance(item, from_ours["ProgressBar"])]
+    _contradiction(_of_kind(found, "Checkpoint"), "enable_checkpointing", explicit)
+    _contradiction(_of_kind(found, "ProgressBar"), "enable_progress_bar", explicit)
+    _contradiction(_of_kind(found, "ModelSummary"), "enable_model_summary", explicit)
+    if len(bars := _of_kind(found, "ProgressBar")) > 1:
+        names = [type(item).__name__ for item in bars]
         raise MisconfigurationException(f"Trainer(callbacks=...) holds {len(names)} progress bars ({names}); give one.")
     if config.max_time is not None and any(type(item).__name__ == "Timer" for item in found):
         rank_zero_info(f"Trainer(max_time={config.max_time!r}) is passed over: there is a Timer in callbacks.")
     elif config.max_time is not None:
         found.append(load("leyden.callbacks.timer:Timer")(parse_duration(config.max_time, "max_time"), interval="step"))
-    if bar and not has("ProgressBar"):
+    if bar and not _of_kind(found, "ProgressBar"):
         found.append(load("leyden.callbacks.progress:default_bar")())
-    if summary and not has("ModelSummary"):
-        found.append(from_ours["ModelSummary"]())
+    if summary and not _of_kind(found, "ModelSummary"):
+        found.append(load("leyden.callbacks.model_summary:ModelSummary")())
     found += _from_entry_points()
-    if checkpointing and not has("Checkpoint"):
+    if checkpointing and not _of_kind(found, "Checkpoint"):
         found.append(load("leyden.callbacks.checkpoint:ModelCheckpoint")())
     check_keys(found)
     return in_order(found)
@@ -300,8 +295,18 @@ _CALLBACKS = {
 }
 
 
-def _contradiction(found: Iterable[Any], kind: type, switch: str, explicit: Mapping[str, Any]) -> None:
-    clash = next((item for item in found if isinstance(item, kind)), None)
+def _of_kind(found: Iterable[Any], name: str) -> list[Any]:
+    """Return those of one kind of callbacks; a class that has not been imported has no objects."""
+    module, _, kind = _CALLBACKS[name].partition(":")
+    return (
+        [item for item in found if isinstance(item, getattr(sys.modules[module], kind))]
+        if module in sys.modules
+        else []
+    )
+
+
+def _contradiction(found: Iterable[Any], switch: str, explicit: Mapping[str, Any]) -> None:
+    clash = next(iter(found), None)
     if clash is not None and explicit.get(switch) is False:
         raise MisconfigurationException(
             f"Trainer({switch}=False) contradicts the {type(clash).__name__} in callbacks: drop one of the two."

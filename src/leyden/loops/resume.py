@@ -10,6 +10,7 @@ from typing import Any
 from leyden import files
 from leyden.callbacks.checkpoint_files import default_folder, paths_in
 from leyden.errors import CheckpointDamagedError, CheckpointError, MisconfigurationException, PossibleUserWarning
+from leyden.folders import stand_ins
 from leyden.hooks import is_written
 from leyden.loggers.base import Logger
 from leyden.loggers.folder import FolderLogger
@@ -83,6 +84,8 @@ class _Places:
     """
 
     def __init__(self, trainer: TrainerCore) -> None:
+        endings = [getattr(each, "FILE_EXTENSION", None) for each in trainer.checkpoint_callbacks]
+        self.suffixes = tuple(dict.fromkeys([files.SUFFIX, *(each for each in endings if each)]))
         self.named = list(dict.fromkeys(path for each in trainer.checkpoint_callbacks for path in _folders(each)))
         self.looked: list[str] = list(self.named)
         logger = trainer.loggers[0] if trainer.loggers else None
@@ -104,7 +107,7 @@ class _Places:
             if trainer.log_dir:
                 runs[0].append(os.path.join(trainer.log_dir, "checkpoints"))
             self.looked += runs[0]
-        dated = [(written, run) for run in runs if (written := max(map(_last_written, run))) > 0]
+        dated = [(written, run) for run in runs if (written := max(map(self._last_written, run))) > 0]
         self.runs = [run for _, run in sorted(dated, key=lambda pair: -pair[0])]
 
     def __str__(self) -> str:
@@ -120,23 +123,32 @@ class _Places:
         found, damaged = [], []
         for folder in folders:
             try:
-                if (path := files.newest(folder)) is not None:
+                if (path := files.newest(folder, self.suffixes)) is not None:
                     found.append(path)
             except CheckpointDamagedError as error:  # another folder may have a good one
                 damaged.append(error)
         if not found:
             if damaged:
                 raise damaged[0]
-            if any(_last_written(folder) for folder in folders):
+            if unusable := [folder for folder in folders if self._last_written(folder)]:
                 raise CheckpointError(
-                    f"ckpt_path='last': none of the checkpoints in {[f for f in folders if _last_written(f)]} can be used;"
-                    " the warnings above say why. Remove them to begin anew, or give the path of another."
+                    f"ckpt_path='last': none of the checkpoints in {unusable} can be used; the warnings above say why."
+                    " Remove them to begin anew, or give the path of another."
                 )
             return None
         latest = max(found, key=_written)
         marks = _marks(latest)
         same_run = [path for path in found if path == latest or marks & _marks(path)]
         return max(same_run, key=lambda path: (_step(path), _written(path)))
+
+    def _last_written(self, folder: str) -> float:
+        """When the newest checkpoint in ``folder`` was written, in seconds since 1970; 0 if there is none."""
+        names = [path for path in paths_in(folder) if path.endswith(self.suffixes)]
+        names = [path for path in names if not os.path.basename(path).startswith(".")]
+        if not files.is_remote(folder):
+            # committed, but its process died before it got its name
+            names += map(str, stand_ins(files.local_path(folder)))
+        return max(map(_written, names), default=0.0)
 
 
 def _folders(callback: Any) -> list[str]:
@@ -152,12 +164,6 @@ def _step(path: Any) -> int:
 def _marks(path: Any) -> set[str]:
     ours: Any = skim(path).get("leyden")
     return set(ours.get("marks", ())) if isinstance(ours, Mapping) else set()
-
-
-def _last_written(folder: str) -> float:
-    """When the newest checkpoint in ``folder`` was written, in seconds since 1970; 0 if there is none."""
-    names = [path for path in paths_in(folder) if path.endswith(files.SUFFIX)]
-    return max((_written(path) for path in names if not os.path.basename(path).startswith(".")), default=0.0)
 
 
 def _written(path: Any) -> float:
@@ -191,7 +197,7 @@ def continue_runs(loggers: Iterable[Any], path: Any) -> None:
         if state is not None:
             states.remove(state)
             if callable(take):
-                take(state)
+                take({**state, "checkpoint": str(path)})
 
 
 def rewind(loggers: Iterable[Any]) -> None:

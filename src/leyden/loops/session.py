@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from leyden.config import TrainerConfig
 from leyden.datamodule import LightningDataModule
@@ -24,7 +24,11 @@ from leyden.signals import Interrupt
 from leyden.strategies.base import Strategy
 from leyden.types import RunningStage, TrainerView
 
+if TYPE_CHECKING:
+    from leyden.data.resident import Shelf
+
 _LENT = ("log", "log_dict")
+_TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class TrainerCore(TrainerView, Protocol):
@@ -64,6 +68,13 @@ class Session:
     """What several processes tell each other where they meet; None for one process."""
     position: Any = None
     """Where a resumed fit stood in its data; None once it is there."""
+    supplies: dict[str, Any] = field(default_factory=dict)
+    """What the loops draw from, by prefix."""
+    workers: dict[str, list[int | None]] = field(default_factory=dict)
+    """How many workers were chosen for each loader, by prefix; None for one that has those that its owner gave it."""
+    waits: Any = None
+    """What measures the waits for data."""
+    _shelf: Shelf | None = None
 
     @property
     def config(self) -> TrainerConfig:
@@ -91,8 +102,9 @@ class Session:
         """Call the ``setup`` hooks and let the module build itself."""
         module = self.module
         for logger in self.trainer.loggers:
-            # loggers create their run when first asked; hooks may ask for its name and folder from here on
-            _ = getattr(logger, "experiment", None)
+            # hooks may ask for the name and folder of the run from here on
+            begin = getattr(logger, "begin", None)
+            _ = begin() if callable(begin) else getattr(logger, "experiment", None)
         self.agree_on_versions()
         if self.datamodule is not None:
             self.datamodule.setup(stage)
@@ -167,12 +179,32 @@ class Session:
         if self.across is not None:
             self.across.close()
         self.module.log_into(None)
+        if self._shelf is not None:
+            self._shelf.release()
         if self.undo is not None:
             self.undo()
         for callback in callbacks:
             for name in _LENT:
                 if getattr(vars(callback).get(name), "__self__", None) is self.module:
                     delattr(callback, name)
+
+    def shelf(self, draws: bool = False) -> Shelf | None:
+        """Return what keeps small data sets on the device for the length of the run; None where batches begin on the host.
+
+        ``draws`` as for ``transfer``.
+        """
+        device = self.strategy.root_device
+        if device.type == "cpu" or draws or _converts(self.strategy.precision) or not self.config.fast_data:
+            return None
+        # not from the hooks: loaders may be asked for before these are bound
+        owners = ((self.datamodule, LightningDataModule), (self.module, LightningModule))
+        if any(owner is not None and is_written(owner, name, base) for owner, base in owners for name in _TRANSFER):
+            return None
+        if self._shelf is None:
+            from leyden.data.resident import Shelf  # noqa: PLC0415  # only where there is a device
+
+            self._shelf = Shelf(device)
+        return self._shelf
 
     def transfer(self, draws: bool = False) -> Callable[[Any, int], Any] | None:
         """Return the function that brings a batch to the device, or None if there is nothing to do.
@@ -181,17 +213,24 @@ class Session:
         """
         if draws:
             return None
-        hooks, strategy, module = self.hooks, self.strategy, self.module
+        strategy, module = self.strategy, self.module
+        hooks = self.hooks
         before, move, after = (
             hooks.on_before_batch_transfer,
             hooks.transfer_batch_to_device,
             hooks.on_after_batch_transfer,
         )
         precision, device = strategy.precision, strategy.root_device
-        converts = type(precision).convert_input is not Precision.convert_input
+        converts = _converts(precision)
         if device.type == "cpu" and not (before or move or after or converts):
             return None  # loaders deliver host memory: nothing to move
-        move_batch = move or module.transfer_batch_to_device
+        move_batch: Callable[..., Any] = move or module.transfer_batch_to_device
+        if device.type == "cuda" and self.config.fast_data and not move:
+            from leyden.loops.ahead import Ahead, Lane  # noqa: PLC0415  # only runs on CUDA copy batches ahead
+
+            move_batch = ahead = Ahead(device, Lane(device))
+            if not (before or after or converts):
+                return ahead
 
         def bring(batch: Any, dataloader_idx: int = 0) -> Any:
             if converts:
@@ -202,3 +241,7 @@ class Session:
             return after(batch, dataloader_idx) if after else batch
 
         return bring
+
+
+def _converts(precision: Precision) -> bool:
+    return type(precision).convert_input is not Precision.convert_input

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from typing import Any
 
@@ -96,7 +97,15 @@ def make_session(
 def configure_optimizers(session: Session) -> None:
     """Ask the module for its optimizers and hand them to the strategy."""
     module, config = session.module, session.config
-    returned = module.configure_optimizers()
+    # the first optimizer of a process makes torch import a thousand modules; a third of that time is Python looking
+    # through all of them for garbage, again and again
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        returned = module.configure_optimizers()
+    finally:
+        if collects:
+            gc.enable()
     if returned is None:
         rank_zero_warn("configure_optimizers() returned None: this fit runs without an optimizer.")
         returned = NoOptimizer()
@@ -111,6 +120,13 @@ def configure_optimizers(session: Session) -> None:
             f"configure_optimizers() returned {len(optimizers)} optimizers; with semantics='lightning' that takes manual"
             " optimization: set self.automatic_optimization = False."
         )
+    for optimizer in optimizers:
+        if (fused := getattr(optimizer, "_leyden_fused", None)) is not None:
+            fused.undo(optimizer)  # by an earlier fit, which had the same object
+    if config.fused_optimizers:
+        from leyden.loops.fused import fuse  # noqa: PLC0415  # only runs that ask for it
+
+        fuse(optimizers, module)
     session.strategy.optimizers, session.strategy.lr_scheduler_configs = optimizers, schedules
     optimization = session.optimization = Optimization(session)
     session.strategy.set_optimizers(optimizers, schedules, optimization.step_with_closure, optimization.backward)

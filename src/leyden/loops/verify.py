@@ -262,7 +262,7 @@ def _describe(kind: str, path: str, here: Any, there: Any, when: str) -> str:
 
 def _tensors(here: Tensor | None, there: Tensor | None) -> str:
     if here is None or there is None:
-        return "the values differ (it is too large to say by how much)."
+        return "the values differ (of this kind, or of this size, it is not said by how much)."
     if here.shape != there.shape or here.dtype != there.dtype:
         return f"{tuple(here.shape)} {here.dtype} without a break, {tuple(there.shape)} {there.dtype} resumed."
     if here.numel() == 1:
@@ -280,17 +280,16 @@ def _begin(tensor: Tensor) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "nothing" if value is None else f"a tensor {_begin(value[2])}" if _is_tensor(value) else repr(value)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and isinstance(value[2], Tensor)
+    if isinstance(value, list):
+        return "a tensor" if value[2] is None else f"a tensor {_begin(value[2])}"
+    return "nothing" if value is None else repr(value)
 
 
 def _hint(kind: str, here: Mapping[str, Any], there: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
     apart = [path for path in here if path in there and here[path] != there[path]]
     if kind == "batch":  # the module has no part in it
-        apart = [path for path in apart if not path.startswith("self.")]
+        # nor have tensors: those of the data are the data, and no state that one could save
+        apart = [path for path in apart if not path.startswith("self.") and not str(here[path]).startswith("tensor ")]
     generators = [path for path in apart if _is_generator(here[path])]
     if kind == "batch" and whole.get("stateless"):
         return (

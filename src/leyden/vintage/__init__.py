@@ -23,6 +23,7 @@ from types import MethodType
 from typing import Any, Generic, TypeVar, cast
 
 from leyden import files
+from leyden.errors import CheckpointDamagedError
 from leyden.hooks import is_written
 from leyden.hparams import AttributeDict, constructor_kwargs, load_hparams_from_tags_csv, running_arguments
 from leyden.loading import apply_state_dict
@@ -89,11 +90,17 @@ def earlier_session(trainer: Any, wishes: Any) -> Any:
         return None  # training cannot go on from weights alone
     folders = [folder for each in savers if (folder := getattr(each, "dirpath", None))]
     # several versions may share a callback's folder
-    found = [
-        files.newest(f"{trainer.log_dir}/checkpoints"),
-        files.newest(folders, since=getattr(trainer.logger, "began", math.inf)),
-    ]
-    return max((path for path in found if path), key=lambda path: files.recorded_step(path) or 0, default=None)
+    began = getattr(trainer.logger, "began", math.inf)
+    found, damaged = [], []
+    for places, since in ((f"{trainer.log_dir}/checkpoints", -math.inf), (folders, began)):
+        try:
+            found.append(files.newest(places, since=since))
+        except CheckpointDamagedError as error:  # the other may have a good one
+            damaged.append(error)
+    newest = max((path for path in found if path), key=lambda path: files.recorded_step(path) or 0, default=None)
+    if newest is None and damaged:
+        raise damaged[0]
+    return newest
 
 
 def writes_2019(module: Any) -> bool:

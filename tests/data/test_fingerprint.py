@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two readings of an object differ as soon as anything in it has changed, and what cannot be known has none."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import random
+import re
+import threading
+from abc import ABC
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_collate
+
+from leyden.data import fingerprint
+from leyden.data.fingerprint import Itself, UnknownError, read
+from leyden.data.generators import find
+
+LEVEL = 1
+TABLE = {"level": 1}
+
+
+class Reads:
+    def __call__(self) -> int:
+        return LEVEL + TABLE["level"]
+
+
+class Slots:
+    __slots__ = ("at",)
+
+    def __init__(self) -> None:
+        self.at = 0
+
+
+class Point(NamedTuple):
+    x: int
+    y: list[int]
+
+
+class Counts(Reads, ABC):
+    seen = 0
+
+
+def _set(name: str, value: Any) -> Callable[[Any], None]:
+    return lambda target: setattr(target, name, value)
+
+
+def _at(index: Any, value: Any) -> Callable[[Any], None]:
+    def change(target: Any) -> None:
+        target[index] = value
+
+    return change
+
+
+def _namespace(**values: Any) -> SimpleNamespace:
+    return SimpleNamespace(**values)
+
+
+LARGE = np.zeros(1_000_003, dtype=np.int32)
+
+CHANGES: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "number": (_namespace(a=1), _set("a", 2)),
+    "type of a number": (_namespace(a=1), _set("a", True)),
+    "new attribute": (_namespace(a=1), _set("b", 1)),
+    "none": (_namespace(a=None), _set("a", 0.0)),
+    "long list": (list(range(50_000)), _at(33_333, -1)),
+    "files of an image folder": ([(f"{i}.png", i % 3) for i in range(1000)], _at(700, ("700.png", 0))),
+    "list of lists": ([[i] for i in range(100)], lambda target: target[50].append(1)),
+    "dict": ({"a": {"b": 1}}, lambda target: target["a"].update(b=2)),
+    "key": (OrderedDict(a=1), lambda target: target.update(b=target.pop("a"))),
+    "set": ({1, 2}, lambda target: target.add(3)),
+    "deque": (deque([1], maxlen=2), lambda target: target.append(1)),
+    "bytearray": (bytearray(3), _at(0, 1)),
+    "tuple with a name": (Point(1, []), lambda target: target.y.append(1)),
+    "slots": (Slots(), _set("at", 1)),
+    "subclass of a list": (type("Own", (list,), {})(), _set("a", 1)),
+    "tensor in place": ([torch.zeros(3)], lambda target: target[0].add_(1)),
+    "another tensor": ([torch.zeros(3)], _at(0, torch.zeros(3))),
+    "parameter": (nn.Linear(2, 2), lambda target: nn.init.zeros_(target.weight)),
+    "tensor past its version": ([torch.zeros(3)], lambda target: target[0].data.add_(1)),
+    "tensor of another kind": ([torch.zeros((), dtype=torch.bfloat16)], lambda target: target[0].data.add_(1)),
+    "small array": (np.zeros((3, 4)), _at((2, 3), 1)),
+    "shape": ([np.zeros(6)], lambda target: _at(0, target[0].reshape(2, 3))(target)),
+    "large array": (LARGE, _at(654_321, 1)),
+    "end of a large array": (np.zeros(1_000_003, dtype=np.int32), _at(-1, 1)),
+    "rows swapped": (np.arange(2_000_000).reshape(-1, 100), lambda target: np.random.default_rng(0).shuffle(target)),
+    "array of objects": (np.array([[1], 2], dtype=object), lambda target: target[0].append(1)),
+    "generator": (np.random.default_rng(0), lambda target: target.random()),
+    "generator of torch": (torch.Generator(), lambda target: torch.rand(1, generator=target)),
+    "generator of python": (random.Random(0), lambda target: target.random()),
+    "subset": (Subset(TensorDataset(torch.zeros(3)), [0, 1]), lambda target: target.indices.append(2)),
+    "nested": (ConcatDataset([TensorDataset(torch.zeros(3))]), lambda target: target.datasets[0].tensors[0].add_(1)),
+    "partial": (functools.partial(max, [1]), lambda target: target.args[0].append(1)),
+    "default": (lambda x, seen=[]: seen, lambda target: target(1).append(1)),
+    "bound method": (deque([1]).append, lambda target: target(1)),
+    "class": (Counts(), lambda _: setattr(Counts, "seen", Counts.seen + 1)),
+    "function of a class": (Counts(), lambda _: setattr(Counts, "other", lambda self: 1)),
+    "global": (Reads(), lambda _: globals().update(LEVEL=LEVEL + 1)),
+    "global dict": (Reads().__call__, lambda _: TABLE.update(level=TABLE["level"] + 1)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_seen_and_nothing_else(name: str) -> None:
+    value, change = CHANGES[name]
+    before = read([value])
+    assert read([value]) == before
+    change(value)
+    assert read([value]) != before
+
+
+def test_what_a_function_encloses() -> None:
+    level = 1
+
+    def read_level() -> int:
+        return level
+
+    before = read([read_level])
+    assert read([read_level]) == before
+    level = 2
+    assert read([read_level]) != before
+
+
+def test_what_is_equal_and_not_the_same() -> None:
+    first, second = object(), object()
+    assert Itself(first) == Itself(first) != Itself(second)
+    assert Itself(None) == Itself(None)
+    assert Itself(first) != first
+    tensor = torch.zeros(1)
+    gone = Itself(tensor)
+    assert gone == Itself(tensor)
+    del tensor
+    assert gone != Itself(torch.zeros(1))
+
+
+def test_circles_and_what_comes_twice() -> None:
+    circle: list[Any] = [1]
+    circle.append(circle)
+    assert read([circle]) == read([circle])
+    shared = [1]
+    assert read([[shared, shared]]) != read([[shared, [1]]])
+
+
+def test_generators_that_are_seeded_do_not_count() -> None:
+    data = _namespace(rng=np.random.default_rng(0), draw=random.random, other=np.random.rand, third=random.randint)
+    seeded = list(find({"data": data}).values())
+    before = read([data], seeded)
+    for draw in (data.rng.random, data.draw, data.other, lambda: data.third(1, 9), lambda: torch.rand(1)):
+        draw()
+        assert read([data], seeded) == before
+
+
+def test_what_is_common_in_data_sets_can_be_read() -> None:
+    data = _namespace(
+        root=Path("here"), pattern=re.compile("a"), lock=threading.Lock(), log=logging.getLogger("x"), add=np.add,
+        collate=default_collate, dtype=torch.float32, kind=np.dtype("f4"), number=np.float32(1), module=random,
+    )  # fmt: skip
+    assert read([data]) == read([data])
+
+
+def test_arrays_that_nobody_can_write_to_are_not_read() -> None:
+    array = np.zeros(1 << 20)
+    array.flags.writeable = False
+    assert any(isinstance(fact, Itself) for fact in read([array]))
+    assert not any(isinstance(fact, Itself) for fact in read([LARGE]))
+
+
+def test_tables_of_pandas() -> None:
+    pandas = pytest.importorskip("pandas")
+    names = [f"{i}.png" for i in range(100)]
+    table = pandas.DataFrame({"file": names, "label": range(100), "time": pandas.date_range("2020", periods=100)})
+    before = read([_namespace(table=table)])
+    _ = table.iloc[3], table.loc[5], table["label"].to_numpy(), table.label.sum()  # fills what pandas keeps ready
+    assert read([_namespace(table=table)]) == before
+    for change in (
+        lambda: table.__setitem__("more", 1), lambda: table.iloc.__setitem__((3, 1), 7),
+        lambda: table.iloc.__setitem__((50, 0), "other.png"), lambda: setattr(table, "index", range(1, 101)),
+    ):  # fmt: skip
+        change()
+        assert read([_namespace(table=table)]) != before
+        before = read([_namespace(table=table)])
+
+
+def test_large_files_mapped_into_memory_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_bytes(bytes(2 << 20))
+    tokens = np.memmap(tmp_path / "tokens", dtype=np.uint16, mode="r")
+    assert any(isinstance(fact, Itself) for fact in read([tokens]))
+    assert read([tokens]) == read([tokens])
+    with pytest.raises(UnknownError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fingerprint, "BYTES", 1 << 20)
+        read([np.memmap(tmp_path / "tokens", dtype=np.uint16, mode="c")])
+
+
+def test_objects_of_libraries_that_are_not_written_in_python_are_unknown() -> None:
+    yaml = pytest.importorskip("yaml")
+    if not hasattr(yaml, "CParser"):
+        pytest.skip("yaml is written in Python here")
+    with pytest.raises(UnknownError, match="CParser, whose state"):
+        read([yaml.CParser("a: 1")])
+
+
+def _endless(monkeypatch: pytest.MonkeyPatch, name: str, limit: int) -> None:
+    monkeypatch.setattr(fingerprint, name, limit)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        iter([1]), itertools.count(), (i for i in [1]), (_ for _ in ()), np.zeros((3000, 3000))[:, ::2],
+        memoryview(b"a"),
+    ],
+    ids=["iterator", "count", "generator", "empty generator", "large and not in one piece", "cannot be pickled"],
+)  # fmt: skip
+def test_what_cannot_be_known_has_no_reading(value: Any) -> None:
+    with pytest.raises(UnknownError):
+        read([[value]])
+
+
+def test_an_open_file_has_no_reading(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file, pytest.raises(UnknownError):
+        read([file])
+
+
+def test_inference_tensors_have_no_reading() -> None:
+    with torch.inference_mode():
+        tensor = torch.zeros(2)
+    with pytest.raises(UnknownError):
+        read([tensor])
+
+
+@pytest.mark.parametrize(("name", "value"), [("ITEMS", [1] * 11), ("OBJECTS", [[i] for i in range(11)])])
+def test_too_much_has_no_reading(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -> None:
+    read([value])
+    _endless(monkeypatch, name, 10)
+    with pytest.raises(UnknownError, match="more than 10"):
+        read([value])
+
+
+def test_arrays_that_are_too_large_have_no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    _endless(monkeypatch, "BYTES", 1 << 20)
+    with pytest.raises(UnknownError, match="large"):
+        read([LARGE])
