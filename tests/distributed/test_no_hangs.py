@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,10 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAccuracy
 
 import leyden as L
+from leyden import files
+from leyden.callbacks import ModelCheckpoint
 from leyden.errors import PossibleUserWarning
+from leyden.runtime import collective
 from ranks import Net, data, make_trainer, on_ranks
 
 # ---------------------------------------------------------------------------------------------- what is logged
@@ -308,3 +312,29 @@ def test_d2_no_property_of_the_trainer_waits_for_another_rank() -> None:
     read, none = on_ranks(2, _properties)
     assert read > 40
     assert none == 0
+
+
+class _Fails(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 3 and self.global_rank == 0:
+            raise ValueError("broken on rank 0")
+        return super().training_step(batch, batch_idx)
+
+
+def _saves_on_exception(folder: Path) -> Any:
+    saving = ModelCheckpoint(folder, save_on_exception=True)
+    trainer = make_trainer(max_epochs=1, callbacks=[saving], enable_checkpointing=True)
+    try:
+        trainer.fit(_Fails(), DataLoader(data(24), 2))
+    except Exception as error:
+        collective.part()  # as at the end of the process: the other rank is cut off
+        return type(error).__name__
+    return None
+
+
+def test_d6_what_is_saved_when_a_rank_raises_waits_for_no_other_one(tmp_path: Path) -> None:
+    first, second = on_ranks(2, _saves_on_exception, tmp_path)
+    assert first == "ValueError"
+    assert second == "RuntimeError"
+    (saved,) = tmp_path.glob("*.ckpt")
+    assert files.load(saved)["global_step"] == 3

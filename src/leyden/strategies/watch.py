@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -182,7 +183,11 @@ class Watch:
                 f"\nleyden: rank {self.rank} of {self.size} ends, because another one has failed: {failed}",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
+            main = sys._current_frames().get(threading.main_thread().ident or 0)  # noqa: SLF001  # no other way
+            print(f"leyden: rank {self.rank} waits here:", file=sys.stderr)
+            traceback.print_stack(main, file=sys.stderr)
             sys.stdout.flush()
+            sys.stderr.flush()
         self.leave(1)
 
 
