@@ -25,14 +25,14 @@ from leyden.errors import MisconfigurationException
 from leyden.runtime.world import OURS, World
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
-_SERVED: dict[int, Store] = {}
-"""The store that process ``pid`` serves, so that it lives as long as that: a copy of the process has none."""
+_STORES: dict[int, Store] = {}
+"""The connection of process ``pid`` to the store at which all meet, in rank 0 with the store itself: a forked process has
+none yet. One is enough, and each costs a look-up of the address that may take seconds."""
 
 
 def serve() -> int:
     """Open the store at which the processes of this machine will meet, at a free port of 127.0.0.1; return the port."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    _SERVED[os.getpid()] = store
+    store = _STORES[os.getpid()] = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     return int(store.port)
 
 
@@ -55,21 +55,10 @@ def meet(world: World, backend: str, timeout: timedelta) -> None:
                 " the same number; one device can always be used."
             )
         return
-    store = _SERVED.get(os.getpid())
     with _loopback(world):
         try:
-            if world.starter == "torchrun":
-                dist.init_process_group(
-                    backend, init_method="env://", rank=world.rank, world_size=world.size, timeout=timeout
-                )
-            else:
-                served = os.environ.get(OURS) == "spawn"  # by the process that called
-                store = store or _connect(world, timeout, serves=world.rank == 0 and not served)
-                _SERVED[os.getpid()] = store
-                group_store = PrefixStore("group", store)
-                dist.init_process_group(
-                    backend, store=group_store, rank=world.rank, world_size=world.size, timeout=timeout
-                )
+            store = PrefixStore("group", store_of(world, timeout))
+            dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
         except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
             raise MisconfigurationException(
                 f"Rank {world.rank} of {world.size} could not meet the others at {world.address}:{world.port} within"
@@ -79,21 +68,25 @@ def meet(world: World, backend: str, timeout: timedelta) -> None:
     atexit.register(part)
 
 
+def store_of(world: World, timeout: timedelta = timedelta(seconds=30)) -> Store:
+    """Return the key-value store of the processes; reading and writing it is no collective, and works in any thread."""
+    store = _STORES.get(os.getpid())
+    if store is None:
+        # torchrun's own process may serve it; so does the process that called, where processes run one call of it
+        elsewhere = os.environ.get(OURS) == "spawn" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        serves = world.rank == 0 and not elsewhere and not dist.is_initialized()
+        store = _STORES[os.getpid()] = TCPStore(
+            world.address, world.port, None, is_master=serves, timeout=timeout, wait_for_workers=False
+        )
+    # the store of torchrun outlives the processes, which it may start anew
+    return PrefixStore(f"leyden/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 def part() -> None:
     """Close the process group, if it is open."""
     if dist.is_initialized():
         gc.collect()  # whatever still holds the group would keep its threads, which must not outlive the interpreter
         dist.destroy_process_group()
-
-
-def connection(world: World, timeout: timedelta = timedelta(seconds=30)) -> Store:
-    """Return a connection of its own to the store, for a thread that must not wait for others."""
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store of torchrun outlives the processes
-    return PrefixStore(f"leyden/{restart}", _connect(world, timeout, serves=False))
-
-
-def _connect(world: World, timeout: timedelta, serves: bool) -> Store:
-    return TCPStore(world.address, world.port, None, is_master=serves, timeout=timeout, wait_for_workers=False)
 
 
 def _first_line(error: BaseException) -> str:

@@ -201,7 +201,7 @@ class DDPStrategy(Strategy):
             from leyden.strategies.watch import Watch  # noqa: PLC0415  # where there is somebody to watch
 
             self._watch = Watch(
-                collective.connection(world), f"run{next(_RUNS)}", world.rank, world.size, interrupt, batches
+                collective.store_of(world), f"run{next(_RUNS)}", world.rank, world.size, interrupt, batches
             )
 
     def land(self) -> None:

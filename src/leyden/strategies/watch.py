@@ -37,7 +37,7 @@ class Watch:
     those that wait for ever are ended.
 
     Args:
-        store: A connection to the store that nothing else uses.
+        store: The key-value store of the processes.
         name: Of the run: the same on all ranks, and of no other run.
         rank: Of this process.
         size: How many processes there are.
@@ -61,7 +61,7 @@ class Watch:
         self._last: int | None = None
         self._answered = False
         self._since = 0.0
-        self._lock = threading.Lock()  # one connection, two threads
+        self._lock = threading.Lock()  # two questions that belong together, two threads
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="leyden-watch", daemon=True)
         self._thread.start()
