@@ -292,3 +292,26 @@ def test_an_ordinary_step_exchanges_gradients_once_for_each_window_and_nothing_e
     for between, exchanges in on_ranks(2, _collectives):
         assert between == [0] * 15
         assert exchanges == 8  # 16 batches, windows of two, one bucket
+
+
+class _Ragged(Net):
+    """Batches of which an unequal part counts; the step says how much."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        counts = batch[2] % 3 > 0
+        losses = (self.layer(batch[0]) - batch[1]).square().reshape(-1)[counts]
+        return {"loss": losses.mean(), "num_items": int(counts.sum())}
+
+
+def _weighed(devices: int, accumulate: int) -> Any:
+    module = _Ragged()
+    trainer = make_trainer(devices, max_epochs=2, accumulate_grad_batches=accumulate)
+    trainer.fit(module, DataLoader(data(32), 8 // devices))
+    return torch.cat([p.detach().reshape(-1) for p in module.parameters()]).tolist()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_weights_that_a_step_declares_hold_over_all_ranks(accumulate: int) -> None:
+    zero, one = on_ranks(2, _weighed, 2, accumulate)
+    assert zero == one
+    assert zero == pytest.approx(_weighed(1, accumulate), abs=1e-5)

@@ -156,7 +156,7 @@ class FitLoop:
         else:
             if not isinstance(loss, Tensor) or not loss.requires_grad or loss.numel() != 1:
                 check_loss(loss, bool(session.hooks.backward))
-            if divisor > 1:
+            if divisor > 1 or opt.exchange is not None:
                 loss = weighted(opt, output, loss, divisor)
             if first:
                 opt.zero_grad(batch_idx)

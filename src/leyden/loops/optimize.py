@@ -126,7 +126,7 @@ class Optimization:
             self.exchange(optimizer)
         self.precision.unscale(optimizer)
         if self.window_weight is not None or self.rescale != 1.0:
-            factor = self.rescale if self.window_weight is None else _inverse(self.window_weight)
+            factor = self.rescale if self.window_weight is None else _inverse(self.weight_of_all())
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             if grads:
                 torch._foreach_mul_(grads, factor)
@@ -141,6 +141,12 @@ class Optimization:
                 self.module.configure_gradient_clipping(optimizer, value, algorithm)
             elif value:
                 self.strategy.clip_gradients(optimizer, value, algorithm or "norm")
+
+    def weight_of_all(self) -> Any:
+        """The weight that was declared for this window: with several processes, the mean over all."""
+        if self.exchange is None:
+            return self.window_weight
+        return self.strategy.reduce(torch.as_tensor(self.window_weight, dtype=torch.float32, device=self.module.device))
 
     def count(self, index: int) -> None:
         """Count a step of optimizer ``index``, unless the precision skipped it for its gradients."""
@@ -304,8 +310,8 @@ def declared(opt: Optimization, output: Any, divisor: int) -> Any:
     Raises:
         MisconfigurationException: when some batches of a window declare a weight and others do not.
     """
-    if divisor == 1 and opt.window_weight is None:
-        return None  # a window of one batch: its weight would cancel
+    if divisor == 1 and opt.window_weight is None and opt.exchange is None:
+        return None  # a window of one batch, of one process: its weight would cancel
     weight = output.get("num_items") if opt.weighs and isinstance(output, Mapping) else None
     opt.window_mixes = opt.window_mixes or weight is None
     if opt.window_mixes and (weight is not None or opt.window_weight is not None):

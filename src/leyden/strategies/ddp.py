@@ -466,7 +466,7 @@ class _Through:
         self.former = vars(module).get("forward")
         self.forward = module.forward
         self.step: Callable[..., Any] | None = None
-        self.counts = False
+        self.counts = self._weighs = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         step, self.step = self.step, None
@@ -475,16 +475,18 @@ class _Through:
         output = step(*args, **kwargs)
         if self.counts and (output is None or (isinstance(output, Mapping) and output.get("loss", 0) is None)):
             return self.nothing()
+        self._weighs = isinstance(output, Mapping) and "num_items" in output
         return output
 
-    def nothing(self) -> Tensor:
+    def nothing(self) -> Any:
         """A loss whose gradients are 0: the batch of a rank that skips it, so that the others need not wait."""
         rank_zero_warn(
             "training_step() returned None: with several processes the batch counts with gradients of 0, so that the"
             " other ranks get theirs."
         )
         parts = [(parameter * 0.0).sum() for parameter in self.module.parameters() if parameter.requires_grad]
-        return torch.stack(parts).sum()
+        loss = torch.stack(parts).sum()
+        return {"loss": loss, "num_items": 0.0} if self._weighs else loss
 
     def remove(self) -> None:
         """Give the module its forward back."""
