@@ -469,7 +469,8 @@ class Trainer(TrainerFace):
             )
             self._ckpt_wish = None
         given = self._ckpt_wish or given
-        self._ckpt_path = path = checkpoint_path(self, given, provided, self._cluster, self._vintage)
+        path = checkpoint_path(self, given, provided, self._cluster, self._vintage)
+        self._ckpt_path = path = self._strategy.broadcast(path)  # what is the newest may be seen at another moment
         return path
 
     def _sanity_check(self, session: Session) -> None:

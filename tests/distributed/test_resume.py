@@ -112,3 +112,26 @@ def test_one_process_goes_on_from_two_at_the_next_sample(tmp_path: Path) -> None
     assert any("was written by 2 processes, and 1 go on from it" in str(one.message) for one in caught)
     rest = [i for _, batch, *_ in module.record for i in batch]
     assert sorted(i for rank in done for batch in rank for i in batch) + rest == list(range(32))
+
+
+def _by_step(folder: Path) -> Any:
+    saving = ModelCheckpoint(folder, "{step}-{loss_step:.3f}", "loss_step", save_top_k=2, every_n_train_steps=2)
+    trainer = make_trainer(max_epochs=2, callbacks=[saving], enable_checkpointing=True)
+    trainer.fit(_Local(), DataLoader(data(16), 2), DataLoader(data(4), 2))
+    return sorted(saving.best_k_models), saving.best_model_path
+
+
+class _Local(Judged):
+    """Each rank monitors a value of its own."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.log("loss_step", loss + self.global_rank * (batch_idx % 3))
+        return loss
+
+
+def test_files_that_are_named_after_the_value_of_a_step_are_rank_zeros(tmp_path: Path) -> None:
+    (kept, best), _ = on_ranks(2, _by_step, tmp_path)
+    assert len(kept) == 2
+    assert best in kept
+    assert sorted(str(path) for path in tmp_path.glob("*.ckpt")) == kept
