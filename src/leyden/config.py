@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+
+import torch
 
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.types import Interval
@@ -219,6 +222,14 @@ def _check_clipping(config: TrainerConfig) -> None:
 def _check_speed(config: TrainerConfig) -> None:
     if not isinstance(config.compile, (bool, Mapping)):
         raise _bad("compile", config.compile, "True, False or a dict of arguments of torch.compile")
+    if isinstance(config.compile, Mapping):
+        known = [name for name in inspect.signature(torch.compile).parameters if name != "model"]
+        for name in config.compile:
+            if name not in known:
+                raise _bad(
+                    "compile", config.compile, f"a dict of arguments of torch.compile: {', '.join(known)}",
+                    did_you_mean(str(name), known),
+                )  # fmt: skip
     workers = config.num_workers
     if workers is not None and workers != "auto" and not (_is_int(workers) and int(workers) >= 0):
         raise _bad("num_workers", workers, "an int >= 0, 'auto' or None")

@@ -139,7 +139,7 @@ def misspelt(owner: Any, kind: str, base: type) -> Iterable[tuple[str, str]]:
     """
     names = {hook.name for hook in HOOKS if kind in hook.owners}
     theirs = [cls for cls in type(owner).__mro__ if cls not in base.__mro__]
-    used = {name for cls in theirs for method in vars(cls).values() for name in _names_in(method)}
+    used = {name for cls in theirs for method in vars(cls).values() for name in names_in(method)}
     for name in sorted({attribute for cls in theirs for attribute in vars(cls)}):
         # a method that the others call (shared_step, make_dataloader) is a helper, whatever its name
         if name in names or name in used or hasattr(base, name) or name.startswith("_"):
@@ -175,7 +175,7 @@ _FORMER = {
 }
 
 
-def _names_in(method: Any) -> Iterable[str]:
+def names_in(method: Any) -> Iterable[str]:
     """All names of attributes and functions that the code of a method mentions, functions within it included."""
     function = inspect.unwrap(getattr(method, "__func__", getattr(method, "fget", None) or method))
     codes = [function.__code__] if inspect.isfunction(function) else []

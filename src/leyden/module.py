@@ -37,6 +37,8 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
     CHECKPOINT_HYPER_PARAMS_KEY = "hyper_parameters"
     CHECKPOINT_HYPER_PARAMS_NAME = "hparams_name"
     CHECKPOINT_HYPER_PARAMS_TYPE = "hparams_type"
+    _compiled: tuple[str, ...] = ()
+    """What a compiled run has put on the instance."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -87,7 +89,8 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
 
     def __getstate__(self) -> dict[str, Any]:
         # what a run has put on the instance belongs to the run
-        state = {name: value for name, value in self.__dict__.items() if name not in self._adapted}
+        lent = (*self._adapted, *self._compiled)
+        state = {name: value for name, value in self.__dict__.items() if name not in lent}
         state["_trainer_ref"] = state["_results"] = state["_fabric"] = None
         return state
 
@@ -327,6 +330,8 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
             )  # fmt: skip
 
     def _log_nowhere(self, name: str) -> None:
+        if torch.compiler.is_dynamo_compiling() and self._results is None:
+            return  # somebody looks at what torch makes of a step: saying something would break the graph
         if not self.attached:
             rank_zero_warn(
                 f"self.log({name!r}, ...) was called without a Trainer; the value is dropped. It works while fit,"

@@ -24,10 +24,12 @@ from leyden.loops.show import table
 from leyden.loops.start import (
     check,
     checkpoint_path,
+    compile_steps,
     configure_optimizers,
     epoch_bounds,
     log_hyperparams,
     make_session,
+    uncompiled,
     unwrap,
     warn_of_memory,
 )
@@ -94,7 +96,8 @@ class Trainer(TrainerFace):
         model_registry: Accepted for compatibility.
         semantics: ``"leyden"``, or ``"lightning"`` for its behaviour where ours differs on purpose. None is ``"leyden"``,
             except in a program that imports Lightning's names (``leyden.compat``).
-        compile: Compile the steps with ``torch.compile``; a dict holds its arguments (``{"mode": "max-autotune"}``).
+        compile: Compile the steps with ``torch.compile``; a dict holds its arguments (``{"mode": "max-autotune"}``). What
+            cannot be compiled runs uncompiled, with a warning that says why.
         cuda_graphs: Capture the whole update as a CUDA graph and replay it; where it cannot be, one line says why.
         fused_optimizers: Give Adam, AdamW, SGD and Adagrad their fused form, where the device has one.
         fast_data: Read data that lies in memory a batch at a time, keep it on the device where it is small, copy batches
@@ -188,6 +191,7 @@ class Trainer(TrainerFace):
             summary=wanted["enable_model_summary"],
             explicit=given,
         )
+        self._given: Any = None
         self._datamodule: Any = None
         self._session: Session | None = None
         self._interrupt = Interrupt()
@@ -326,6 +330,8 @@ class Trainer(TrainerFace):
 
     def _known(self, model: Any, entry: str) -> Any:
         found = self.lightning_module if model is None else model
+        if model is None and found is not None and uncompiled(self._given) is found:
+            return self._given  # compiled, if it was given so
         if found is None:
             raise MisconfigurationException(
                 f"Trainer.{entry}(model=None): this Trainer has not run any module yet. Pass one."
@@ -340,12 +346,11 @@ class Trainer(TrainerFace):
         self.state.fn, self.state.status, self.state.stage = fn, TrainerStatus.RUNNING, stage
         self.should_stop = False
         self._interrupt, device = Interrupt(self._strategy.asked_to_stop), self._strategy.root_device
-        progress = self.progress
         try:
             # around the saving too: a signal that comes then is noted, or is the second one
             with self._interrupt, resolve.Determinism(self.config), current(self._accelerator, device):
                 try:
-                    self._strategy.launch(self._interrupt, lambda: progress.batches)
+                    self._strategy.launch(self._interrupt, self.progress)
                     yield
                     self.state.status = TrainerStatus.FINISHED
                 except BaseException as exception:
@@ -358,8 +363,7 @@ class Trainer(TrainerFace):
                     finally:
                         del ending  # or the exception and this frame would keep each other alive
                 else:
-                    self._strategy.agree_on(self._interrupt)
-                    if self._interrupt.received:  # while everybody was told that the run is over
+                    if self._strategy.agree_on(self._interrupt):  # while everybody was told that the run is over
                         from leyden.loops import leave  # noqa: PLC0415  # few runs end so
 
                         self._interrupt.answered = True
@@ -384,12 +388,13 @@ class Trainer(TrainerFace):
         return True
 
     def _start(
-        self, model: LightningModule, sources: dict[str, Any], datamodule: Any, ckpt_path: Any, weights_only: bool | None,
+        self, model: Any, sources: dict[str, Any], datamodule: Any, ckpt_path: Any, weights_only: bool | None,
         provided: bool = True,
     ) -> Session:  # fmt: skip
         """Everything before the first batch, in Lightning's order of hooks."""
         fn, strategy = self.state.fn, self._strategy
         assert fn is not None
+        self._given, model = model, uncompiled(model)
         fitting = fn is TrainerFn.FITTING
         named = ckpt_path or self._ckpt_path
         path = self._checkpoint_path(ckpt_path, provided)
@@ -408,7 +413,7 @@ class Trainer(TrainerFace):
             self.config = self.config.replace(semantics="leyden")
         self._datamodule = datamodule
         session = self._session = make_session(self, model, datamodule, sources, self._interrupt)
-        self._recorder = session.recorder
+        self._recorder, session.compiler = session.recorder, getattr(self._given, "dynamo_ctx", None)
         session.undo = vintage.adapt(session, self._vintage)
         self._dated = session.undo is not None
         strategy.connect(model)
@@ -429,6 +434,7 @@ class Trainer(TrainerFace):
         session.bind(self._callbacks, self._profiler)
         strategy.setup()
         strategy.distribute(fitting)
+        compile_steps(session, fn)
         if fitting:
             # after the set-up: a callback may have asked for saving behind the training
             strategy.checkpoint_io.listen(self._interrupt.fail)
@@ -451,8 +457,7 @@ class Trainer(TrainerFace):
         model.zero_grad()
         if session.position is not None and session.position.window:
             session.optimization.load_state_dict(session.position.window)
-        strategy.agree_on(self._interrupt)
-        if self._interrupt.received:
+        if strategy.agree_on(self._interrupt):
             self._interrupt.answer()  # it came while data were prepared, say
         return session
 
@@ -469,8 +474,8 @@ class Trainer(TrainerFace):
             )
             self._ckpt_wish = None
         given = self._ckpt_wish or given
-        path = checkpoint_path(self, given, provided, self._cluster, self._vintage)
-        self._ckpt_path = path = self._strategy.broadcast(path)  # what is the newest may be seen at another moment
+        found = checkpoint_path(self, given, provided, self._cluster, self._vintage)
+        self._ckpt_path = path = self._strategy.broadcast(found)  # other ranks may have seen the newest later
         return path
 
     def _sanity_check(self, session: Session) -> None:
@@ -490,8 +495,7 @@ class Trainer(TrainerFace):
 
     def _end(self, session: Session) -> None:
         """Everything after the last batch, when nothing went wrong."""
-        self._strategy.agree_on(self._interrupt)
-        if self._interrupt.received:
+        if self._strategy.agree_on(self._interrupt):
             self._interrupt.answer()  # it came too late for the loop, but whoever sent it wants to stop here
         fn = self.state.fn
         self._strategy.teardown()
@@ -512,7 +516,6 @@ class Trainer(TrainerFace):
 
         self.state.status = TrainerStatus.INTERRUPTED
         ending = leave.ending(self, self._session, exception, self._interrupt)
-        self._strategy.fail(ending, together=self._interrupt.answered and not self._interrupt.forced)
         try:
             if self._session is not None:
                 leave.tell(self, ending, self._interrupt)

@@ -54,6 +54,9 @@ def obstacle(session: Session) -> str | None:
         return "several devices train together"
     if config.accumulate_grad_batches != 1:
         return f"an update takes {config.accumulate_grad_batches} batches (accumulate_grad_batches)"
+    if session.compilation is not None:
+        # what is compiled takes numbers in and out past all that is watched here
+        return "the run is compiled; compile={'mode': 'reduce-overhead'} makes torch's compiler record graphs itself"
     if config.detect_anomaly:
         return "detect_anomaly looks into every step"
     if getattr(strategy.precision, "scaler", None) is not None:

@@ -270,8 +270,7 @@ class Graphed:
         if self.warm != WARMUP:
             return self.eager(session, opt, args, *run)
         module, logs = session.module, Logs()
-        compiled = bool(session.config.compile)
-        if len(args) > 1 and not compiled:  # compiled code takes another type for another program
+        if len(args) > 1:
             args = (args[0], Index(args[1]))
         # the options of an optimizer that steps after a replay are those of the moment
         spy = Spy(

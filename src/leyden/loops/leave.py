@@ -62,11 +62,16 @@ def _settle(trainer: Any, exception: BaseException) -> None:
 
 
 def ending(trainer: Any, session: Session | None, error: BaseException, interrupt: Interrupt) -> BaseException:
-    """Return what a run ends with that ``error`` has ended: the signal, where that has ended its workers before."""
-    if not (interrupt.received and says_workers_are_gone(error)):
-        return error
-    interrupt.answered = is_whole(trainer, session, error)
-    return interrupt.exception()
+    """Return what a run ends with that ``error`` has ended: the signal, where that has ended its workers before.
+
+    The other processes of the run learn of it, if they do not end with it after the same batch.
+    """
+    found = error
+    if interrupt.received and says_workers_are_gone(error):
+        interrupt.answered = is_whole(trainer, session, error)
+        found = interrupt.exception()
+    trainer.strategy.fail(found, together=interrupt.answered and not interrupt.forced)
+    return found
 
 
 def is_whole(trainer: Any, session: Session | None, error: BaseException) -> bool:

@@ -22,11 +22,18 @@ from leyden.progress import Progress
 from leyden.results import Results
 from leyden.signals import Interrupt
 from leyden.strategies.base import Strategy
-from leyden.types import RunningStage, TrainerView
+from leyden.types import RunningStage, TrainerFn, TrainerView
 
 if TYPE_CHECKING:
     from leyden.data.resident import Shelf
 
+STEPS = {
+    TrainerFn.FITTING: ("training_step", "validation_step"),
+    TrainerFn.VALIDATING: ("validation_step",),
+    TrainerFn.TESTING: ("test_step",),
+    TrainerFn.PREDICTING: ("predict_step",),
+}
+"""The steps that each kind of run takes."""
 _LENT = ("log", "log_dict")
 _TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -60,6 +67,10 @@ class Session:
     """Whether this fit has all that a validation needs."""
     optimization: Any = None
     """The verbs of the fit, once the optimizers are configured."""
+    compiler: Any = None
+    """What the user has compiled the module with; None if he has not."""
+    compilation: Any = None
+    """What stands on the module while the run is compiled."""
     undo: Callable[[], None] | None = None
     """Takes away what was put on the module for the length of the run."""
     checkpoint: dict[str, Any] | None = None
@@ -179,6 +190,8 @@ class Session:
         if self.across is not None:
             self.across.close()
         self.module.log_into(None)
+        if self.compilation is not None:
+            self.compilation.remove()
         if self._shelf is not None:
             self._shelf.release()
         if self.undo is not None:

@@ -18,7 +18,7 @@ from leyden.loggers.recorder import Recorder
 from leyden.loops.batches import has_source, positional
 from leyden.loops.optimize import Optimization
 from leyden.loops.rows import Rows
-from leyden.loops.session import Session
+from leyden.loops.session import STEPS, Session
 from leyden.module import LightningModule
 from leyden.optim import NoOptimizer, normalize
 from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
@@ -37,20 +37,16 @@ _STEPS = {
 }
 
 
-def unwrap(model: Any, datamodule: Any, loaders: Any, more: Any = None) -> tuple[LightningModule, Any, Any]:
+def unwrap(model: Any, datamodule: Any, loaders: Any, more: Any = None) -> tuple[Any, Any, Any]:
     """Recognise the arguments of an entry point: a compiled module, a data module in the place of loaders.
+
+    A compiled module is returned as it was given.
 
     Raises:
         TypeError: for something that is no LightningModule.
         MisconfigurationException: for loaders and a data module at once.
     """
-    # what torch.compile returns wraps the module; the loops and the checkpoint want the module itself
-    module = getattr(model, "_orig_mod", model)
-    if module is not model:
-        rank_zero_info(
-            "The module was passed through torch.compile: it runs uncompiled here. Compile its layers instead"
-            " (self.net = torch.compile(self.net))."
-        )
+    module = uncompiled(model)
     if isinstance(module, type):
         raise TypeError(f"The model is the class {module.__name__}; pass an object of it: {module.__name__}(...).")
     if not isinstance(module, LightningModule):
@@ -67,7 +63,22 @@ def unwrap(model: Any, datamodule: Any, loaders: Any, more: Any = None) -> tuple
         loaders, datamodule = None, loaders
     if (loaders is not None or more is not None) and datamodule is not None:
         raise MisconfigurationException("Both loaders and a datamodule were given. Give one of the two.")
-    return module, datamodule, loaders
+    return model, datamodule, loaders
+
+
+def uncompiled(model: Any) -> Any:
+    """Return the module in what torch.compile returned for it: the loops and checkpoints want the module itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def compile_steps(session: Session, fn: TrainerFn) -> None:
+    """Compile the steps of a run, if the Trainer says so, or the user has compiled the module or one of its steps."""
+    wanted = session.config.compile
+    steps = [getattr(session.module, name) for name in STEPS[fn]]
+    if wanted or session.compiler is not None or any(hasattr(step, "_torchdynamo_orig_callable") for step in steps):
+        from leyden.loops.compiled import Compilation  # noqa: PLC0415  # loads all of torch's compiler
+
+        session.compilation = Compilation(session, fn)
 
 
 def make_session(

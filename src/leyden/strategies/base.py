@@ -101,13 +101,8 @@ class Strategy:
         """Run ``trainer.<entry>`` with the arguments that are among ``given`` in such processes; return what it returned."""
         raise NotImplementedError(f"{type(self).__name__} starts no processes.")
 
-    def launch(self, interrupt: Interrupt, batches: Callable[[], int]) -> None:
-        """Start the processes that are missing, and meet them; a run begins.
-
-        Args:
-            interrupt: Of the run.
-            batches: Returns how many batches the loop has done.
-        """
+    def launch(self, interrupt: Interrupt, progress: Any) -> None:
+        """Start the processes that are missing, and meet them; a run begins, with these counters."""
 
     def land(self) -> None:
         """A run is over, in whatever way."""
@@ -262,8 +257,9 @@ class Strategy:
         """Whether all processes ask this at the same point, without an exchange where they do not."""
         return True
 
-    def agree_on(self, interrupt: Interrupt) -> None:
-        """Make what ``interrupt`` says the same in all processes, where all are at the same point."""
+    def agree_on(self, interrupt: Interrupt) -> bool:
+        """Make what ``interrupt`` says the same in all processes, where all are at the same point; return ``received``."""
+        return interrupt.received
 
     # -- checkpoints
 

@@ -183,7 +183,7 @@ class DDPStrategy(Strategy):
 
     # ------------------------------------------------------------------ a run
 
-    def launch(self, interrupt: Interrupt, batches: Callable[[], int]) -> None:
+    def launch(self, interrupt: Interrupt, progress: Any) -> None:
         from leyden.runtime import collective  # noqa: PLC0415  # torch.distributed, where there are several processes
 
         world = self._world
@@ -201,7 +201,12 @@ class DDPStrategy(Strategy):
             from leyden.strategies.watch import Watch  # noqa: PLC0415  # where there is somebody to watch
 
             self._watch = Watch(
-                collective.store_of(world), f"run{next(_RUNS)}", world.rank, world.size, interrupt, batches
+                collective.store_of(world),
+                f"run{next(_RUNS)}",
+                world.rank,
+                world.size,
+                interrupt,
+                lambda: int(progress.batches),
             )
 
     def land(self) -> None:
@@ -429,9 +434,9 @@ class DDPStrategy(Strategy):
     def unanimous(self, about: str) -> bool:
         return self._watch is None or self._watch.unanimous(about)
 
-    def agree_on(self, interrupt: Interrupt) -> None:
+    def agree_on(self, interrupt: Interrupt) -> bool:
         if not self._exchanges:
-            return
+            return interrupt.received
         error = None if interrupt.error is None else f"rank {self.global_rank}: {interrupt.error}"
         said: list[tuple[bool, int | None, str | None]] = self.gather_objects(
             (interrupt.received or interrupt.asked, interrupt.number, error)
@@ -445,6 +450,7 @@ class DDPStrategy(Strategy):
             text = next((text for _, _, text in said if text is not None), None)
             if interrupt.error is None and text is not None:
                 interrupt.error = CheckpointError(f"The run was ended by {text}")
+        return interrupt.received
 
 
 _STARTERS = {
