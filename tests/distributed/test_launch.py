@@ -140,7 +140,7 @@ def test_d1_a_rank_that_raises_ends_all_with_its_traceback_first(tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["step0", "hook0", "hook1", "validation1", "dataset0", "dataset1", "kill1"])
+@pytest.mark.parametrize("mode", ["early1", "step0", "hook0", "hook1", "validation1", "dataset0", "dataset1", "kill1"])
 def test_d1_wherever_a_rank_raises_all_end(tmp_path: Path, mode: str) -> None:
     _breaks(OURS, tmp_path, mode)
 

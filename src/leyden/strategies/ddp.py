@@ -187,16 +187,14 @@ class DDPStrategy(Strategy):
         from leyden.runtime import collective  # noqa: PLC0415  # torch.distributed, where there are several processes
 
         world = self._world
-        if world.port == 0 and world.starter == "leyden":
-            from leyden.strategies.launch import script  # noqa: PLC0415  # in the process that starts the others
-
-            self._world = world = replace(world, port=script.start_others(world))
-        collective.meet(world, self._backend(), self.timeout)
-        self._alone = False
         if world.starter == "leyden":
             from leyden.strategies.launch import script  # noqa: PLC0415  # in a script that we have started
 
+            if world.port == 0:
+                self._world = world = replace(world, port=script.start_others(world))
             script.enter()
+        collective.meet(world, self._backend(), self.timeout)
+        self._alone = False
         if world.size > 1:
             from leyden.strategies.watch import Watch  # noqa: PLC0415  # where there is somebody to watch
 
