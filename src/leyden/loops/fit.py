@@ -377,7 +377,7 @@ class FitLoop:
         progress.tail = ""
         if session.interrupt.received and session.strategy.ends_after(progress.batches):
             session.interrupt.answer()
-        self.due = self.next_due(session)
+        self.due = self.next_due(session) if progress.batches >= self.due else self.due  # the same on all ranks
         if self.last or (config.max_steps >= 0 and progress.global_step >= config.max_steps):
             return False
         if trainer.should_stop:
