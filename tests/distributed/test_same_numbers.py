@@ -315,3 +315,25 @@ def test_weights_that_a_step_declares_hold_over_all_ranks(accumulate: int) -> No
     zero, one = on_ranks(2, _weighed, 2, accumulate)
     assert zero == one
     assert zero == pytest.approx(_weighed(1, accumulate), abs=1e-5)
+
+
+class _Normed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        norm = torch.nn.BatchNorm1d(5)
+        self.layer = torch.nn.Sequential(torch.nn.Linear(4, 5), norm, torch.nn.Tanh(), torch.nn.Linear(5, 1))
+
+
+def _normed(devices: int) -> Any:
+    torch.manual_seed(2)
+    module = _Normed()
+    make_trainer(devices, max_epochs=3, sync_batchnorm=True).fit(module, DataLoader(data(32), 8 // devices))
+    assert "forward" not in vars(module.layer[1])
+    assert type(module.layer[1]) is torch.nn.BatchNorm1d
+    return torch.cat([value.reshape(-1).double() for value in module.state_dict().values()]).tolist()
+
+
+def test_f1_synchronised_batch_norms_have_the_statistics_of_one_process() -> None:
+    zero, one = on_ranks(2, _normed, 2)
+    assert zero == pytest.approx(one, abs=1e-6)
+    assert zero == pytest.approx(_normed(1), abs=1e-4)

@@ -109,6 +109,7 @@ class DDPStrategy(Strategy):
         self.model: Any = None
         """The module, wrapped, while a fit runs."""
         self._through: _Through | None = None
+        self._norms: list[Any] = []
         self._loop: Any = None
         self._by_hand = False
         """Whether gradients are exchanged right before an optimizer steps, not while they are computed."""
@@ -232,9 +233,13 @@ class DDPStrategy(Strategy):
     # ------------------------------------------------------------------ the life of a module
 
     def setup(self) -> None:
-        if self.sync_batchnorm:
-            self.module = _with_synced_norms(self.module, self.root_device)
+        if self.sync_batchnorm and self.root_device.type == "cuda":
+            self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)  # type: ignore[no-untyped-call]
         super().setup()
+        if self.sync_batchnorm and self.root_device.type == "cpu" and self.world_size > 1:
+            from leyden.strategies.sync_norm import synchronise  # noqa: PLC0415  # only where it is asked for
+
+            self._norms = synchronise(self.module)
 
     def distribute(self, fitting: bool) -> None:
         module = self.module
@@ -278,6 +283,11 @@ class DDPStrategy(Strategy):
         super().teardown()
 
     def _unwrap(self) -> None:
+        if self._norms:
+            from leyden.strategies.sync_norm import release  # noqa: PLC0415  # see setup
+
+            release(self._norms)
+            self._norms = []
         through, self._through, self.model = self._through, None, None
         if through is not None:
             through.remove()
@@ -498,17 +508,6 @@ class _Through:
             del vars(self.module)["forward"]
             if self.former is not None:
                 vars(self.module)["forward"] = self.former
-
-
-def _with_synced_norms(module: Any, device: torch.device) -> Any:
-    """Let the batch norms of ``module`` use the statistics of all ranks."""
-    norms = [name for name, child in module.named_modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]  # noqa: SLF001  # their common class has no public name
-    if norms and device.type == "cpu":
-        raise MisconfigurationException(
-            f"Trainer(sync_batchnorm=True): torch's SyncBatchNorm runs on GPUs only, and {type(module).__name__} has batch"
-            f" norms ({', '.join(norms[:3])}) on the CPU. Leave the argument out, or use GPUs."
-        )
-    return nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
 
 
 def _first_line(error: BaseException | None) -> str:
