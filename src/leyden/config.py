@@ -25,6 +25,8 @@ SEMANTICS: dict[str, dict[str, Any]] = {
     # loading: how checkpoint files are read by default (None: as torch.load decides)
     # resumed_log: where a fit that goes on from a checkpoint logs
     # epoch_mean: over which samples the mean of an epoch goes, with several processes
+    # shared_order: the order of training samples that several processes share: the loader's, or one shuffled by the epoch
+    # shared_evaluation: whether a sample may be evaluated twice, so that all processes have as many
     # data_wait: whether ThroughputMonitor also logs the share of time that was spent waiting for data
     "leyden": {
         "short_window": "actual",
@@ -37,6 +39,8 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "log_folder": "leyden_logs",
         "resumed_log": "same version",
         "epoch_mean": "all samples",
+        "shared_order": "loader",
+        "shared_evaluation": "once",
         "data_wait": True,
     },
     "lightning": {
@@ -50,6 +54,8 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "log_folder": "lightning_logs",
         "resumed_log": "new version",
         "epoch_mean": "local unless sync_dist",
+        "shared_order": "shuffled",
+        "shared_evaluation": "padded",
         "data_wait": False,
     },
 }

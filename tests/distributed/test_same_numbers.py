@@ -337,3 +337,27 @@ def test_f1_synchronised_batch_norms_have_the_statistics_of_one_process() -> Non
     zero, one = on_ranks(2, _normed, 2)
     assert zero == pytest.approx(one, abs=1e-6)
     assert zero == pytest.approx(_normed(1), abs=1e-4)
+
+
+def _order_of_lightning() -> Any:
+    L.seed_everything(6, verbose=False)
+    module = Net()
+    trainer = make_trainer(max_epochs=2, semantics="lightning")
+    trainer.fit(module, DataLoader(data(10), 2))
+    judged = Judged()
+    trainer.test(judged, DataLoader(data(7), 2), verbose=False)
+    predicted = trainer.predict(judged, DataLoader(data(7), 2))
+    assert predicted is not None
+    return module.samples, judged.evaluated, sum(len(batch) for batch in predicted)
+
+
+def test_with_lightnings_semantics_samples_are_shared_out_as_there() -> None:
+    for rank, (samples, tested, predicted) in enumerate(on_ranks(2, _order_of_lightning)):
+        assert tested == ([0, 2, 4, 6] if rank == 0 else [1, 3, 5, 0])
+        assert predicted == 4 - rank
+        sampler: Any = DistributedSampler(data(10), 2, rank, seed=6)
+        expected = []
+        for epoch in (0, 1):
+            sampler.set_epoch(epoch)
+            expected += [batch[2].tolist() for batch in DataLoader(data(10), 2, sampler=sampler)]
+        assert samples == expected

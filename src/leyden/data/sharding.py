@@ -17,7 +17,14 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from leyden.data.generators import Streams, find, plain, raw
 
@@ -151,6 +158,22 @@ def share(loader: Any, rank: int, size: int, pads: bool) -> Any:
     return copied
 
 
+def share_shuffled(loader: Any, rank: int, size: int, seed: int) -> Any:
+    """Return the share of ``rank`` in a loader as Lightning's: shuffled by ``seed`` and the epoch, also where it was not.
+
+    A loader whose sampler is none of torch's plain two is shared out like any other.
+    """
+    batches, sampler = loader.batch_sampler, loader.sampler
+    if type(batches) is not BatchSampler or type(sampler) not in (SequentialSampler, RandomSampler):
+        return share(loader, rank, size, pads=True)
+    copied, own = copy.copy(loader), copy.copy(batches)
+    object.__setattr__(copied, "_iterator", None)
+    own.sampler = DistributedSampler(loader.dataset, size, rank, seed=seed)
+    object.__setattr__(copied, "sampler", own.sampler)
+    object.__setattr__(copied, "batch_sampler", own)
+    return copied
+
+
 def share_of(loader: Any) -> Sharded | None:
     """Return what shares out the samples of a loader; None if nothing does."""
     parts = (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
@@ -179,4 +202,4 @@ def _torchs(sampler: Any) -> bool:
     return type(sampler).__module__.startswith("torch.utils.data.")
 
 
-__all__ = ["AHEAD", "Sharded", "agree", "can_be_shared", "share", "share_of"]
+__all__ = ["AHEAD", "Sharded", "agree", "can_be_shared", "share", "share_of", "share_shuffled"]

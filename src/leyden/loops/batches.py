@@ -228,7 +228,14 @@ def shared(session: Session, combined: CombinedLoader, prefix: str) -> CombinedL
 
     rank, size = session.strategy.global_rank, session.strategy.world_size
     mine = copy.copy(combined)
-    mine.flattened = [sharding.share(loader, rank, size, pads=prefix == "train") for loader in combined.flattened]
+    shuffled = session.config.rule("shared_order") == "shuffled" and prefix == "train"
+    padded = session.config.rule("shared_evaluation") == "padded" and prefix != "predict"
+    mine.flattened = [
+        sharding.share_shuffled(loader, rank, size, given_seed())
+        if shuffled and not session.config.overfit_batches and sharding.can_be_shared(loader)
+        else sharding.share(loader, rank, size, pads=prefix == "train" or padded)
+        for loader in combined.flattened
+    ]
     return mine
 
 
