@@ -77,7 +77,11 @@ def run(trainer: Any, entry: str, arguments: Mapping[str, Any]) -> Any:
             raise RuntimeError(f"Trainer.{entry}: rank 0 has ended without a result.")
         # written by our own child, in a folder that nobody else can write to
         found = torch.load(report, weights_only=False)
-    return _take(trainer, arguments["model"], found)
+    return _take(trainer, _uncompiled(arguments["model"]), found)
+
+
+def _uncompiled(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)  # what torch.compile returns wraps it
 
 
 def _parent(method: str) -> int:
@@ -111,7 +115,7 @@ def _process(
     os.environ.update({**world.environment(local_rank), OURS: "spawn"})
     # a copied process must not use the threads of its parent, which are not there
     torch.set_num_threads(1 if trainer.strategy.start_method == "fork" else max((os.cpu_count() or 1) // world.size, 1))
-    module = arguments["model"]
+    module = _uncompiled(arguments["model"])
     _own_memory(module)
     trainer.strategy.assign(trainer.strategy.parallel_devices, 1)
     returned = getattr(trainer, entry)(**arguments)
