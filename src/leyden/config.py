@@ -24,6 +24,9 @@ SEMANTICS: dict[str, dict[str, Any]] = {
     # worker_seeds: what the random numbers of data workers follow from: the batch, or the worker that loads it
     # loading: how checkpoint files are read by default (None: as torch.load decides)
     # resumed_log: where a fit that goes on from a checkpoint logs
+    # epoch_mean: over which samples the mean of an epoch goes, with several processes
+    # shared_order: the order of training samples that several processes share: the loader's, or one shuffled by the epoch
+    # shared_evaluation: whether a sample may be evaluated twice, so that all processes have as many
     # data_wait: whether ThroughputMonitor also logs the share of time that was spent waiting for data
     "leyden": {
         "short_window": "actual",
@@ -35,6 +38,9 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "loading": True,
         "log_folder": "leyden_logs",
         "resumed_log": "same version",
+        "epoch_mean": "all samples",
+        "shared_order": "loader",
+        "shared_evaluation": "once",
         "data_wait": True,
     },
     "lightning": {
@@ -47,6 +53,9 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "loading": None,
         "log_folder": "lightning_logs",
         "resumed_log": "new version",
+        "epoch_mean": "local unless sync_dist",
+        "shared_order": "shuffled",
+        "shared_evaluation": "padded",
         "data_wait": False,
     },
 }
@@ -102,6 +111,7 @@ class TrainerConfig:
     fused_optimizers: bool = False
     fast_data: bool = True
     num_workers: int | str | None = None
+    use_distributed_sampler: bool = True
 
     def __post_init__(self) -> None:
         _check_counts(self)

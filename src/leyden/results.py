@@ -44,7 +44,7 @@ class Slot:
 
     __slots__ = (
         "batch_size", "epoch_name", "fresh", "last", "loader", "logger", "metric", "name", "on_epoch", "on_step",
-        "prog_bar", "reduction", "step_name", "total", "weight",
+        "prog_bar", "rank_zero_only", "reduction", "step_name", "synced", "total", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -59,6 +59,7 @@ class Slot:
         self.prog_bar, self.logger, self.on_step, self.on_epoch = prog_bar, logger, on_step, on_epoch
         self.reduction, self.loader, self.batch_size = reduction, loader, batch_size
         self.metric: Any = None
+        self.synced = self.rank_zero_only = False
         self.reset()
 
     def reset(self) -> None:
@@ -229,7 +230,7 @@ class Store:
 
     def _new_slot(self, key: tuple[Any, ...], value: Any) -> Slot:
         """Check a call of ``self.log`` that was not seen before, and make its slot."""
-        hook, loader, name, prog_bar, logger, on_step, on_epoch, reduce_fx, add_idx, _ = key
+        hook, loader, name, prog_bar, logger, on_step, on_epoch, reduce_fx, add_idx, where = key
         if not isinstance(name, str):
             raise TypeError(f"self.log({name!r}, ...): the name must be a str, not {type(name).__name__}.")
         row = BY_NAME.get(hook or "")
@@ -278,6 +279,7 @@ class Store:
             )
         self._names[place_key] = key
         slot = Slot(name, prog_bar, logger is not False, step, epoch, known or "metric", loader, add_idx, None)
+        slot.synced, slot.rank_zero_only = bool(where[1]), bool(where[4])
         if isinstance(value, MetricLike) and not isinstance(value, Tensor):
             slot.metric = value
         resumed = self.slots.pop((_RESUMED, str(hook), loader, name), None)
@@ -365,6 +367,8 @@ class Results:
         self.callback: dict[str, Tensor] = {}
         self.logged: dict[str, Tensor] = {}
         self.bar: dict[str, Tensor] = {}
+        self.across: Callable[[Slot], Tensor | None] | None = None
+        """With several processes, what gives the value of an epoch on which all agree; None for one."""
         self.ignore = False
         """True while the sanity check runs: nothing that it logs is kept."""
 
@@ -390,11 +394,12 @@ class Results:
         on_step, loader = store.on_step, store.loader
         if store.collected == (on_step, loader):
             return store.row  # nothing was logged since
+        across = self.across
         monitored = self.callback if store.training or not on_step else None
         for slot in store.slots.values():
             if not slot.fresh or slot.loader != loader or not (slot.on_step if on_step else slot.on_epoch):
                 continue
-            value = slot.step_value() if on_step else slot.epoch_value()
+            value = slot.step_value() if on_step else across(slot) if across is not None else slot.epoch_value()
             if value is None:
                 continue
             name = slot.step_name if on_step else slot.epoch_name

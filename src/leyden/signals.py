@@ -38,11 +38,10 @@ class Interrupt:
 
     With several processes, all must stop after the same batch, and no ordinary batch may pay for the agreement. So it is
     the strategy that turns "asked" into ``received``, by the function that this gets. One process decides at once.
-    Several will do it beside the loop: a thread in each polls ``asked`` and, through the launcher's key-value store (on
-    the CPU, no collective), tells the others; each answers with the number of the batch it is at, all take the highest
-    of them plus two as the last one (gradients are exchanged in each, so nobody is further than one ahead), and
-    ``received`` becomes True at that batch. Where nothing is exchanged, they ask each other at the batches that end
-    with an exchange anyway.
+    Several do it beside the loop: a thread in each looks at ``asked`` and, in the launcher's key-value store (on the CPU,
+    no collective), at what the others were asked. Each then sets ``received`` and answers with the last batch that its
+    loop can be in; the highest answer is the last batch of all (``strategies/watch.py``). Who reads ``received`` in a loop
+    asks ``Strategy.ends_after`` as well, and between loops ``Strategy.agree_on``.
 
     Args:
         asked: Called in the handler when this process is asked to stop; None sets ``received``.

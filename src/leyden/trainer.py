@@ -176,9 +176,8 @@ class Trainer(TrainerFace):
         self.validate_loop = EvaluationLoop(RunningStage.VALIDATING)
         self.test_loop = EvaluationLoop(RunningStage.TESTING)
         self.predict_loop = PredictLoop()
-        self._strategy, self._accelerator = resolve.strategy(
-            *(given[name] for name in ("strategy", "accelerator", "devices", "num_nodes", "precision", "plugins"))
-        )
+        names = ("strategy", "accelerator", "devices", "num_nodes", "precision", "plugins", "sync_batchnorm")
+        self._strategy, self._accelerator = resolve.strategy(*(given[name] for name in names))
         self._profiler = resolve.profiler(profiler)
         quiet = config.barebones
         switches = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -231,6 +230,8 @@ class Trainer(TrainerFace):
         Raises:
             SIGTERMException: (a SystemExit, code 143) when a signal asks the process to end and the run is saved.
         """
+        if self._strategy.spawns:
+            return self._strategy.run_elsewhere(self, "fit", locals())  # type: ignore[no-any-return]
         model, datamodule, train_dataloaders = unwrap(model, datamodule, train_dataloaders, val_dataloaders)
         sources = {"train": train_dataloaders, "val": val_dataloaders}
         with self._running(TrainerFn.FITTING, RunningStage.TRAINING):
@@ -283,6 +284,8 @@ class Trainer(TrainerFace):
         self, fn: TrainerFn, loop: EvaluationLoop, model: LightningModule | None, dataloaders: Any, ckpt_path: Any,
         verbose: bool, datamodule: Any, weights_only: bool | None,
     ) -> list[dict[str, float]]:  # fmt: skip
+        if self._strategy.spawns:
+            return self._strategy.run_elsewhere(self, str(fn), locals())  # type: ignore[no-any-return]
         provided = model is not None
         model, datamodule, dataloaders = unwrap(self._known(model, str(fn)), datamodule, dataloaders)
         results: list[dict[str, float]] = []
@@ -313,6 +316,8 @@ class Trainer(TrainerFace):
             ckpt_path: As in ``validate``.
             weights_only: As in ``fit``.
         """
+        if self._strategy.spawns:
+            return self._strategy.run_elsewhere(self, "predict", locals())  # type: ignore[no-any-return]
         provided = model is not None
         model, datamodule, dataloaders = unwrap(self._known(model, "predict"), datamodule, dataloaders)
         predictions: list[Any] | None = None
@@ -345,6 +350,7 @@ class Trainer(TrainerFace):
             # around the saving too: a signal that comes then is noted, or is the second one
             with self._interrupt, resolve.Determinism(self.config), current(self._accelerator, device):
                 try:
+                    self._strategy.launch(self._interrupt, self.progress)
                     yield
                     self.state.status = TrainerStatus.FINISHED
                 except BaseException as exception:
@@ -357,7 +363,7 @@ class Trainer(TrainerFace):
                     finally:
                         del ending  # or the exception and this frame would keep each other alive
                 else:
-                    if self._interrupt.received:  # while everybody was told that the run is over
+                    if self._strategy.agree_on(self._interrupt):  # while everybody was told that the run is over
                         from leyden.loops import leave  # noqa: PLC0415  # few runs end so
 
                         self._interrupt.answered = True
@@ -365,6 +371,7 @@ class Trainer(TrainerFace):
                         if not self._returns_after(self._interrupt.exception()):
                             raise self._interrupt.exception()
         finally:
+            self._strategy.land()
             self._release()
 
     def _returns_after(self, exception: BaseException) -> bool:
@@ -426,11 +433,13 @@ class Trainer(TrainerFace):
         self.results.clear()
         session.bind(self._callbacks, self._profiler)
         strategy.setup()
+        strategy.distribute(fitting)
         compile_steps(session, fn)
         if fitting:
             # after the set-up: a callback may have asked for saving behind the training
             strategy.checkpoint_io.listen(self._interrupt.fail)
             configure_optimizers(session)
+            strategy.accompany(self.fit_loop, model.automatic_optimization)
             session.hooks.on_fit_start()
         if self.config.enable_autolog_hparams and not self.config.barebones:
             log_hyperparams(self._loggers, model, datamodule)
@@ -448,7 +457,7 @@ class Trainer(TrainerFace):
         model.zero_grad()
         if session.position is not None and session.position.window:
             session.optimization.load_state_dict(session.position.window)
-        if self._interrupt.received:
+        if strategy.agree_on(self._interrupt):
             self._interrupt.answer()  # it came while data were prepared, say
         return session
 
@@ -465,7 +474,8 @@ class Trainer(TrainerFace):
             )
             self._ckpt_wish = None
         given = self._ckpt_wish or given
-        self._ckpt_path = path = checkpoint_path(self, given, provided, self._cluster, self._vintage)
+        found = checkpoint_path(self, given, provided, self._cluster, self._vintage)
+        self._ckpt_path = path = self._strategy.broadcast(found)  # other ranks may have seen the newest later
         return path
 
     def _sanity_check(self, session: Session) -> None:
@@ -485,7 +495,7 @@ class Trainer(TrainerFace):
 
     def _end(self, session: Session) -> None:
         """Everything after the last batch, when nothing went wrong."""
-        if self._interrupt.received:
+        if self._strategy.agree_on(self._interrupt):
             self._interrupt.answer()  # it came too late for the loop, but whoever sent it wants to stop here
         fn = self.state.fn
         self._strategy.teardown()

@@ -424,7 +424,8 @@ class TrainerFace(VintageTrainer):
     @property
     def model(self) -> Any:
         """The module of the run, as the strategy wraps it."""
-        return self._strategy.module
+        wrapped = getattr(self._strategy, "model", None)
+        return self._strategy.module if wrapped is None else wrapped
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -559,17 +560,20 @@ class TrainerFace(VintageTrainer):
     @property
     def num_nodes(self) -> int:
         """Number of nodes."""
-        return 1
+        return int(getattr(self._strategy, "num_nodes", 1))
 
     @property
     def num_devices(self) -> int:
         """Devices used on this node."""
-        return 1
+        return int(getattr(self._strategy, "num_processes", 1))
 
     @property
     def device_ids(self) -> list[int]:
         """Their indices."""
-        return [self._strategy.root_device.index or 0]
+        devices = getattr(self._strategy, "parallel_devices", None)
+        if devices is None:
+            return [self._strategy.root_device.index or 0]
+        return [index if device.index is None else device.index for index, device in enumerate(devices)]
 
     @property
     def is_global_zero(self) -> bool:
@@ -579,7 +583,7 @@ class TrainerFace(VintageTrainer):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
         """Arguments of a distributed sampler; None on one device."""
-        return None
+        return getattr(self._strategy, "distributed_sampler_kwargs", None)
 
 
 def _given(loader: CombinedLoader | None) -> Any:

@@ -227,8 +227,8 @@ def test_mixed_precision(model: Any, make_trainer: Any) -> None:
     assert net.dtype is torch.float32
 
 
-def test_several_devices_are_a_clear_error(make_trainer: Any) -> None:
-    with pytest.raises(MisconfigurationException, match="this version of Leyden trains on one device"):
+def test_several_machines_that_nobody_has_started_are_a_clear_error(make_trainer: Any) -> None:
+    with pytest.raises(MisconfigurationException, match="no launcher has started this process"):
         make_trainer(nb_gpu_nodes=2, distributed_backend="ddp")
 
 

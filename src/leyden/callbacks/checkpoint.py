@@ -507,11 +507,13 @@ class ModelCheckpoint(Checkpoint):
         self, trainer: TrainerView, candidates: dict[str, Tensor], ours: str = "", name: str | None = None
     ) -> str:
         """Return the first path that is not taken; ``ours`` is free, because its file is to be replaced."""
-        path, version = self.format_checkpoint_name(candidates, name), self.STARTING_VERSION
+        # rank 0's: a value of a step is another one on each rank
+        path = trainer.strategy.broadcast(self.format_checkpoint_name(candidates, name))
+        version, ours = self.STARTING_VERSION, trainer.strategy.broadcast(ours)
         while self._enable_version_counter and path != ours and self._ledger.is_taken(trainer, path):
-            path = self.format_checkpoint_name(candidates, name, ver=version)
+            path = trainer.strategy.broadcast(self.format_checkpoint_name(candidates, name, ver=version))
             version += 1
-        return path
+        return str(path)
 
     def file_exists(self, filepath: PathLike, trainer: TrainerView) -> bool:
         """Return whether the file exists for rank 0; all processes get the same answer."""

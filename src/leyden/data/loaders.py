@@ -106,6 +106,8 @@ def set_epoch(loader: Any, epoch: int) -> None:
         batch_sampler,
         getattr(loader, "dataset", None),
     ):
+        if vars(type(part)).get("draws_apart"):
+            part = part.sampler  # type: ignore[union-attr]  # the user's, which somebody has wrapped
         if callable(getattr(part, "set_epoch", None)) and not any(part is other for other in told):
             told.append(part)
             part.set_epoch(epoch)  # type: ignore[union-attr]  # None has none

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from leyden.data.combined import CombinedLoader
 from leyden.data.feed import Feed, Pass
 from leyden.data.generators import Streams, plain, raw
 from leyden.data.loaders import length, set_epoch
+from leyden.data.sharding import share_of
 from leyden.data.whole import Whole
 from leyden.errors import CheckpointError
 from leyden.runtime.cores import cores
@@ -66,6 +67,8 @@ class Supply:
         self.single = len(self.feeds) == 1 and combined.flattened[0] is combined.iterables
         held = {f"{i}.{name}": g for i, feed in enumerate(self.feeds) for name, g in feed.streams.held.items()}
         self.streams = Streams(held)
+        self.agree: Callable[[], None] | None = None
+        """Lets all ranks draw from one random state; None for one process."""
 
     @property
     def keeps_state(self) -> bool:
@@ -78,6 +81,8 @@ class Supply:
             if epoch is not None:
                 set_epoch(feed.loader, epoch)
             feed.key, feed.passes = (stage, i, epoch or 0, moment), 0
+        if self.agree is not None:
+            self.agree()
 
     def iterate(self, place: Place | None = None) -> Iterator[Any]:
         """Begin an epoch, or go on at ``place``; yields batches of a single loader, else triples as CombinedLoader does."""
@@ -171,7 +176,10 @@ class Supply:
             found.drawn = found.done[0] = changed[0]
             found.passes[0].mark = None
         for run, feed, saved in zip(found.passes, self.feeds, loaders, strict=True):
-            if saved["about"].get("samples") != _about(feed).get("samples"):
+            about = _about(feed)
+            if any(
+                saved["about"].get(key, default) != about.get(key) for key, default in (("samples", None), ("ranks", 1))
+            ):
                 run.mark = None  # another order was announced
         return found
 
@@ -188,6 +196,7 @@ def _about(feed: Feed) -> dict[str, Any]:
         "workers": loader.num_workers,
         "samples": _count(loader.dataset) if sized else None,
         "seeding": feed.seeding,
+        "ranks": getattr(share_of(loader), "size", 1),
     }
 
 
@@ -212,6 +221,10 @@ def _compare(feed: Feed, then: Mapping[str, Any], drawn: int | None, what: str) 
             f" {now.get('samples')} now: {goes_on}."
         )
     before, after = then.get("batch_size"), now.get("batch_size")
+    if before and after and then.get("ranks", 1) != now.get("ranks", 1):
+        # together, the ranks draw from one order: what counts is how many samples of it a batch of all of them takes
+        before, after = before * then.get("ranks", 1), after * now.get("ranks", 1)
+        name = f"{name}, over all processes,"
     if before != after and before and after:
         if drawn:
             done, rest = divmod(drawn * before, after)

@@ -36,6 +36,8 @@ def parts(loader: Any, how: str) -> list[Any]:
 def draws_often(loader: Any) -> bool:
     """Whether the sampler may draw random numbers more than once in a pass, from generators that others use too."""
     for part in samplers(loader):
+        if vars(type(part)).get("draws_apart"):
+            return False
         if isinstance(part, RandomSampler) and type(part) is RandomSampler:
             if part.generator is not None and (part.replacement or part.num_samples > len(part.data_source)):
                 return True

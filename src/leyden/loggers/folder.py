@@ -61,6 +61,10 @@ class FolderLogger(Logger):
                     self._version = next_version(self.root_dir, claim=bool(on_rank_zero()))
         return self._version
 
+    def follow(self, version: int | str) -> None:
+        """Take the version of the first process, in all others."""
+        self._version = version
+
     @property
     def save_dir(self) -> str:
         """The directory that was given, expanded."""

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from torch import Tensor
@@ -27,6 +29,7 @@ from leyden.types import TrainerFn
 if TYPE_CHECKING:
     from leyden.data.position import Place, Supply
     from leyden.data.wait import Waits
+    from leyden.strategies.base import Strategy
 
 _END = object()
 
@@ -214,12 +217,74 @@ def request(session: Session, prefix: str, mode: str) -> CombinedLoader:
     overfit = session.config.overfit_batches
     if overfit > 0 and fn == "fit":
         combined.flattened = [without_shuffle(loader) for loader in combined.flattened]
+    if session.strategy.world_size > 1 and session.config.use_distributed_sampler:
+        return shared(session, combined, prefix)
     return combined
+
+
+def shared(session: Session, combined: CombinedLoader, prefix: str) -> CombinedLoader:
+    """Return loaders that give this process its share; the user's own stay as they are."""
+    from leyden.data import sharding  # noqa: PLC0415  # only for several processes
+
+    rank, size = session.strategy.global_rank, session.strategy.world_size
+    mine = copy.copy(combined)
+    shuffled = session.config.rule("shared_order") == "shuffled" and prefix == "train"
+    padded = session.config.rule("shared_evaluation") == "padded" and prefix != "predict"
+    mine.flattened = [
+        sharding.share_shuffled(loader, rank, size, given_seed())
+        if shuffled and not session.config.overfit_batches and sharding.can_be_shared(loader)
+        else sharding.share(loader, rank, size, pads=prefix == "train" or padded)
+        for loader in combined.flattened
+    ]
+    return mine
+
+
+def same_on_all_ranks(session: Session, counts: list[int | float]) -> list[int | float]:
+    """Return how many batches of each loader a training epoch takes: no more than the rank with the fewest has.
+
+    A rank that goes on alone would wait for gradients that never come.
+    """
+    if session.strategy.world_size == 1:
+        return counts
+    found: list[list[int | float]] = session.strategy.gather_objects(counts)
+    fewest = [min(column) for column in zip(*found, strict=True)]
+    if any(row != fewest for row in found):
+        rank_zero_warn(
+            f"The training loaders have other numbers of batches on other ranks; by rank: {found}. An epoch has as many as"
+            " the rank with the fewest: the rest is left out.",
+            category=PossibleUserWarning,
+        )
+    return fewest
 
 
 def limits(combined: CombinedLoader, stage: str, limit: int | float, argument: str) -> list[int | float]:
     """How many batches to take from each loader; infinity where a loader has no length."""
     return [num_batches(stage, length(loader), limit, argument) for loader in combined.flattened]
+
+
+def in_step(iterator: Iterator[Any], strategy: Strategy) -> Iterator[Any]:
+    """Iterate as long as all ranks have a next item, where nobody knows how many there are: all ask each time."""
+    while strategy.reduce_boolean_decision((item := next(iterator, _END)) is not _END):
+        yield item
+
+
+def nothing(session: Session, combined: CombinedLoader, counts: list[int | float]) -> bool:
+    """Whether an evaluation has no batch at all; one that only other ranks have batches of is run, to meet them."""
+    if sum(counts) > 0:
+        return False
+    if session.strategy.world_size > 1:
+        from leyden.data import sharding  # noqa: PLC0415  # only for several processes
+
+        shares = [sharding.share_of(loader) for loader in combined.flattened]
+        config = session.config
+        limit = {
+            "validate": config.limit_val_batches,
+            "fit": config.limit_val_batches,
+            "test": config.limit_test_batches,
+        }
+        wanted = limit.get(str(session.trainer.state.fn), config.limit_predict_batches)
+        return not (wanted and any(share is not None for share in shares))
+    return True
 
 
 def supply(session: Session, combined: CombinedLoader, prefix: str, step: Callable[..., Any]) -> Supply:
@@ -244,6 +309,11 @@ def supply(session: Session, combined: CombinedLoader, prefix: str, step: Callab
         loaders = chosen(session, combined, prefix)
     shelf, keep = session.shelf(takes(step, "dataloader_iter")), fast and session.trainer.state.fn is TrainerFn.FITTING
     made = session.supplies[prefix] = Supply(combined, seeding, seed, fast, shelf, keep, loaders)
+    if session.strategy.world_size > 1:
+        from leyden.data import sharding  # noqa: PLC0415  # only for several processes
+
+        shares = [share for loader in combined.flattened if (share := sharding.share_of(loader)) is not None]
+        made.agree = partial(sharding.agree, shares, session.strategy.broadcast)
     return made
 
 
@@ -280,7 +350,8 @@ class TrainingData:
                 "CombinedLoader(mode='sequential') cannot train: use 'min_size', 'max_size' or 'max_size_cycle'."
             )
         self.sized = total(loader) < math.inf
-        loader.limits = [num_batches("train", length(x), limit, "limit_train_batches") for x in loader.flattened]
+        counts = [num_batches("train", length(x), limit, "limit_train_batches") for x in loader.flattened]
+        loader.limits = same_on_all_ranks(session, counts)
         self.num_batches = total(loader)
         self.supply = supply(session, loader, "train", session.module.training_step)
         self.iterator: Iterator[Any] | None = None
@@ -291,6 +362,8 @@ class TrainingData:
         data, limit = self.supply, self.num_batches
         draws = takes(session.module.training_step, "dataloader_iter")
         iterator = data.iterate(place)
+        if not self.sized and session.strategy.world_size > 1:
+            iterator = in_step(iterator, session.strategy)
         taken, waiting = (0, []) if place is None else (place.drawn, place.ahead)
         if draws:
             triples = ((batch, i, 0) for i, batch in enumerate(iterator, taken)) if data.single else iterator

@@ -109,6 +109,7 @@ def bind(
     callbacks: Iterable[Callback],
     results: Results,
     profiler: Any,
+    meet: Callable[[], None] | None = None,
 ) -> Hooks:
     """Make the ``Hooks`` of one run.
 
@@ -119,6 +120,7 @@ def bind(
         callbacks: In the order in which they run.
         results: Where ``self.log`` stores.
         profiler: Measures each call if it is not None.
+        meet: Runs at the end of a training epoch, before callbacks read its metrics; None where there is nobody to meet.
     """
     hooks = Hooks()
     callbacks = list(callbacks)
@@ -150,7 +152,8 @@ def bind(
             ]
         if name == "on_train_epoch_end":
             # callbacks that read metrics come after the module, so that they see what it logs at the end of the epoch
-            ordered = [call for late, call in theirs if not late] + mine + [call for late, call in theirs if late]
+            first = [call for late, call in theirs if not late] + mine + ([meet] if meet is not None else [])
+            ordered = first + [call for late, call in theirs if late]
         else:
             ordered = [call for _, call in theirs] + mine
         calls = Calls(ordered)

@@ -91,7 +91,7 @@ class EvaluationLoop:
             self.load_data(session)
             assert self.loader is not None
             limits = self.limits(session)
-            if sum(limits) == 0:
+            if batches.nothing(session, self.loader, limits):
                 return []
             names = _names(session, self.prefix)
             step = getattr(session.module, names.step)
@@ -130,11 +130,13 @@ class EvaluationLoop:
         sanity = session.trainer.sanity_checking
         seen = session.progress.val_batches if session.trainer.state.fn is TrainerFn.FITTING else [0] * len(limits)
         outputs: list[dict[str, Any]] = [{} for _ in (limits if loader.mode == "sequential" else (0,))]
-        current = 0
+        current = done = 0
         for batch, batch_idx, loader_idx in batches.remaining(iterator):
-            if loader_idx != current:
-                outputs[current], current = self._end_loader(session), loader_idx
+            while current < loader_idx:
+                outputs[current] = self._end_loader(session, current if several else None, done)
+                current, done = current + 1, 0
             self.batch_idx = batch_idx
+            done += 1
             if transfer is not None:
                 batch = transfer(batch, loader_idx)
             store.start_batch(batch, loader_idx if several else None)
@@ -154,7 +156,9 @@ class EvaluationLoop:
                 seen[loader_idx] += 1
             if session.interrupt.received and self.cuts(session):
                 session.interrupt.answer()
-        outputs[current] = self._end_loader(session)
+        while current < len(outputs):
+            outputs[current] = self._end_loader(session, current if several else None, done)
+            current, done = current + 1, 0
         return self._finish(session, names, outputs, modes)
 
     def cuts(self, session: Session) -> bool:
@@ -164,6 +168,8 @@ class EvaluationLoop:
         It cannot where somebody does something of his own when a validation begins, such as to exchange the weights for
         averages: what he undoes when it ends would be left, and saved.
         """
+        if session.strategy.world_size > 1:
+            return False  # the others may be in another batch; all answer when this evaluation is over
         if session.trainer.state.fn is TrainerFn.FITTING:
             if _is_prepared(session):
                 return False
@@ -171,11 +177,15 @@ class EvaluationLoop:
                 self.before.restore(session)
         return True
 
-    def _end_loader(self, session: Session) -> dict[str, Any]:
-        """The values of the loader that has just ended."""
+    def _end_loader(self, session: Session, index: int | None, done: int) -> dict[str, Any]:
+        """The values of loader ``index``, which has just ended, after ``done`` batches."""
         store = session.results.eval
-        store.on_step = False
-        return {} if session.trainer.sanity_checking else session.results.collect()
+        store.on_step, store.loader = False, index
+        if session.trainer.sanity_checking:
+            return {}
+        if session.across is not None:
+            session.across.epoch(store, done)
+        return session.results.collect()
 
     def _finish(
         self, session: Session, names: _Names, outputs: list[dict[str, Any]], modes: dict[nn.Module, bool]
@@ -184,6 +194,8 @@ class EvaluationLoop:
         store.on_step, store.loader = False, None
         names.epoch_end()
         sanity = session.trainer.sanity_checking
+        if session.across is not None and not sanity:
+            session.across.after_hook(store, names.epoch_end.name)
         closing = {} if sanity else results.collect()
         for output in outputs:
             output.update(closing)

@@ -156,7 +156,7 @@ class FitLoop:
         else:
             if not isinstance(loss, Tensor) or not loss.requires_grad or loss.numel() != 1:
                 check_loss(loss, bool(session.hooks.backward))
-            if divisor > 1:
+            if divisor > 1 or opt.exchange is not None:
                 loss = weighted(opt, output, loss, divisor)
             if first:
                 opt.zero_grad(batch_idx)
@@ -178,6 +178,7 @@ class FitLoop:
             progress.tail, progress.epoch_done = "", False  # of a fit that an exception ended
         elif progress.epoch_done:
             self.last = resumed.last
+            session.agree_on_epoch()
             self.close_epoch(session)
         if resumed is not None:
             resumed.load(self, session)
@@ -253,7 +254,8 @@ class FitLoop:
         elif data.iterator is None:
             data.begin(session)
         session.position, progress.cut = None, False
-        self.due, self.opened = self.next_due(session), progress.epoch
+        # the tail of a batch of the run that is resumed may be due, and all ranks are at it
+        self.due, self.opened = progress.batches if progress.tail else self.next_due(session), progress.epoch
         return data.take()
 
     def end_epoch(self, session: Session) -> None:
@@ -262,6 +264,7 @@ class FitLoop:
         results.train.on_step, results.train.loader = False, None
         results.train.end_batch()
         progress.epoch_done = True
+        session.agree_on_epoch()
         session.hooks.on_train_epoch_end()
         self.close_epoch(session)
 
@@ -278,6 +281,7 @@ class FitLoop:
     def finished(self, session: Session) -> bool:
         """Whether no further epoch runs; says why."""
         progress, trainer = session.progress, session.trainer
+        session.agree_to_stop()
         reason = when.end_reached(progress, session.config, self.max_epochs)
         if progress.tail:
             return False  # a run that was saved after its last batch still has to end its epoch
@@ -341,7 +345,7 @@ class FitLoop:
             return False
         if trainer.should_stop and self.may_stop(session):
             return True
-        elapsed = time.monotonic() - self.last_val_time if self.interval.unit == "time" else 0.0
+        elapsed = session.seconds_since(self.last_val_time) if self.interval.unit == "time" else 0.0
         early = self.last and progress.batch_idx < self.num_batches < math.inf
         return when.validation_due(
             progress, self.interval, self.val_every, self.val_across, last=self.last, early=early,
@@ -353,6 +357,8 @@ class FitLoop:
         progress, results, config, trainer = session.progress, session.results, session.config, session.trainer
         automatic = session.module.automatic_optimization
         counts = self.steps
+        if session.across is not None:
+            session.across.after_batch(progress.batches >= self.due or self.last, progress.batches)
         if progress.tail == "log":
             row = results.collect()  # also what no row wants: it stays readable while hooks read other values
             if counts or not automatic:
@@ -369,9 +375,9 @@ class FitLoop:
             step_schedules(session, "step", True, progress.batch_idx)
         progress.batches_that_stepped += counts
         progress.tail = ""
-        if session.interrupt.received:
+        if session.interrupt.received and session.strategy.ends_after(progress.batches):
             session.interrupt.answer()
-        self.due = self.next_due(session)
+        self.due = self.next_due(session) if progress.batches >= self.due else self.due  # the same on all ranks
         if self.last or (config.max_steps >= 0 and progress.global_step >= config.max_steps):
             return False
         if trainer.should_stop:
@@ -390,4 +396,5 @@ class FitLoop:
                 session.module.zero_grad()
         self.validation.run(session)
         session.enter(RunningStage.TRAINING)
+        session.agree_to_stop()
         self.last_val_time = time.monotonic()

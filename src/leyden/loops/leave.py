@@ -62,11 +62,16 @@ def _settle(trainer: Any, exception: BaseException) -> None:
 
 
 def ending(trainer: Any, session: Session | None, error: BaseException, interrupt: Interrupt) -> BaseException:
-    """Return what a run ends with that ``error`` has ended: the signal, where that has ended its workers before."""
-    if not (interrupt.received and says_workers_are_gone(error)):
-        return error
-    interrupt.answered = is_whole(trainer, session, error)
-    return interrupt.exception()
+    """Return what a run ends with that ``error`` has ended: the signal, where that has ended its workers before.
+
+    The other processes of the run learn of it, if they do not end with it after the same batch.
+    """
+    found = error
+    if interrupt.received and says_workers_are_gone(error):
+        interrupt.answered = is_whole(trainer, session, error)
+        found = interrupt.exception()
+    trainer.strategy.fail(found, together=interrupt.answered and not interrupt.forced)
+    return found
 
 
 def is_whole(trainer: Any, session: Session | None, error: BaseException) -> bool:
@@ -81,7 +86,8 @@ def is_whole(trainer: Any, session: Session | None, error: BaseException) -> boo
         trace = trace.tb_next
     evaluation = trainer.fit_loop.validation
     inside = session is not None and (trainer.validating or trainer.sanity_checking)
-    return asked and (not inside or evaluation.cuts(session))
+    # with several processes the others may be in another batch
+    return asked and trainer.world_size == 1 and (not inside or evaluation.cuts(session))
 
 
 def leave(trainer: Any, session: Session | None, cluster: Any, interrupt: Interrupt) -> None:

@@ -34,6 +34,8 @@ class Optimization:
             is_written(session.module, name, LightningModule)
             for name in ("configure_gradient_clipping", "clip_gradients")
         )
+        self.exchange: Callable[[Optimizer], None] | None = getattr(session.strategy, "exchange_gradients", None)
+        """Averages, before a step, gradients that several processes have not averaged yet; None for one process."""
         self.stepped = 0
         """How many updates of the model were made since the current batch began."""
         self._leads = 0
@@ -120,9 +122,11 @@ class Optimization:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Everything between the gradients and the step: unscale, normalise, hooks, clip."""
+        if self.exchange is not None:
+            self.exchange(optimizer)
         self.precision.unscale(optimizer)
         if self.window_weight is not None or self.rescale != 1.0:
-            factor = self.rescale if self.window_weight is None else _inverse(self.window_weight)
+            factor = self.rescale if self.window_weight is None else _inverse(self.weight_of_all())
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             if grads:
                 torch._foreach_mul_(grads, factor)
@@ -137,6 +141,12 @@ class Optimization:
                 self.module.configure_gradient_clipping(optimizer, value, algorithm)
             elif value:
                 self.strategy.clip_gradients(optimizer, value, algorithm or "norm")
+
+    def weight_of_all(self) -> Any:
+        """The weight that was declared for this window: with several processes, the mean over all."""
+        if self.exchange is None:
+            return self.window_weight
+        return self.strategy.reduce(torch.as_tensor(self.window_weight, dtype=torch.float32, device=self.module.device))
 
     def count(self, index: int) -> None:
         """Count a step of optimizer ``index``, unless the precision skipped it for its gradients."""
@@ -300,8 +310,8 @@ def declared(opt: Optimization, output: Any, divisor: int) -> Any:
     Raises:
         MisconfigurationException: when some batches of a window declare a weight and others do not.
     """
-    if divisor == 1 and opt.window_weight is None:
-        return None  # a window of one batch: its weight would cancel
+    if divisor == 1 and opt.window_weight is None and opt.exchange is None:
+        return None  # a window of one batch, of one process: its weight would cancel
     weight = output.get("num_items") if opt.weighs and isinstance(output, Mapping) else None
     opt.window_mixes = opt.window_mixes or weight is None
     if opt.window_mixes and (weight is not None or opt.window_weight is not None):

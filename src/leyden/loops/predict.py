@@ -61,7 +61,7 @@ class PredictLoop:
     def _predict(self, session: Session) -> list[Any] | None:
         self.load_data(session)
         assert self.loader is not None
-        if sum(self.max_batches) == 0:
+        if batches.nothing(session, self.loader, self.max_batches):
             return []
         batches.check_several(session.module.predict_step, "predict_step", len(self.max_batches))
         self._kept = [[] for _ in self.max_batches]
@@ -111,7 +111,7 @@ class PredictLoop:
             if keep:
                 self._kept[loader_idx].append(move_to(output, torch.device("cpu")))
             del output
-            if session.interrupt.received:
+            if session.interrupt.received and session.strategy.world_size == 1:
                 session.interrupt.answer()
         hooks.on_predict_epoch_end()
         hooks.on_predict_end()

@@ -23,9 +23,9 @@ from leyden.callback import Callback
 from leyden.config import TrainerConfig, check_switch, default_semantics, parse_duration
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.precision import Precision, make_precision
-from leyden.runtime.devices import Accelerator, choose, make_accelerator
+from leyden.runtime.devices import Accelerator, make_accelerator, parse_devices
 from leyden.runtime.ranks import rank_zero_info
-from leyden.strategies import SingleDeviceStrategy, Strategy
+from leyden.strategies import Strategy
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -36,10 +36,21 @@ PROFILERS: dict[str, str] = {
 STRATEGIES: dict[str, str] = {
     "single_device": "leyden.strategies:SingleDeviceStrategy",
     "single": "leyden.strategies:SingleDeviceStrategy",
+    "ddp": "leyden.strategies.ddp:DDPStrategy",
+}
+# other names of ddp: how the processes are started, and what DistributedDataParallel is told
+_STARTS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
+_UNUSED = {"": {}, "_find_unused_parameters_true": {"find_unused_parameters": True}} | {
+    "_find_unused_parameters_false": {"find_unused_parameters": False}
+}
+_DDP: dict[str, dict[str, Any]] = {
+    name + suffix: {"start_method": start, **unused}
+    for name, start in _STARTS.items()
+    for suffix, unused in _UNUSED.items()
 }
 _LATER_STRATEGIES = (
-    "dp", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "fsdp", "fsdp_cpu_offload", "deepspeed", "tensor_parallel",
-    "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false", "xla", "balanced",
+    "dp", "fsdp", "fsdp_cpu_offload", "deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3",
+    "deepspeed_stage_2_offload", "deepspeed_stage_3_offload", "tensor_parallel", "model_parallel", "xla", "balanced",
 )  # fmt: skip
 
 
@@ -50,52 +61,89 @@ def load(target: str) -> Any:
 
 
 def strategy(
-    given: Any, accelerator: Any, devices: Any, num_nodes: Any, precision: Any, plugins: Any
+    given: Any,
+    accelerator: Any,
+    devices: Any,
+    num_nodes: Any,
+    precision: Any,
+    plugins: Any,
+    sync_batchnorm: bool = False,
 ) -> tuple[Strategy, Accelerator]:
-    """Choose device, precision and strategy.
+    """Choose devices, precision and strategy.
 
     Raises:
-        MisconfigurationException: for an unknown name, or for more devices than one process can use.
+        MisconfigurationException: for an unknown name, or a number of devices that the strategy cannot use.
     """
     backend = make_accelerator(accelerator)
-    chosen = choose(backend, devices)
-    if devices == "auto" and len(chosen) > 1:
-        rank_zero_info(f"Training on {chosen[0]}, one of {len(chosen)} devices.")
-        chosen = chosen[:1]
     if not isinstance(num_nodes, int) or isinstance(num_nodes, bool) or num_nodes < 1:
         raise MisconfigurationException(f"Trainer(num_nodes={num_nodes!r}) is not valid: it must be an int >= 1.")
-    if num_nodes != 1 or len(chosen) > 1:
-        raise MisconfigurationException(
-            f"Trainer(devices={devices!r}, num_nodes={num_nodes!r}) asks for {len(chosen)} devices on {num_nodes} nodes;"
-            " this version of Leyden trains on one device. Use devices=1, num_nodes=1."
-        )
+    name = str(given).lower()
+    several = not isinstance(given, Strategy) and name.startswith("ddp")
+    chosen, num_nodes = _devices(backend, devices, num_nodes, several or hasattr(given, "assign"))
     plugin, checkpoint_io = _plugins(plugins) if plugins is not None else (None, None)
     if plugin is not None and precision is not None:
         raise MisconfigurationException(
             f"Trainer(precision={precision!r}, plugins={plugins!r}): both say how numbers are stored. Give one of them."
         )
-    device = chosen[0]
-    if isinstance(given, Strategy):
-        if plugin is not None or precision is not None:
-            given.precision = plugin or make_precision(precision, given.root_device)
-        if checkpoint_io is not None:
-            given.checkpoint_io = checkpoint_io
-        fits = accelerator != "auto" or given.root_device.type == backend.name()
-        return given, backend if fits else make_accelerator(given.root_device.type)
-    name = str(given).lower()
+    if not isinstance(given, Strategy):
+        given = _by_name(given, name, len(chosen) * num_nodes, devices, num_nodes)
+        given = given(chosen[0], None, checkpoint_io) if isinstance(given, type) else given
+        plugin = plugin or make_precision(precision, chosen[0])
+    elif len(chosen) * num_nodes > 1 and not hasattr(given, "assign"):
+        raise MisconfigurationException(
+            f"Trainer(devices={devices!r}, num_nodes={num_nodes!r}) asks for {len(chosen) * num_nodes} devices, but"
+            f" {type(given).__name__} trains on one. Use strategy='ddp'."
+        )
+    if hasattr(given, "assign"):
+        given.assign(chosen, num_nodes)
+        given.sync_batchnorm = sync_batchnorm
+    if plugin is not None or precision is not None:
+        given.precision = plugin or make_precision(precision, given.root_device)
+    if checkpoint_io is not None:
+        given.checkpoint_io = checkpoint_io
+    fits = accelerator != "auto" or given.root_device.type == backend.name()
+    return given, backend if fits else make_accelerator(given.root_device.type)
+
+
+def _by_name(given: Any, name: str, count: int, devices: Any, num_nodes: int) -> Any:
+    """Return the strategy that ``name`` means with ``count`` devices, or its class."""
     if name in _LATER_STRATEGIES:
         raise MisconfigurationException(
-            f"Trainer(strategy={given!r}) is for several devices; this version of Leyden trains on one device. Use"
-            " strategy='auto'."
+            f"Trainer(strategy={given!r}) is not there yet. Today there are one device (strategy='auto') and 'ddp', with as"
+            " many processes as there are devices."
         )
-    if name != "auto" and name not in STRATEGIES:
-        known = ["auto", *STRATEGIES]
+    if name == "auto":
+        name = "single_device" if count == 1 else "ddp_notebook" if hasattr(sys, "ps1") else "ddp"
+    if name in _DDP:
+        return load(STRATEGIES["ddp"])(**_DDP[name])
+    if name not in STRATEGIES:
+        known = ["auto", *STRATEGIES, *(alias for alias in _DDP if alias != "ddp")]
         raise MisconfigurationException(
             f"Trainer(strategy={given!r}) is not known: it must be one of {known} or a Strategy object."
             f"{did_you_mean(name, known)}"
         )
-    cls = SingleDeviceStrategy if name == "auto" else load(STRATEGIES[name])
-    return cls(device, plugin or make_precision(precision, device), checkpoint_io), backend
+    if count > 1 and name in ("single", "single_device"):
+        raise MisconfigurationException(
+            f"Trainer(devices={devices!r}, num_nodes={num_nodes!r}) asks for {count} devices, but strategy={given!r} trains"
+            " on one. Use strategy='ddp'."
+        )
+    return load(STRATEGIES[name])
+
+
+def _devices(backend: Accelerator, devices: Any, num_nodes: int, several: bool) -> tuple[list[torch.device], int]:
+    """Return the devices of this machine and the number of machines; ``"auto"`` is as many as a launcher has started."""
+    if devices != "auto":
+        return parse_devices(backend, devices), num_nodes
+    from leyden.runtime.world import joined  # noqa: PLC0415  # when a Trainer is made, not when its name is imported
+
+    world = joined()
+    if world is not None and world.size > 1 and (several or world.starter != "leyden"):
+        return parse_devices(backend, world.local_size), world.nodes
+    chosen = parse_devices(backend, devices)
+    if len(chosen) > 1 and not several:
+        rank_zero_info(f"Training on {chosen[0]}, one of {len(chosen)} devices. Ask for more with devices=...")
+        chosen = chosen[:1]
+    return chosen, num_nodes
 
 
 def _plugins(given: Any) -> tuple[Precision | None, Any]:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from leyden.config import TrainerConfig
@@ -73,6 +75,8 @@ class Session:
     """Takes away what was put on the module for the length of the run."""
     checkpoint: dict[str, Any] | None = None
     """What a fit goes on from, until all of it is restored."""
+    across: Any = None
+    """What several processes tell each other where they meet; None for one process."""
     position: Any = None
     """Where a resumed fit stood in its data; None once it is there."""
     supplies: dict[str, Any] = field(default_factory=dict)
@@ -112,7 +116,7 @@ class Session:
             # hooks may ask for the name and folder of the run from here on
             begin = getattr(logger, "begin", None)
             _ = begin() if callable(begin) else getattr(logger, "experiment", None)
-        self.strategy.barrier("pre_setup")
+        self.agree_on_versions()
         if self.datamodule is not None:
             self.datamodule.setup(stage)
         for callback in callbacks:
@@ -136,9 +140,42 @@ class Session:
         self.profiler = profiler
         if profiler is not None:
             self.strategy = cast("Strategy", ProfiledStrategy(self.strategy, profiler))
-        self.hooks = bind(self.trainer, self.module, self.datamodule, callbacks, self.results, profiler)
+        meet = self._across() if self.strategy.world_size > 1 else None
+        self.hooks = bind(self.trainer, self.module, self.datamodule, callbacks, self.results, profiler, meet)
+        if self.across is not None:
+            self.across.bound(self.hooks)
         if not self.config.barebones:
             self.module.log_into(self.results)
+
+    def seconds_since(self, moment: float) -> float:
+        """The time since ``moment`` of the monotonic clock; of several processes, whose clocks differ, that of rank 0."""
+        return float(self.strategy.broadcast(time.monotonic() - moment))
+
+    def agree_on_versions(self) -> None:
+        """Let the loggers of all processes name the folder in which rank 0 logs."""
+        if self.strategy.world_size == 1:
+            return
+        followers = [logger for logger in self.trainer.loggers if hasattr(logger, "follow")]
+        mine = [logger.version for logger in followers] if self.strategy.is_global_zero else []
+        for logger, version in zip(followers, self.strategy.broadcast(mine), strict=True):
+            logger.follow(version)
+
+    def agree_on_epoch(self) -> None:
+        """Let all processes agree on the values of the training epoch that ends."""
+        if self.across is not None:
+            self.across.epoch(self.results.train)
+
+    def agree_to_stop(self) -> None:
+        """Let all processes stop if one of them wants to."""
+        if self.across is not None:
+            self.across.agree_to_stop()
+
+    def _across(self) -> Callable[[], None]:
+        from leyden.loops.across import Across  # noqa: PLC0415  # only for several processes
+
+        local = self.config.rule("epoch_mean") == "local unless sync_dist"
+        self.across = across = Across(self.strategy, self.results, self.trainer, local)
+        return partial(across.after_hook, self.results.train, "on_train_epoch_end")
 
     def tear_down(self, stage: str, callbacks: list[Any]) -> None:
         """Call the ``teardown`` hooks."""
@@ -150,6 +187,8 @@ class Session:
 
     def release(self, callbacks: list[Any]) -> None:
         """Take back what the run lent out."""
+        if self.across is not None:
+            self.across.close()
         self.module.log_into(None)
         if self.compilation is not None:
             self.compilation.remove()

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from leyden.callback import Callback
 from leyden.datamodule import LightningDataModule
 from leyden.errors import CheckpointError, MisconfigurationException
@@ -27,6 +29,7 @@ from leyden.results import Results
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.runtime.seed import rng_state
 from leyden.strategies.base import Strategy
+from leyden.tree import move_to
 
 if TYPE_CHECKING:
     from leyden.loops.position import Position
@@ -103,6 +106,9 @@ def gather(
         if optimization is not None and (not optimization.automatic or (inside and not fit_loop.steps)):
             ours["window"] = optimization.state_dict()
     checkpoint["leyden"] = ours
+    if strategy.world_size > 1 and not weights_only:
+        own = move_to({key: ours[key] for key in _OF_EACH_RANK if key in ours}, torch.device("cpu"))
+        ours["ranks"] = strategy.gather_objects(own)
     for owner in (module, datamodule):
         if owner is not None and owner.hparams:
             _add_hparams(checkpoint, owner)
@@ -112,6 +118,21 @@ def gather(
         for callback in callbacks:
             callback.on_save_checkpoint(trainer, module, checkpoint)
     module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+_OF_EACH_RANK = ("rng", "data", "results", "metrics", "window")
+"""What each rank has its own of: random generators, the place in its share of the data, what it has counted so far."""
+
+
+def _of_this_rank(checkpoint: dict[str, Any], strategy: Strategy) -> dict[str, Any]:
+    """Put in the place of what rank 0 has written about itself what this rank has written."""
+    ours = checkpoint.get("leyden") or {}
+    ranks = ours.pop("ranks", None)
+    if ranks is not None and len(ranks) == strategy.world_size:
+        ours.update(ranks[strategy.global_rank])
+    if ours:
+        ours["written_by"] = 1 if ranks is None else len(ranks)
     return checkpoint
 
 
@@ -135,7 +156,7 @@ def read(strategy: Strategy, path: Any, weights_only: bool | None) -> dict[str, 
     """
     checkpoint: Any = strategy.load_checkpoint(path, weights_only)
     require_checkpoint(checkpoint, str(path))
-    return modernized(checkpoint)
+    return _of_this_rank(modernized(checkpoint), strategy)
 
 
 def restore_model(
@@ -215,6 +236,12 @@ def restore_training(
     )
     ours = checkpoint.get("leyden")
     if ours is not None:
+        if ours["written_by"] != strategy.world_size:
+            rank_zero_warn(
+                f"{source} was written by {ours['written_by']} processes, and {strategy.world_size} go on from it. Weights,"
+                " optimizers and counters are exact; random generators, and what was logged so far in the epoch, are those"
+                " of rank 0."
+            )
         progress.load_state_dict(ours["progress"])
         last, steps = ours.get("last", False), ours.get("steps", True)
         if "results" in ours:

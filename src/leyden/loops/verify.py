@@ -147,6 +147,11 @@ def verify_objects(trainer: Any, steps: int, **arguments: Any) -> Report:
     Raises:
         CouldNotRun: if something cannot be pickled, or a process fails.
     """
+    if trainer.world_size > 1:
+        raise CouldNotRun(
+            f"verify_resume runs in one process, and this Trainer uses {trainer.world_size}. Use Trainer(devices=1,"
+            " num_nodes=1) for it: what each rank has of its own is restored in the same way."
+        )
     with tempfile.TemporaryDirectory(prefix="leyden-verify-") as folder:
         payload = Path(folder) / "payload"
         payload.write_bytes(_pickled(trainer, arguments))

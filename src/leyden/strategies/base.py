@@ -90,6 +90,26 @@ class Strategy:
         """Whether this is the process that writes."""
         return self.global_rank == 0
 
+    # -- a run
+
+    @property
+    def spawns(self) -> bool:
+        """Whether an entry point of the Trainer is to run in processes that are started for it alone."""
+        return False
+
+    def run_elsewhere(self, trainer: Any, entry: str, given: Mapping[str, Any]) -> Any:
+        """Run ``trainer.<entry>`` with the arguments that are among ``given`` in such processes; return what it returned."""
+        raise NotImplementedError(f"{type(self).__name__} starts no processes.")
+
+    def launch(self, interrupt: Interrupt, progress: Any) -> None:
+        """Start the processes that are missing, and meet them; a run begins, with these counters."""
+
+    def land(self) -> None:
+        """A run is over, in whatever way."""
+
+    def fail(self, error: BaseException, together: bool) -> None:
+        """``error`` ends the run; ``together`` says that it does so on all ranks, after the same batch."""
+
     # -- the life of a module
 
     def connect(self, module: nn.Module) -> None:
@@ -100,6 +120,12 @@ class Strategy:
         """Bring the module to its device and number format."""
         self.module = self.precision.convert_module(self.module)
         self.module.to(self.root_device)
+
+    def distribute(self, fitting: bool) -> None:
+        """Make the module one with those of the other processes; runs after ``setup``."""
+
+    def accompany(self, loop: Any, automatic: bool) -> None:
+        """Go with the loop of a fit, whose ``steps`` says whether a batch ends with an update; the optimizers are set."""
 
     def set_optimizers(
         self, optimizers: list[Optimizer], schedules: list[Any], step: Callable[..., Any], backward: Callable[..., None]
@@ -204,6 +230,14 @@ class Strategy:
         """Agree on a yes or no: of all processes (``all``), or of any."""
         return decision
 
+    def gather_objects(self, item: Any) -> list[Any]:
+        """Return the objects of all processes, in their order."""
+        return [item]
+
+    def gather_numbers(self, numbers: Tensor) -> Tensor:
+        """Return the flat ``numbers`` (on the CPU) of all processes, one row for each."""
+        return numbers[None]
+
     def all_gather(self, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:
         """Gather a tensor, or a tree of them, from all processes; with one process the input itself."""
         return tensor
@@ -214,6 +248,18 @@ class Strategy:
         See ``Interrupt`` for how several processes agree without an exchange in an ordinary batch.
         """
         interrupt.received = True
+
+    def ends_after(self, batch: int) -> bool:
+        """Whether a run that was asked to stop ends after this batch, the one that is just done, in all processes."""
+        return True
+
+    def unanimous(self, about: str) -> bool:
+        """Whether all processes ask this at the same point, without an exchange where they do not."""
+        return True
+
+    def agree_on(self, interrupt: Interrupt) -> bool:
+        """Make what ``interrupt`` says the same in all processes, where all are at the same point; return ``received``."""
+        return interrupt.received
 
     # -- checkpoints
 

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gives each process its share of a loader, by wrapping the stream of indices that the user's sampler draws.
+
+All ranks draw the same order, from the random state of rank 0, and each takes every ``world_size``-th of it: samples where
+torch's own BatchSampler makes the batches, whole batches where a batch sampler of the user's own does. Nothing is built
+anew: the loader is a copy of the user's with the wrapped sampler in its place.
+
+- In training every rank gets as many samples: the first ones come once more at the end, as with DistributedSampler.
+- In evaluation every sample comes once; some ranks have one more than others, or none.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from leyden.data.generators import Streams, find, plain, raw
+
+AHEAD = 4096
+"""How many items a sampler draws at a time; torch's own draw all random numbers of a pass with the first."""
+
+
+class Sharded:
+    """The share of one rank in what a sampler draws.
+
+    ``begin`` says, on all ranks, from which random state the next pass draws. No pass exchanges anything by itself: how
+    many passes a rank begins, when, and in which thread, is its own affair.
+
+    Args:
+        sampler: The user's: of indices, or of batches of them.
+        rank: Whose share.
+        size: How many ranks there are.
+        pads: Whether all ranks get as many items.
+        loader: The loader; its generator is one that the sampler may draw from.
+    """
+
+    draws_apart = True
+    """What it draws leaves no trace in the generators that others use too."""
+
+    def __init__(self, sampler: Any, rank: int, size: int, pads: bool, loader: Any) -> None:
+        self.sampler, self.rank, self.size, self.pads = sampler, rank, size, pads
+        self.streams = Streams(find({"sampler": sampler, "generator": loader.generator}))
+        self._generator = loader.generator
+        self._keeps_workers = loader.num_workers > 0 and loader.persistent_workers
+        self._passes = 0
+        self._state: dict[str, Any] | None = None
+
+    def now(self) -> dict[str, Any]:
+        """Return the random state of this rank, as plain data."""
+        return plain(self.streams.now())
+
+    def begin(self, state: Mapping[str, Any]) -> None:
+        """Let the next pass draw from ``state``, which is rank 0's."""
+        self._state = raw(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next pass draws from, as plain data."""
+        return {"state": None if self._state is None else plain(self._state), "passes": self._passes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what ``state_dict`` returned."""
+        self._state = None if state["state"] is None else raw(state["state"])
+        self._passes = state["passes"]
+
+    def __iter__(self) -> Iterator[Any]:
+        place, first = 0, list[Any]()
+        for item in self._drawn():
+            if len(first) < self.size:
+                first.append(item)
+            if place % self.size == self.rank:
+                yield item
+            place += 1
+        if self.pads and place % self.size:
+            own = self.rank - place % self.size
+            if own >= 0:
+                yield first[own % len(first)]
+
+    def _drawn(self) -> Iterator[Any]:
+        """Yield what the sampler draws from the state that all ranks share, a piece at a time."""
+        streams, sampler = self.streams, self.sampler
+        # the loader draws a random number for its workers before the first index, unless it keeps them
+        seeds = not (self._keeps_workers and self._passes)
+        self._passes += 1
+        if _torchs(sampler):
+            next(iter(sampler), None)  # so that this rank's own generators go on as those of a single process would
+        drawn: Iterator[Any] | None = None
+        state = self._state
+        while True:
+            own = streams.now()
+            if state is not None:
+                streams.put(state)
+            if drawn is None:
+                if seeds:
+                    torch.empty((), dtype=torch.int64).random_(generator=self._generator)
+                drawn = iter(sampler)
+                items = list(islice(drawn, AHEAD))
+                self._state = state = streams.now()  # where another pass goes on, if nobody says otherwise
+            else:
+                items = list(islice(drawn, AHEAD))
+                state = streams.now()
+            # generators that the sampler or the loader holds are this loader's alone, and go on
+            streams.put({name: value for name, value in own.items() if name not in streams.held})
+            yield from items
+            if len(items) < AHEAD:
+                return
+
+    def __len__(self) -> int:
+        whole = len(self.sampler)
+        if self.pads:
+            return -(-whole // self.size)
+        return len(range(self.rank, whole, self.size))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "sampler" not in vars(self):
+            raise AttributeError(name)
+        return getattr(self.sampler, name)
+
+
+def share(loader: Any, rank: int, size: int, pads: bool) -> Any:
+    """Return the share of ``rank`` in a loader: a copy of it; the loader itself where it cannot or must not be shared out.
+
+    Left alone are loaders whose sampler knows ranks already (it has ``num_replicas`` and ``rank``), data sets that are
+    iterated over, and everything that is no DataLoader.
+
+    Args:
+        loader: The user's.
+        rank: Whose share.
+        size: How many ranks there are.
+        pads: Whether all ranks get as many samples (training), or each sample comes once (evaluation).
+    """
+    if not can_be_shared(loader):
+        return loader
+    copied = copy.copy(loader)
+    # past DataLoader's guard, which would have the user build the loader anew; the copy starts workers of its own
+    object.__setattr__(copied, "_iterator", None)
+    batches = loader.batch_sampler
+    if batches is None:
+        object.__setattr__(copied, "sampler", Sharded(loader.sampler, rank, size, pads, loader))
+    elif type(batches) is BatchSampler:
+        own = copy.copy(batches)
+        own.sampler = Sharded(batches.sampler, rank, size, pads, loader)
+        object.__setattr__(copied, "sampler", own.sampler)
+        object.__setattr__(copied, "batch_sampler", own)
+    else:
+        object.__setattr__(copied, "batch_sampler", Sharded(batches, rank, size, pads, loader))
+    return copied
+
+
+def share_shuffled(loader: Any, rank: int, size: int, seed: int) -> Any:
+    """Return the share of ``rank`` in a loader as Lightning's: shuffled by ``seed`` and the epoch, also where it was not.
+
+    A loader whose sampler is none of torch's plain two is shared out like any other.
+    """
+    batches, sampler = loader.batch_sampler, loader.sampler
+    if type(batches) is not BatchSampler or type(sampler) not in (SequentialSampler, RandomSampler):
+        return share(loader, rank, size, pads=True)
+    copied, own = copy.copy(loader), copy.copy(batches)
+    object.__setattr__(copied, "_iterator", None)
+    own.sampler = DistributedSampler(loader.dataset, size, rank, seed=seed)
+    object.__setattr__(copied, "sampler", own.sampler)
+    object.__setattr__(copied, "batch_sampler", own)
+    return copied
+
+
+def share_of(loader: Any) -> Sharded | None:
+    """Return what shares out the samples of a loader; None if nothing does."""
+    parts = (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    return next((part for part in parts if isinstance(part, Sharded)), None)
+
+
+def agree(shares: list[Sharded], broadcast: Callable[[Any], Any]) -> None:
+    """Let the coming passes of all ranks draw from the random state of rank 0, in one exchange."""
+    states = broadcast([one.now() for one in shares])
+    for one, state in zip(shares, states, strict=True):
+        one.begin(state)
+
+
+def can_be_shared(loader: Any) -> bool:
+    """Whether a loader has an order of samples that nobody has shared out yet."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    batches = loader.batch_sampler
+    parts = [loader.sampler, batches, getattr(batches, "sampler", None)]
+    if any(isinstance(part, Sharded) for part in parts):
+        return False
+    return not any(hasattr(part, "num_replicas") and hasattr(part, "rank") for part in parts)
+
+
+def _torchs(sampler: Any) -> bool:
+    return type(sampler).__module__.startswith("torch.utils.data.")
+
+
+__all__ = ["AHEAD", "Sharded", "agree", "can_be_shared", "share", "share_of", "share_shuffled"]

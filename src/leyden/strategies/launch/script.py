@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts the other processes of this machine by running the same script once more in each, once for the whole script.
+
+The process of the user is rank 0; the others are fresh interpreters with the same command and the environment of their
+rank. They come to the same ``fit`` by themselves, and go on from it to the same ``test``: each line of the script runs once
+for each rank.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+
+from leyden.errors import MisconfigurationException
+from leyden.runtime import collective
+from leyden.runtime.world import World
+
+GRACE = 5.0
+"""Seconds that rank 0 has to leave a run by itself, when another process has failed."""
+
+# Runs in front of the script: on Linux the kernel ends the process when the one that started it is gone, however it went.
+# It is set here, not between fork and exec, where a process with threads can do little.
+_FIRST = (
+    "import ctypes, os, signal, sys\n"
+    "if sys.argv[1] != '0' and sys.platform == 'linux':\n"
+    "    ctypes.CDLL(None).prctl(1, signal.SIGKILL)\n"
+    "    if os.getppid() != int(sys.argv[1]): os._exit(1)\n"
+    "os.execv(sys.argv[2], sys.argv[2:])\n"
+)
+
+
+class Others:
+    """The processes that this one has started, and the thread that looks after them."""
+
+    def __init__(self, processes: list[subprocess.Popen[bytes]]) -> None:
+        self.processes = processes
+        self.running = 0
+        """How many runs of this process are inside an exchange with the others: 0 or 1."""
+        self.lost: str | None = None
+        """Which process has failed, in words."""
+        self._over = threading.Event()
+        threading.Thread(target=self._look, name="leyden-launcher", daemon=True).start()
+        atexit.register(self.close)
+
+    def _look(self) -> None:
+        while not self._over.wait(0.1):
+            for rank, process in enumerate(self.processes, 1):
+                if process.poll() not in (None, 0):
+                    self._one_is_lost(rank, process)
+                    return
+
+    def _one_is_lost(self, rank: int, process: subprocess.Popen[bytes]) -> None:
+        code = process.returncode
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        self.lost = f"local rank {rank} (process {process.pid}) has ended with {how}"
+        until = time.monotonic() + GRACE
+        while time.monotonic() < until and not self._over.is_set():
+            if not self.running:
+                return
+            time.sleep(0.1)
+        if self._over.is_set():
+            return
+        with contextlib.suppress(Exception):
+            print(f"\nleyden: {self.lost}; all ranks end.", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+        self.kill()
+        os._exit(1)
+
+    def kill(self) -> None:
+        """End all of them at once."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+
+    def close(self) -> None:
+        """The script of this process is over: wait for the others, or end them, if it has failed."""
+        failed = getattr(sys, "last_value", None) is not None
+        if failed:
+            self._over.set()
+            until = time.monotonic() + 1.0  # one that failed first is about to say so
+            while time.monotonic() < until and any(process.poll() is None for process in self.processes):
+                time.sleep(0.05)
+            self.kill()
+        codes = [process.wait() for process in self.processes]
+        self._over.set()
+        bad = next((code for code in codes if code), 0)
+        if bad and not failed:
+            # too late to raise anything: the exit code is all that is left to say it
+            with contextlib.suppress(Exception):
+                rank = codes.index(bad) + 1
+                print(f"leyden: the process of local rank {rank} ended with exit code {bad}.", file=sys.stderr)
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(bad if 0 < bad < 256 else 1)
+
+
+_OTHERS: list[Others] = []
+
+
+def start_others(world: World) -> int:
+    """Start the other processes of this machine, once; return the port at which all meet.
+
+    Raises:
+        MisconfigurationException: where there is no script that could be run once more.
+    """
+    port = world.port or collective.serve()
+    command = again()
+    parent = str(os.getpid()) if threading.current_thread() is threading.main_thread() else "0"
+    processes = []
+    complete = World(world.rank, world.size, 0, world.local_size, world.node, world.address, port)
+    for local_rank in range(1, world.local_size):
+        environment = {**os.environ, **complete.environment(local_rank)}
+        environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // world.local_size, 1)))
+        processes.append(subprocess.Popen([sys.executable, "-c", _FIRST, parent, *command], env=environment))
+    _OTHERS.append(Others(processes))
+    return port
+
+
+def again() -> list[str]:
+    """Return the command that runs this script once more.
+
+    Raises:
+        MisconfigurationException: for a session that is no script.
+    """
+    main = sys.modules.get("__main__")
+    path = getattr(main, "__file__", None)
+    words = list(sys.orig_argv[1:])
+    runs_code = getattr(main, "__spec__", None) is not None or "-c" in words[:-1]
+    if not runs_code and (path is None or not os.path.exists(path)):
+        raise MisconfigurationException(
+            "strategy='ddp' starts the other processes by running this script once more, but there is no script: this is"
+            " an interactive session or a notebook, or the program came from a pipe. Use strategy='ddp_notebook' (or"
+            " 'ddp_fork', 'ddp_spawn'), or put the program into a file."
+        )
+    if not runs_code and path is not None and sys.argv and sys.argv[0] in words:
+        words[words.index(sys.argv[0])] = os.path.abspath(path)  # the working directory may be another one by now
+    return [sys.executable, *words]
+
+
+def enter() -> None:
+    """A run with the others begins.
+
+    Raises:
+        RuntimeError: if one of them is gone.
+    """
+    for others in _OTHERS:
+        if others.lost is not None:
+            raise RuntimeError(
+                f"The processes of this script cannot run together any more: {others.lost}. Start the script anew."
+            )
+        others.running = 1
+
+
+def leave() -> None:
+    """The run is over."""
+    for others in _OTHERS:
+        others.running = 0

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The thread beside the loop: ranks stop after the same batch, learn of a failure, and agree without a collective."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from torch.distributed import HashStore
+
+from leyden.errors import CheckpointError
+from leyden.signals import Interrupt
+from leyden.strategies import watch
+from leyden.strategies.watch import Watch
+
+
+class _Rank:
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self.interrupt, self.batches, self.left = Interrupt(lambda _: None), 0, list[int]()
+        self.watch = Watch(store, "run", rank, size, self.interrupt, lambda: self.batches, self.left.append)
+
+
+@pytest.fixture
+def ranks(monkeypatch: Any) -> Iterator[Callable[[int], list[_Rank]]]:
+    made: list[_Rank] = []
+    monkeypatch.setattr(watch, "PERIOD", 0.01)
+
+    def make(size: int, present: int | None = None) -> list[_Rank]:
+        store = HashStore()
+        made.extend(_Rank(store, rank, size) for rank in range(size if present is None else present))
+        return made
+
+    yield make
+    for one in made:
+        one.watch.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "leyden-watch"]
+
+
+def _until(true: Callable[[], Any]) -> None:
+    until = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def test_all_end_after_the_last_batch_that_any_of_them_can_be_in(ranks: Any) -> None:
+    zero, one, two = ranks(3)
+    zero.batches, one.batches, two.batches = 7, 8, 7
+    one.interrupt.number = signal.SIGTERM
+    one.interrupt._ask()
+    _until(lambda: all(rank.interrupt.received for rank in (zero, one, two)))
+    for rank in (zero, one, two):
+        assert [rank.watch.ends_after(batch) for batch in (7, 8, 9)] == [False, False, True]
+        assert rank.interrupt.number == signal.SIGTERM
+
+
+def test_an_error_of_one_rank_that_ends_the_run_is_that_of_all(ranks: Any) -> None:
+    zero, one = ranks(2)
+    error = CheckpointError("no space left")
+    zero.interrupt.fail(error)
+    _until(lambda: one.interrupt.received)
+    assert zero.interrupt.exception() is error
+    assert "ended by rank 0: no space left" in str(one.interrupt.exception())
+    assert isinstance(one.interrupt.exception(), CheckpointError)
+
+
+def test_a_rank_that_does_not_answer_is_named(ranks: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(watch, "ANSWER", 0.2)
+    monkeypatch.setattr(watch, "GRACE", 60.0)
+    zero, _ = ranks(3, 2)
+    zero.interrupt._ask()
+    with pytest.raises(RuntimeError, match="rank 2 has not answered"):
+        zero.watch.ends_after(1)
+
+
+def test_d5_a_failure_is_told_to_all_and_ends_those_that_hang(ranks: Any, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(watch, "GRACE", 0.1)
+    zero, one, two = ranks(3)
+    assert one.watch.failed(ValueError("broken")) is None
+    assert "rank 1 of 3: ValueError: broken" in (two.watch.failed(KeyError("later")) or "")
+    _until(lambda: zero.left)
+    assert (zero.left, one.left) == ([1], [])
+    told = capsys.readouterr().err
+    assert "rank 0 of 3 ends, because another one has failed: rank 1 of 3: ValueError: broken" in told
+    assert "rank 0 waits here:" in told  # D5
+    assert "test_d5_a_failure_is_told_to_all" in told
+
+
+def test_one_that_leaves_the_run_in_time_is_left_alone(ranks: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(watch, "GRACE", 5.0)
+    zero, one = ranks(2)
+    one.watch.failed(ValueError("broken"))
+    time.sleep(0.1)
+    zero.watch.close()
+    assert zero.left == []
+
+
+def test_unanimous_is_what_all_ask_and_nothing_else(ranks: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(watch, "PATIENCE", 0.2)
+    zero, one = ranks(2)
+    assert not zero.watch.unanimous("stop/3")
+    assert not one.watch.unanimous("stop/3")  # too late
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda rank: rank.watch.unanimous("stop/4"), (zero, one))) == [True, True]
