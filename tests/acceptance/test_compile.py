@@ -235,7 +235,7 @@ def test_y1_every_way_to_optimize(module: Any, options: dict[str, Any]) -> None:
     assert GRAPHS
 
 
-class Losses2(Small):
+class SharedGraph(Small):
     """Two losses that share a part of their graph."""
 
     def __init__(self) -> None:
@@ -270,7 +270,7 @@ class Penalty(Small):
         return (self.net(inputs) - batch[1]).square().mean() + slope.square().mean()
 
 
-@pytest.mark.parametrize("module", [Losses2, Twice, Penalty])
+@pytest.mark.parametrize("module", [SharedGraph, Twice, Penalty])
 def test_y1_a_graph_may_be_gone_through_more_than_once(module: Any) -> None:
     warned = pytest.warns(LeydenWarning, match="gradients of gradients") if module is Penalty else nullcontext()
     weights = []
