@@ -38,6 +38,12 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Threads of tiny kernels wait for each other where others compute, too."""
+    torch.set_num_threads(1)
+
+
 class Net(L.LightningModule):
     """Two layers on random data; notes its losses."""
 
