@@ -357,6 +357,50 @@ def test_a_value_inside_a_transform_of_functions_is_no_memory_to_be_read() -> No
     assert fit(do, limit_train_batches=1).callback_metrics["x"].item() == 3.0
 
 
+def test_a_single_number_stays_one_where_double_is_the_default() -> None:
+    def do(net: Net, _: int) -> None:
+        net.log_dict({"single": torch.tensor(0.1, dtype=torch.float32), "number": 0.1})
+
+    logged = fit(do, precision="64-true", limit_train_batches=1).callback_metrics
+    assert logged["single"].dtype is torch.float32
+    assert logged["number"].dtype is torch.float64
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.1), 0.1, 3], ids=["tensor", "float", "int"])
+def test_a_default_device_takes_no_number_away_from_the_host(value: Any) -> None:
+    def do(net: Net, _: int) -> None:
+        with torch.device("meta"):
+            net.log("step", value)
+            net.log("both", value, on_epoch=True)
+            torch.set_default_device("meta")  # what reads the numbers runs later
+            assert float(net.trainer.callback_metrics["step"]) == pytest.approx(float(value))
+            torch.set_default_device(None)
+
+    logged = fit(do, limit_train_batches=1).callback_metrics
+    assert {name: number.device.type for name, number in logged.items()} == dict.fromkeys(logged, "cpu")
+    assert float(logged["both_epoch"]) == pytest.approx(float(value))
+
+
+def test_what_the_user_compiles_himself_may_log_and_stays_one_graph() -> None:
+    class Helped(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whole = torch.compile(self.helper, backend="eager", fullgraph=True)
+
+        def helper(self, batch: Any) -> Tensor:
+            loss = self.layer(batch[0]).square().mean()
+            self.log("loss", loss)
+            return loss
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.whole(batch)
+
+    made = trainer()
+    made.fit(Helped())
+    assert len(rows(made, "loss")) == 4
+    assert math.isfinite(made.callback_metrics["loss"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_writing_into_the_tensor_afterwards_changes_nothing(dtype: torch.dtype) -> None:
     def do(net: Net, i: int) -> None:

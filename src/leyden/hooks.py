@@ -8,8 +8,9 @@ name (binding, the rules of ``self.log``, the check for misspelt hooks) reads th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 from leyden.errors import did_you_mean
@@ -177,9 +178,19 @@ _FORMER = {
 
 def names_in(method: Any) -> Iterable[str]:
     """All names of attributes and functions that the code of a method mentions, functions within it included."""
+    return (name for code in _codes_in(method) for name in code.co_names)
+
+
+def keywords_in(method: Any) -> Iterable[str]:
+    """All names by which the code of a method passes arguments, functions within it included."""
+    constants = (constant for code in _codes_in(method) for constant in code.co_consts if isinstance(constant, tuple))
+    return (name for constant in constants for name in constant if isinstance(name, str))
+
+
+def _codes_in(method: Any) -> Iterator[CodeType]:
     function = inspect.unwrap(getattr(method, "__func__", getattr(method, "fget", None) or method))
     codes = [function.__code__] if inspect.isfunction(function) else []
     while codes:
         code = codes.pop()
-        yield from code.co_names
+        yield code
         codes += [constant for constant in code.co_consts if inspect.iscode(constant)]

@@ -234,7 +234,8 @@ def needs_closure(optimizer: Optimizer) -> bool:
     True for an optimizer whose ``step`` has a ``closure`` without default (LBFGS), and for every optimizer that is not
     torch's own: some of those (sharpness-aware ones) only work with a closure, and none suffers from it.
     """
-    step = type(optimizer).step
+    # a wrapper may have no step of its own, and hand on what it is asked for
+    step = getattr(type(optimizer), "step", None) or optimizer.step
     try:
         closure = inspect.signature(step).parameters.get("closure")
     except (TypeError, ValueError):

@@ -98,7 +98,8 @@ class Slot:
             if last.dtype not in (torch.float32, torch.float64):
                 last = last.to(_accumulator_dtype())
             return last
-        return None if last is None else torch.tensor(float(last), dtype=_accumulator_dtype())
+        # single: what is kept as a number was one, or was rounded to one, whatever is the default by now
+        return None if last is None else torch.tensor(last, dtype=torch.float32, device="cpu")
 
     def epoch_value(self) -> Tensor | None:
         """The value of the epoch so far, as a tensor; None if nothing was logged."""
@@ -131,7 +132,7 @@ def _as_tensor(value: Any) -> Tensor | None:
     if value is None or isinstance(value, Tensor):
         return value if value is None else value.detach()
     if isinstance(value, Number):
-        return torch.tensor(value)
+        return torch.tensor(value, device="cpu")
     raise ValueError(
         f"The metric object that was logged gives {type(value).__name__} {value!r}: self.log can only show a single"
         " number. Log its parts by name (self.log_dict) instead."
@@ -188,13 +189,14 @@ class Store:
             return
         elif type(value) is float:
             # as a tensor of the dtype that is the default now, not when somebody reads it
-            value = torch.tensor(value) if torch.get_default_dtype() is torch.float64 else ctypes.c_float(value).value
+            double = torch.get_default_dtype() is torch.float64
+            value = torch.tensor(value, device="cpu") if double else ctypes.c_float(value).value
         else:
-            value = torch.tensor(_plain(name, value), dtype=_accumulator_dtype())
+            value = torch.tensor(_plain(name, value), dtype=_accumulator_dtype(), device="cpu")
         slot.fresh = True
         self.collected = None
         if slot.on_epoch:
-            tensor = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=_accumulator_dtype())
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
             slot.add(tensor, self._size(slot, batch_size) if slot.reduction == "mean" else 1)
         if slot.on_step:
             # a copy: what the caller does to its tensor afterwards must not change what was logged
@@ -327,8 +329,10 @@ def _on_host(value: Tensor) -> float | None:
 
     Nothing is waited for, nothing is dispatched, and a number costs a tenth of what a copy of the tensor does.
     """
-    if type(value) is not Tensor or not value.is_cpu or value.dtype is not torch.float32 or value.is_neg():
+    if type(value) is not Tensor or not value.is_cpu or value.dtype is not torch.float32:
         return None
+    if torch.compiler.is_dynamo_compiling() or value.is_neg():
+        return None  # code of the user's that he compiles by himself has no memory, but a copy is part of its graph
     try:
         address = value.data_ptr()
     except RuntimeError:  # a tensor without memory, as inside torch.func

@@ -10,6 +10,7 @@ import pickle
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,54 @@ class Manual(Net):
 def test_y1_every_way_to_optimize(module: Any, options: dict[str, Any]) -> None:
     assert Run(module, {"backend": counted}, **options).equals(Run(module, **options))
     assert GRAPHS
+
+
+class SharedGraph(Small):
+    """Two losses that share a part of their graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = nn.Linear(1, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:  # type: ignore[override]
+        found = self.net(batch[0]).tanh()
+        return [(found - batch[1]).square().mean(), (self.more(found) - batch[1]).square().mean()]
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.net, self.more)]
+
+
+class Twice(Small):
+    """Runs backward twice over one graph."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self.net(batch[0]).tanh() - batch[1]).square().mean()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+
+class Penalty(Small):
+    """Has the gradients of its gradients."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs = batch[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self.net(inputs).tanh().sum(), inputs, create_graph=True)
+        return (self.net(inputs) - batch[1]).square().mean() + slope.square().mean()
+
+
+@pytest.mark.parametrize("module", [SharedGraph, Twice, Penalty])
+def test_y1_a_graph_may_be_gone_through_more_than_once(module: Any) -> None:
+    warned = pytest.warns(LeydenWarning, match="gradients of gradients") if module is Penalty else nullcontext()
+    weights = []
+    for compile in (False, {"backend": "aot_eager"}):
+        torch.manual_seed(1)
+        net = module()
+        with warned if compile else nullcontext():
+            trainer(compile=compile, max_epochs=1).fit(net, loader())
+        weights.append([weight.detach() for weight in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 def test_y1_under_manual_optimization_the_layers_are_compiled_but_not_those_that_are_already() -> None:

@@ -38,6 +38,12 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Threads of tiny kernels wait for each other where others compute, too."""
+    torch.set_num_threads(1)
+
+
 class Net(L.LightningModule):
     """Two layers on random data; notes its losses."""
 
@@ -385,3 +391,77 @@ def test_dense_in_any_order_of_dimensions() -> None:
     assert is_dense(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
     assert not is_dense(torch.zeros(3, 4)[:, ::2])
     assert not is_dense(torch.zeros(3, 1).expand(3, 4))
+
+
+# ------------------------------------------------------------------ what comes in the middle of a run
+
+
+class Exchange(L.Callback):
+    """Puts another weight in the place of one."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            layer, group = pl_module.net[0], trainer.optimizers[0].param_groups[0]
+            fresh = nn.Parameter(layer.weight.detach() * 0.5)
+            group["params"] = [fresh if each is layer.weight else each for each in group["params"]]
+            layer.weight = fresh
+
+
+class Momentum(L.Callback):
+    """Begins with momentum, and thaws a layer a little later."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        pl_module.net[0].requires_grad_(trainer.global_step > 12)
+        if trainer.current_epoch == 1:
+            trainer.optimizers[0].param_groups[0]["momentum"] = 0.9
+
+
+@pytest.mark.parametrize(("callback", "momentum"), [(Exchange, 0.9), (Momentum, 0.0)])
+def test_a_momentum_that_is_not_there_for_all_begins_at_zero(callback: Any, momentum: float) -> None:
+    weights = [
+        trained(Net(lambda p: SGD(p, 0.02, momentum=momentum)), fused_optimizers=fused, callbacks=[callback()])[0]
+        for fused in (False, True)
+    ]
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+class Rows(Net):
+    """Has sparse gradients that no layer of torch announces."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        super().__init__(make)
+        self.table = nn.Parameter(torch.ones(10, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        rows = nn.functional.embedding(torch.tensor([batch_idx % 10]), self.table, sparse=True)
+        return super().training_step(batch, batch_idx) + rows.square().sum()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+@pytest.mark.parametrize("kind", [SGD, Adagrad])
+def test_a_sparse_gradient_that_nobody_announced_ends_the_fused_form(kind: Any, caplog: Any) -> None:
+    plain, _ = trained(Rows(lambda p: kind(p, 0.05)))
+    with caplog.at_level(logging.INFO):
+        mine, run = trained(Rows(lambda p: kind(p, 0.05)), fused_optimizers=True)
+    assert [line.rpartition(": ")[2] for line in lines(caplog)] == ["it has got sparse gradients."]
+    assert not is_fused(run.optimizers[0])
+    assert torch.equal(mine, plain)
+
+
+class PassesOn:
+    """A wrapper that hands on what it is asked for."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["wrapped"], name)
+
+
+def test_an_optimizer_of_an_earlier_fit_may_come_wrapped() -> None:
+    net = Net()
+    optimizer = Adam(net.parameters(), 0.01)
+    for given, fused in ((optimizer, True), (PassesOn(optimizer), False)):
+        net.configure_optimizers = lambda given=given: given  # type: ignore[misc]
+        trained(net, fused_optimizers=fused)
+    assert optimizer.param_groups[0]["fused"] is None

@@ -265,15 +265,27 @@ def test_on_a_cpu_one_line_says_so_and_training_is_what_it_always_is(tmp_path: P
 # --- a module that changes while the run goes on ----------------------------------------------------------------------
 
 
+class Options:
+    def __init__(self) -> None:
+        self.temperature = 1.0
+
+
 class Changes(Model):
     """Does something between two epochs."""
 
     def __init__(self, change: Callable[[Any], None]) -> None:
         super().__init__()
         self.change, self.factor = change, 1.0
+        self.table, self.options, self.offset = {"weights": [1.0, 2.0]}, Options(), torch.tensor(0.5)
+        self.seen: list[int] = []
+        self.save_hyperparameters({"scale": 1.0})
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return super().training_step(batch, batch_idx)["loss"] * self.factor
+        factor = self.factor * self.table["weights"][0] * self.options.temperature * self.hparams.scale + self.offset
+        return super().training_step(batch, batch_idx)["loss"] * factor
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seen.append(1)  # read by no step
 
     def on_train_epoch_start(self) -> None:
         if self.current_epoch:
@@ -282,6 +294,26 @@ class Changes(Model):
 
 def _set_factor(module: Any) -> None:
     module.factor = 0.5 * module.current_epoch
+
+
+def _set_in_a_list(module: Any) -> None:
+    module.table["weights"][0] *= 0.5
+
+
+def _set_in_an_object(module: Any) -> None:
+    module.options.temperature *= 0.5
+
+
+def _set_in_the_hyperparameters(module: Any) -> None:
+    module.hparams.scale *= 0.5
+
+
+def _another_tensor(module: Any) -> None:
+    module.offset = module.offset * 0.5
+
+
+def _write_to_the_host(module: Any) -> None:
+    module.offset *= 0.5
 
 
 def _freeze(module: Any) -> None:
@@ -314,7 +346,22 @@ def _clip(module: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [_set_factor, _freeze, _exchange, _decay, _lower, _evaluate, _another_optimizer_state, _clip]
+    "change",
+    [
+        _set_factor,
+        _set_in_a_list,
+        _set_in_an_object,
+        _set_in_the_hyperparameters,
+        _another_tensor,
+        _write_to_the_host,
+        _freeze,
+        _exchange,
+        _decay,
+        _lower,
+        _evaluate,
+        _another_optimizer_state,
+        _clip,
+    ],  # fmt: skip
 )
 def test_a_change_between_epochs_takes_a_new_graph(change: Any, stand_in: StandIn, tmp_path: Path) -> None:
     weights = []
@@ -450,6 +497,20 @@ def _append(module: Any, loss: Any, batch_idx: int) -> None:
     module.__dict__.setdefault("losses", []).append(1)
 
 
+def _count_elsewhere(module: Any, loss: Any, batch_idx: int) -> None:
+    module.__dict__.setdefault("tally", SimpleNamespace(total=[0])).total[0] += 1
+
+
+class Tally:
+    def __init__(self) -> None:
+        self.total: Any = 0
+
+
+def _sum_elsewhere(module: Any, loss: Any, batch_idx: int) -> None:
+    tally = module.__dict__.setdefault("tally", Tally())
+    tally.total = tally.total + loss.detach()
+
+
 def _assign_buffer(module: Any, loss: Any, batch_idx: int) -> None:
     module.net[1].running_mean = module.net[1].running_mean * 0.9
 
@@ -484,6 +545,8 @@ def _set_rate(module: Any, loss: Any, batch_idx: int) -> None:
         (_remember, "the step changes the attribute 'last' of the module, which a replay would not"),
         (_count, "the step changes the attribute 'kind' of the module, which a replay would not"),
         (_append, "the step changes the attribute 'losses' of the module, which a replay would not"),
+        (_count_elsewhere, "the step changes the attribute 'tally' of the module, which a replay would not"),
+        (_sum_elsewhere, "the step changes the attribute 'tally' of the module, which a replay would not"),
         (_assign_buffer, "the step changes the attribute 'net.1._buffers' of the module, which a replay would not"),
         (_by_step, "the step uses trainer.global_step, which a replay would not"),
         (_by_epoch, "the step uses trainer.current_epoch, which a replay would not"),

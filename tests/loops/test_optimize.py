@@ -392,3 +392,30 @@ def test_optimizers_are_there_after_the_fit() -> None:
     made.fit(net)
     assert isinstance(net.optimizers(), SGD)
     assert net.optimizers(use_pl_optimizer=False) is made.optimizers[0]
+
+
+# ------------------------------------------------------------------ optimizers of all kinds
+
+
+class PassesOn:
+    """A wrapper that has no verb of its own: it hands on what it is asked for."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["wrapped"], name)
+
+
+def test_a_wrapper_that_passes_everything_on_is_an_optimizer() -> None:
+    net = Net()
+    net.configure_optimizers = lambda: PassesOn(SGD(net.parameters(), lr=0.05, momentum=0.9))  # type: ignore[method-assign]
+    trainer().fit(net)
+    assert torch.equal(weights(net), by_hand())
+
+
+def test_a_profiler_sees_the_gradients_cleared_and_the_step() -> None:
+    with torch.profiler.profile() as profile:
+        trainer(limit_train_batches=2).fit(Net())
+    counts = {event.key: event.count for event in profile.key_averages() if event.key.startswith("Optimizer.")}
+    assert counts == {"Optimizer.zero_grad#SGD.zero_grad": 2, "Optimizer.step#SGD.step": 2}

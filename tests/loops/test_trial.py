@@ -23,6 +23,12 @@ from leyden.loops.trial import Change, Originals, Trial, like, run, typical
 from leyden.runtime.seed import rng_state
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Threads of tiny kernels wait for each other where others compute, too."""
+    torch.set_num_threads(1)
+
+
 class Net(L.LightningModule):
     """A line with dropout; the class counts its steps."""
 

@@ -32,7 +32,7 @@ from torch._functorch import config as backward_config
 from torch.utils.data import BatchSampler
 
 from leyden.errors import MisconfigurationException
-from leyden.hooks import names_in
+from leyden.hooks import keywords_in, names_in
 from leyden.loops import batches
 from leyden.loops.session import STEPS, Session
 from leyden.module import LightningModule
@@ -281,15 +281,17 @@ class Compilation:
         self._set(config, "capture_scalar_outputs")
         # a number in the model that changes, such as a counter, may change again
         self._set(config, "allow_unspec_int_on_nn_module")
+        # backward may run twice: one for each of several losses, or as the user asks with retain_graph=True
+        self._set(backward_config, "donated_buffer", False)
         callback.on_compile_end(self._note)
         self.stack.callback(self._stop_noting)
         said = logging.getLogger("torch._dynamo.convert_frame")
         said.addFilter(self._hear)
         self.stack.callback(said.removeFilter, self._hear)
 
-    def _set(self, settings: Any, name: str) -> None:
+    def _set(self, settings: Any, name: str, value: bool = True) -> None:
         if hasattr(settings, name):  # not every version of torch has all of them
-            self.stack.enter_context(settings.patch(**{name: True}))
+            self.stack.enter_context(settings.patch(**{name: value}))
 
     def _note(self, *args: Any) -> None:
         self.news = True
@@ -331,6 +333,12 @@ class Compilation:
                 rank_zero_info(f"{name} draws its batches itself, so it is not compiled.")
                 continue
             whole = None if by_user(step) else compile
+            if whole is not None and name == "training_step" and _differentiates_twice(self.module):
+                rank_zero_warn(
+                    f"{name} runs uncompiled: the module asks for gradients of gradients (create_graph), which torch"
+                    " cannot compute through what it has compiled."
+                )
+                whole = None
             if whole is None and not by_user(step):
                 continue
             if whole is not None and name == "training_step" and not self.module.automatic_optimization:
@@ -474,6 +482,13 @@ def _reads(module: nn.Module) -> list[str]:
     theirs = [cls for cls in type(module).__mro__ if cls not in LightningModule.__mro__]
     names = {name for cls in theirs for method in vars(cls).values() for name in names_in(method)}
     return [counter for name, counter in _COUNTERS.items() if name in names]
+
+
+def _differentiates_twice(module: nn.Module) -> bool:
+    """Whether the code of a module, or of a part of it that is not torch's, passes ``create_graph``."""
+    found = {cls for part in module.modules() for cls in type(part).__mro__}
+    theirs = [cls for cls in found - set(LightningModule.__mro__) if not cls.__module__.startswith("torch.")]
+    return any("create_graph" in keywords_in(method) for cls in theirs for method in vars(cls).values())
 
 
 def _reason(text: str) -> str:

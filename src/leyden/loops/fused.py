@@ -7,7 +7,6 @@ the form: whether a run is fused is up to that run, and a file of either kind go
 
 from __future__ import annotations
 
-import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterable
@@ -147,15 +146,20 @@ class Fused:
             optimizer.register_load_state_dict_pre_hook(self._loads),
             optimizer.register_load_state_dict_post_hook(self.fit_state),
         ]
-        own["add_param_group"] = functools.partial(self._add_param_group, weakref.ref(optimizer))
+        self.optimizer: Callable[[], Any] = weakref.ref(optimizer)
+        own["add_param_group"] = self._add_param_group
+        if self.kind in (SGD, Adagrad):
+            own["_init_group"] = self._init_group
         own[MARK] = self
 
-    def undo(self, optimizer: Optimizer) -> None:
+    def undo(self) -> None:
         """Give the optimizer back in the form in which it was built."""
+        optimizer = self.optimizer()
         own = vars(optimizer)
         for hook in self.hooks:
             hook.remove()
-        del own["add_param_group"], own[MARK]
+        for name in ("add_param_group", "_init_group", MARK):
+            own.pop(name, None)
         if self.scales:
             del own["_step_supports_amp_scaling"]
         optimizer.defaults["fused"] = self.default
@@ -182,6 +186,23 @@ class Fused:
                     elif isinstance(value, Tensor) and value.shape == parameter.shape and _apart(value, parameter):
                         state[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> Any:
+        """Gather what a step needs of a group, and see to it that the kernel can take it."""
+        optimizer = self.optimizer()
+        found = type(optimizer)._init_group(optimizer, group, *lists)  # noqa: SLF001  # torch's, for its own subclasses
+        if found is True or (isinstance(found, tuple) and found[0]):
+            # a gradient that no layer has announced; the step reads the form of the group after this
+            self.undo()
+            rank_zero_info(
+                f"Trainer(fused_optimizers=True): {type(optimizer).__name__} goes on unfused: it has got sparse gradients."
+            )
+        elif self.kind is SGD:
+            parameters, _, buffers = lists
+            for index, buffer in enumerate(buffers):
+                if buffer is None:  # a parameter, or the momentum, that came in the middle of a run: see fit_state
+                    buffers[index] = torch.zeros_like(parameters[index], requires_grad=False)
+        return found
+
     def _put(self, groups: list[dict[str, Any]]) -> None:
         """Write into ``groups`` what the optimizer was built with."""
         for number, group in enumerate(groups):
@@ -194,9 +215,9 @@ class Fused:
         # not in place: what is loaded belongs to somebody else
         return {**state, "param_groups": [{**group, "fused": True} for group in state["param_groups"]]}
 
-    def _add_param_group(self, reference: Callable[[], Any], param_group: dict[str, Any]) -> None:
+    def _add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take up a further group of parameters, as callbacks that thaw layers do in the middle of a fit."""
-        optimizer = reference()
+        optimizer = self.optimizer()
         own = param_group.get("fused", self.default)
         type(optimizer).add_param_group(optimizer, param_group)
         group = optimizer.param_groups[-1]
@@ -204,7 +225,7 @@ class Fused:
         self.before.append(own)
         why = None if own else _why_not_group(self.kind, group, self.sparse, set())
         if why is not None:
-            self.undo(optimizer)
+            self.undo()
             rank_zero_info(
                 f"Trainer(fused_optimizers=True): {type(optimizer).__name__} goes on unfused with the parameters that were"
                 f" added: {why}."

@@ -13,13 +13,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Number
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from leyden.hooks import is_written
+from leyden.hooks import BY_NAME, is_written, names_in
 from leyden.loops.session import Session
 from leyden.module import LightningModule
 from leyden.results import Store
@@ -33,6 +34,11 @@ INSIDE = (
 _PLAIN = (bool, int, float, str, bytes, type(None))
 _OURS = frozenset(vars(nn.Module())) - {"training"}
 """Attributes that every module has."""
+_BASE = frozenset(vars(LightningModule())) - {"_hparams"}
+"""Attributes that every LightningModule has, but for the hyperparameters, which a step may read."""
+_OPAQUE = (nn.Module, type, FunctionType, ModuleType, MetricLike)
+_DEPTH, _WIDTH = 2, 64
+"""How deep, and how far, it is looked into attributes."""
 _HOOKED = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STEP_HOOKED = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _GONE = object()
@@ -119,13 +125,17 @@ class Watch:
         unread = {id(group) for group in free}
         after = {id(optimizer) for optimizer in outside}
         self._held: list[tuple[dict[str, Any], str, Any]] = []
+        self._deep: list[tuple[dict[str, Any], str, list[Any]]] = []
         self._lists: list[tuple[list[Any], int]] = []
+        read = _read_in(module)
         tensors: dict[int, Tensor] = {}
         for layer in _layers(module):
             attributes = vars(layer)
             for name, value in attributes.items():
                 if name not in _OURS and isinstance(value, _PLAIN):
                     self._held.append((attributes, name, value))
+                elif name not in _BASE and not read.isdisjoint((name, name.removeprefix("_"))):
+                    self._deep.append((attributes, name, _contents(value)))
             for kind in ("_parameters", "_buffers"):
                 for name, tensor in attributes.get(kind, {}).items():
                     self._held.append((attributes[kind], name, tensor))
@@ -151,6 +161,9 @@ class Watch:
         for place, name, value in self._held:
             now = place.get(name, _GONE)
             if now is not value and (type(now) is not type(value) or isinstance(value, Tensor) or now != value):
+                return name
+        for place, name, contents in self._deep:
+            if name not in place or not _alike(contents, _contents(place[name])):
                 return name
         for optimizer, groups in self._optimizers:
             if optimizer.param_groups is not groups:
@@ -189,25 +202,67 @@ class Traces:
         now = _attributes(self._module)
         for name in [*self._before, *(name for name in now if name not in self._before)]:
             before, after = self._before.get(name), now.get(name)
-            if before is None or after is None or len(before) != len(after):
+            if before is None or after is None or not _alike(before, after):
                 return name
-            # the objects themselves, which are alive: an id could be that of another one by now
-            for old, new in zip(before, after, strict=True):
-                if old is not new and not (isinstance(old, _PLAIN) and type(old) is type(new) and old == new):
-                    return name
         return None
 
 
 def _attributes(module: nn.Module) -> dict[str, list[Any]]:
-    """Return every attribute by its name, with what it contains where it is a small container."""
+    """Return every attribute by its name, with what it contains."""
     found: dict[str, list[Any]] = {}
     for path, layer in module.named_modules():
         for name, value in vars(layer).items():
             if name == "_buffers" or name not in _OURS:
-                inner: Any = value.values() if isinstance(value, dict) else value
-                several = isinstance(value, (dict, list, set, deque))
-                contents = [len(value), *(inner if len(value) <= 64 else ())] if several else []
+                contents = list(value.values()) if name == "_buffers" else _contents(value)
                 found[f"{path}.{name}".lstrip(".")] = [value, *contents]
+    return found
+
+
+def _contents(value: Any, depth: int = _DEPTH) -> list[Any]:
+    """Return what is in a value, some levels down, in a flat list: of containers and of objects of the user's classes."""
+    if isinstance(value, Tensor):
+        # on the host a number of no dimensions becomes a constant of the graph, which writing into it does not change
+        counted = value.device.type == "cpu" and not value.is_inference()
+        return [value, value._version if counted else 0]  # noqa: SLF001  # torch has no public name for it
+    inner: Iterable[Any]
+    if isinstance(value, dict):
+        inner = (part for pair in value.items() for part in pair)
+    elif isinstance(value, (list, tuple, set, deque)):
+        inner = value
+    elif _is_theirs(value):
+        value = vars(value)
+        inner = (part for pair in value.items() for part in pair)
+    else:
+        return [value]
+    if not depth or len(value) > _WIDTH:
+        return [len(value)]
+    return [len(value), *(leaf for part in inner for leaf in _contents(part, depth - 1))]
+
+
+def _is_theirs(value: Any) -> bool:
+    """Whether a value is an object of a class that neither torch nor this package has, and no metric."""
+    known = type(value).__module__.partition(".")[0] in ("builtins", "functools", "leyden", "numpy", "torch")
+    return not known and isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, _OPAQUE)
+
+
+def _alike(before: list[Any], after: list[Any]) -> bool:
+    # the objects themselves, which are alive: an id could be that of another one by now
+    return len(before) == len(after) and all(
+        old is new or (isinstance(old, _PLAIN) and type(old) is type(new) and old == new)
+        for old, new in zip(before, after, strict=True)
+    )
+
+
+def _read_in(module: nn.Module) -> set[str]:
+    """Return the names that the code of a module mentions, and that of its parts, but for hooks outside of the step."""
+    found: set[str] = set()
+    outside = {"__init__", *BY_NAME.keys() - {"training_step", *INSIDE}}
+    for cls in {
+        cls for part in module.modules() for cls in type(part).__mro__ if not cls.__module__.startswith("torch.")
+    }:
+        if cls not in LightningModule.__mro__:
+            for name, method in vars(cls).items():
+                found.update(names_in(method) if name not in outside else ())
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
 from leyden.errors import MisconfigurationException
@@ -66,7 +67,11 @@ class Optimization:
             hooks.on_before_zero_grad(optimizer)
         if hooks.optimizer_zero_grad:
             hooks.optimizer_zero_grad(self.trainer.current_epoch, batch_idx, optimizer)
-        elif type(optimizer).zero_grad is Optimizer.zero_grad and "zero_grad" not in optimizer.__dict__:
+        elif (
+            getattr(type(optimizer), "zero_grad", None) is Optimizer.zero_grad
+            and "zero_grad" not in optimizer.__dict__
+            and not _profiler_enabled()
+        ):
             # what torch's zero_grad does, less the profiler range around it, which costs a tenth of a tiny step
             for group in optimizer.param_groups:
                 for parameter in group["params"]:

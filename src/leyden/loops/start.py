@@ -133,7 +133,7 @@ def configure_optimizers(session: Session) -> None:
         )
     for optimizer in optimizers:
         if (fused := getattr(optimizer, "_leyden_fused", None)) is not None:
-            fused.undo(optimizer)  # by an earlier fit, which had the same object
+            fused.undo()  # by an earlier fit, which had the same object, or what this one wraps
     if config.fused_optimizers:
         from leyden.loops.fused import fuse  # noqa: PLC0415  # only runs that ask for it
 

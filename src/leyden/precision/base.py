@@ -122,7 +122,8 @@ def step(optimizer: Optimizer) -> Any:
 
     That is a profiler range, and a twelfth of the time of a tiny step.
     """
-    method: Any = type(optimizer).step
+    # a wrapper may have its step only by passing on what it is asked for
+    method: Any = getattr(type(optimizer), "step", None)
     if (
         getattr(method, "__code__", None) is not _AROUND
         or "step" in optimizer.__dict__  # a learning-rate schedule counts the calls
