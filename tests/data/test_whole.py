@@ -196,6 +196,18 @@ LOADERS: dict[str, Callable[[Any], Any]] = {
     "numpy's numbers": lambda data: DataLoader(data, 4, sampler=np.random.permutation(N)),
     "a list": lambda data: DataLoader(data, 4, sampler=[3, 2, 1, 0, 5]),
     "batch sampler": lambda data: DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 5, True)),
+    "tensors": lambda data: DataLoader(data, 4, sampler=list(torch.randperm(N))),
+    "a mask now and then": lambda data: DataLoader(
+        data,
+        batch_sampler=[
+            [0],
+            [torch.tensor(1)],
+            [torch.tensor(True)],
+            [torch.tensor([3])],
+            [2],
+            [torch.tensor(4).byte()],
+        ],
+    ),
     "batches that are drawn": lambda data: DataLoader(data, batch_sampler=Own()),
 }
 

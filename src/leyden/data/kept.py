@@ -20,7 +20,6 @@ from itertools import chain
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, MapDataPipe
 
 from leyden.data import fingerprint
@@ -132,9 +131,9 @@ class Kept:
         ]
         try:
             deep = fingerprint.read([loader.dataset, loader.collate_fn, loader.worker_init_fn], self._seeded)
+            return [*fingerprint.surroundings(), *settings, *deep]
         except fingerprint.UnknownError:
             return None
-        return [torch.get_default_dtype(), *settings, *deep]
 
 
 def can_keep(loader: Any) -> bool:
@@ -178,6 +177,6 @@ def _compare() -> None:
 
 def _read(roots: list[Any], seeded: list[Any]) -> list[Any] | None:
     try:
-        return fingerprint.read(roots, seeded)
+        return [*fingerprint.surroundings(), *fingerprint.read(roots, seeded)]
     except fingerprint.UnknownError:  # such a worker is not kept, and loads as ever
         return None

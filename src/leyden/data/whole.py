@@ -35,6 +35,7 @@ _END = object()
 _ASIDE = (IndexError, TypeError, ValueError, OverflowError, RuntimeError)
 """What reading a batch as a whole may raise; the standard way then has the right batch, or the right error."""
 _DEVICES = ("cpu", "cuda")
+_COUNTS = (torch.int64, torch.int32)
 _ITERATES = ("__iter__", "_get_iterator", "_index_sampler", "_auto_collation")
 """What a subclass of DataLoader overrides if it iterates in a way of its own."""
 
@@ -99,8 +100,7 @@ class Plan:
         if read is None:
             return
         for indices in self._drawn:
-            # True would be an index of another kind: it adds a dimension
-            if type(indices) is list and bool not in map(type, indices):
+            if _are_numbers(indices):
                 try:
                     yield read(indices)
                     continue
@@ -118,7 +118,7 @@ class Plan:
         for indices in self._drawn:
             self._given.append(indices)
             batch = next(self._standard)
-            done = type(indices) is list and bool not in map(type, indices) and self._compare(indices, batch)
+            done = _are_numbers(indices) and self._compare(indices, batch)
             yield batch
             del batch
             if done:
@@ -279,7 +279,7 @@ class Source:
             if subset.dataset is not dataset or not _is_sequence(chosen):
                 raise Changed
             samples = list(map(chosen.__getitem__, indices))
-            if bool in map(type, samples):
+            if not _are_numbers(samples):
                 raise TypeError
             return inner(samples)
 
@@ -398,10 +398,21 @@ def _is_array(data: Any) -> bool:
 def _is_sequence(indices: Any) -> bool:
     """Whether it holds indices, and is of a class whose code is not the user's."""
     if type(indices) is Tensor:
-        return indices.ndim == 1 and indices.dtype in (torch.int32, torch.int64)
+        return indices.ndim == 1 and indices.dtype in _COUNTS
     return type(indices) in (list, tuple, range) or (
         _is_array(indices) and indices.ndim == 1 and indices.dtype.kind == "i"
     )
+
+
+def _are_numbers(indices: Any) -> bool:
+    """Whether it is a list of what takes one sample each: True adds a dimension, and so do a mask and a list of one."""
+    if type(indices) is not list:
+        return False
+    kinds = set(map(type, indices))
+    if Tensor not in kinds:
+        return bool not in kinds
+    tensors = (index for index in indices if type(index) is Tensor)
+    return bool not in kinds and all(index.ndim == 0 and index.dtype in _COUNTS for index in tensors)
 
 
 def _is_readable(tensor: Any) -> bool:
