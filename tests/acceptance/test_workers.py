@@ -99,7 +99,7 @@ def test_I3_kept_workers_give_the_very_same_run(name: str, tmp_path: Path) -> No
         # a validation inside the epoch, and one that does not use all of its batches
         module, _ = fit(
             train, validation, val_check_interval=3, limit_val_batches=2, log_every_n_steps=1, fast_data=fast,
-            callbacks=[parts.Drawing()],
+            callbacks=[parts.Drawing()], max_epochs=2,
         )  # fmt: skip
         runs.append(
             (module.events, torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())
@@ -111,7 +111,7 @@ def test_I3_kept_workers_give_the_very_same_run(name: str, tmp_path: Path) -> No
         assert train._iterator is None
     assert runs[:2] == runs[2:]
     assert started[0] == 3
-    assert started[1] > 9
+    assert started[1] > 6
 
 
 def test_I3_workers_live_from_the_first_epoch_to_the_end_of_the_fit(tmp_path: Path) -> None:

@@ -416,6 +416,23 @@ def test_a_subclass_of_the_loader_that_iterates_as_torch_does_is_read_as_a_whole
     assert len(fetched) == 1
 
 
+def test_batches_from_all_over_many_parts_are_read_sample_by_sample(fetched: list[Any]) -> None:
+    """One file after the other is read at once; where each sample lies in another one, torch's way is the quicker."""
+
+    def parts() -> Any:
+        return ConcatDataset([rows(3) + part for part in range(9)])
+
+    for make in (lambda: DataLoader(parts(), 8), lambda: DataLoader(parts(), 8, sampler=range(0, 9 * N, N - 1))):
+        compare(make)
+    fetched.clear()
+    seed_all()
+    assert len(list(feed(DataLoader(parts(), 8)))) == 26
+    assert len(fetched) == 1
+    fetched.clear()
+    assert len(list(feed(DataLoader(parts(), 8, shuffle=True)))) == 26
+    assert len(fetched) > 20
+
+
 # ---------------------------------------------------------------------------------------------- changes
 
 

@@ -35,9 +35,15 @@ _END = object()
 _ASIDE = (IndexError, TypeError, ValueError, OverflowError, RuntimeError)
 """What reading a batch as a whole may raise; the standard way then has the right batch, or the right error."""
 _DEVICES = ("cpu", "cuda")
+_OF_A_PART = 4
+"""How many samples of a batch must lie in each part of a data set, on average, for them to be read at once."""
 _COUNTS = (torch.int64, torch.int32)
 _ITERATES = ("__iter__", "_get_iterator", "_index_sampler", "_auto_collation")
 """What a subclass of DataLoader overrides if it iterates in a way of its own."""
+
+
+class Scattered(Exception):
+    """The samples of a batch lie in so many parts of a data set that it is quicker to read them one by one."""
 
 
 class Whole:
@@ -104,7 +110,7 @@ class Plan:
                 try:
                     yield read(indices)
                     continue
-                except Changed:
+                except (Changed, Scattered):
                     given.append(indices)
                     yield next(standard)
                     return
@@ -129,6 +135,8 @@ class Plan:
         assert read is not None
         try:
             agrees = same(read(indices[:COMPARED]), _head(batch))
+        except Scattered:
+            return True
         except (Changed, *_ASIDE):
             return False
         if agrees:
@@ -331,15 +339,17 @@ class Source:
             now = concat.datasets
             if len(now) != len(parts) or any(map(_is_other, now, parts)) or concat.cumulative_sizes != ends:
                 raise Changed
-            numbers = list(map(partial(bisect_right, ends), indices))
-            batches, places = [], []
-            for number, read_part in enumerate(reads):
-                mine = [place for place, other in enumerate(numbers) if other == number]
-                if mine:
-                    batches.append(read_part([indices[place] - starts[number] for place in mine]))
-                    places += mine
-            if len(places) != len(indices):
+            found: dict[int, list[int]] = {}
+            for place, number in enumerate(map(partial(bisect_right, ends), indices)):
+                found.setdefault(number, []).append(place)
+            if len(found) > max(3, len(indices) // _OF_A_PART):
+                raise Scattered
+            if len(parts) in found:
                 raise IndexError
+            batches, places = [], []
+            for number, mine in found.items():
+                batches.append(reads[number]([indices[place] - starts[number] for place in mine]))
+                places += mine
             if len(batches) == 1:
                 return batches[0]
             order = [0] * len(places)
