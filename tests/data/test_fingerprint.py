@@ -144,6 +144,16 @@ def test_a_change_is_seen_and_nothing_else(name: str) -> None:
     assert read([value]) != before
 
 
+@pytest.mark.parametrize("size", [3, 600_000])
+def test_tensors_are_read_wherever_new_ones_would_be(size: int) -> None:
+    tensor = torch.zeros(size)
+    before = read([tensor])
+    with torch.inference_mode(), torch.device("meta"):
+        assert read([tensor]) == before
+        tensor.numpy()[2] = 1
+        assert read([tensor]) != before
+
+
 def test_what_a_function_encloses() -> None:
     level = 1
 

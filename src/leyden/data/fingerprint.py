@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import array
 import builtins
-import contextlib
 import copyreg
 import functools
 import io
@@ -284,18 +283,17 @@ class _Reading:
             self.several([own])
         if value.device.type != "cpu" or value.layout != torch.strided or type(value) not in (Tensor, nn.Parameter):
             return
-        with contextlib.suppress(RuntimeError, TypeError, NotImplementedError):  # some have no memory to look at
+        if value.numel() * value.element_size() > SMALL:
+            # the whole of the memory of which it is a view: that is in one piece, and read once for all views of it
             storage = value.untyped_storage()
-            if value.numel() * value.element_size() > SMALL:
-                # the whole of the memory of which it is a view: that is in one piece, and read once for all views of it
-                self.facts.append((value.data_ptr(), value.shape, value.stride()))
-                if storage.data_ptr() in self.stored:
-                    return
-                self.stored.add(storage.data_ptr())
-                flat = torch.empty(0, dtype=torch.uint8).set_(storage)
-            else:
-                flat = value.detach().reshape(-1).contiguous().view(torch.uint8)
-            self.memory(memoryview(flat.numpy()))  # type: ignore[arg-type]
+            self.facts.append((value.data_ptr(), value.shape, value.stride()))
+            if storage.data_ptr() in self.stored:
+                return
+            self.stored.add(storage.data_ptr())
+            flat = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
+        else:
+            flat = value.detach().reshape(-1).contiguous().view(torch.uint8)
+        self.memory(memoryview(flat.numpy()))  # type: ignore[arg-type]
 
     def array(self, value: Any) -> None:
         """An array by its content; a large file that is mapped into memory, and cannot be written to, by which one it is."""
