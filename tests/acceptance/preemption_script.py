@@ -187,8 +187,8 @@ def trials(root: Path, count: int, seed: int) -> Iterator[dict[str, Any]]:
         (os.killpg if to_group else os.kill)(child, number)
         code = ended(child, 60)
         os.close(begun)
-        if code == 0:
-            continue
+        if code == 0 or (code == -number and folder.with_suffix(".stopped").exists()):
+            continue  # the fit was over: on_exception would have ended it with 143
         outcome = {"trial": done, "code": code, "signal": number.name, "workers": workers, "group": to_group}
         outcome |= {"delay": round(delay, 4), "gone": group_is_gone(child, 10), **complete(folder)}
         outcome["stopped"] = int(folder.with_suffix(".stopped").read_text())

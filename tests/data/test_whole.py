@@ -345,6 +345,21 @@ def test_what_cannot_be_read_so_is_left_to_torch(kind: str, fetched: list[Any]) 
     compare(LEFT[kind])
 
 
+def test_a_collate_fn_that_is_in_the_way_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[int] = []
+
+    def collate(samples: list[Any]) -> Any:
+        calls.append(len(samples))  # what it does besides is done as often as ever
+        return torch.utils.data.default_collate(samples)
+
+    loader = feed(DataLoader(TensorDataset(rows(2)), 10, collate_fn=collate))
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            list(loader)
+    assert calls == [10, 10, 3] * 2
+    assert sum("for its collate_fn" in message for message in caplog.messages) == 1
+
+
 def test_arrays_that_torch_warns_of_are_left_to_it(fetched: list[Any]) -> None:
     data = rows(3).numpy()
     data.flags.writeable = False

@@ -60,13 +60,26 @@ class Whole:
         """The form of the data for which both ways gave the same batch."""
         self.refused = False
         """Whether they once did not: the standard way, from then on."""
+        self.told = False
+        """Whether it was said that the loader's ``collate_fn`` is in the way."""
 
     def plan(self) -> Plan | None:
         """Return what reads the pass that begins now; None for the standard way."""
-        if self.refused or not _ordinary(self.loader):
+        loader = self.loader
+        if self.refused or not _iterates_as_torch(loader):
             return None
-        source = Source(self.loader.dataset)
-        return None if source.read is None else Plan(self, source)
+        source = Source(loader.dataset)
+        if source.read is None:
+            return None
+        if loader.collate_fn is not default_collate:
+            if not self.told:
+                rank_zero_info(
+                    f"The {type(loader.dataset).__name__} of a DataLoader is read sample by sample, for its collate_fn:"
+                    " without one, batches of data in memory are read as a whole."
+                )
+            self.told = True
+            return None
+        return Plan(self, source)
 
 
 class Plan:
@@ -374,14 +387,13 @@ def _is_other(one: Any, other: Any) -> bool:
     return one is not other
 
 
-def _ordinary(loader: Any) -> bool:
-    """Whether torch's own iterator would read the loader, in this process, and collate as torch does by default."""
+def _iterates_as_torch(loader: Any) -> bool:
+    """Whether torch's own iterator would read the loader, in this process, and collate would do what torch's does."""
     kind = type(loader)
     return (
         isinstance(loader, DataLoader)
         and loader.num_workers == 0
         and loader.batch_sampler is not None
-        and loader.collate_fn is default_collate
         and all(getattr(kind, name) is getattr(DataLoader, name) and name not in vars(loader) for name in _ITERATES)
         and all(_is_torchs(collate) for collate in default_collate_fn_map.values())
     )
