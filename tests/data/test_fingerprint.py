@@ -16,14 +16,15 @@ from abc import ABC
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_collate
 
 from leyden.data import fingerprint
@@ -61,6 +62,24 @@ class Counts(Reads, ABC):
 
 class Further(Counts):
     pass
+
+
+class Color(Enum):
+    RED = 1
+
+
+class Sub(Tensor):
+    pass
+
+
+@torch.no_grad()
+def decorated() -> int:
+    return TABLE["level"]
+
+
+@functools.singledispatch
+def dispatching(x: Any) -> int:
+    return 0
 
 
 def _set(name: str, value: Any) -> Callable[[Any], None]:
@@ -115,6 +134,14 @@ CHANGES: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "file in memory": (io.BytesIO(bytes(10)), lambda target: target.write(b"a")),
     "class of a class": (type.__call__(Kind, "Of", (), {}), lambda _: setattr(Kind, "epoch", Kind.epoch + 1)),
     "base of a class": ([Further], lambda _: setattr(Counts, "seen", Counts.seen + 1)),
+    "zero": (_namespace(a=0.0), _set("a", -0.0)),
+    "zero in a list": ([1.0, 0.0], _at(1, -0.0)),
+    "subclass of a tensor": ([torch.zeros(3).as_subclass(Sub)], lambda target: target[0].data.add_(1)),
+    "code of a function": ([lambda: 0], lambda target: setattr(target[0], "__code__", (lambda: 1).__code__)),
+    "function in a library's decorator": (decorated, lambda _: TABLE.update(level=TABLE["level"] + 1)),
+    "module that is held": (ModuleType("held"), _set("epoch", 1)),
+    "enum": (Color.RED, _set("epoch", 1)),
+    "level of a log": (logging.getLogger("leyden_test"), lambda target: target.setLevel(7)),
     "shape": ([np.zeros(6)], lambda target: _at(0, target[0].reshape(2, 3))(target)),
     "large array": (LARGE, _at(654_321, 1)),
     "end of a large array": (np.zeros(1_000_003, dtype=np.int32), _at(-1, 1)),
@@ -320,10 +347,10 @@ def _endless(monkeypatch: pytest.MonkeyPatch, name: str, limit: int) -> None:
     [
         iter([1]), itertools.count(), (i for i in [1]), (_ for _ in ()), np.zeros((3000, 3000))[:, ::2],
         memoryview(b"a"),
-        lambda: globals()["LEVEL"], lambda: sys.modules["leyden"],
+        torch.eye(3).to_sparse(), dispatching, lambda: globals()["LEVEL"], lambda: sys.modules["leyden"],
     ],
     ids=["iterator", "count", "generator", "empty generator", "large and not in one piece", "cannot be pickled",
-         "globals", "modules"],
+         "sparse", "registry", "globals", "modules"],
 )  # fmt: skip
 def test_what_cannot_be_known_has_no_reading(value: Any) -> None:
     with pytest.raises(UnknownError):

@@ -71,8 +71,8 @@ _HIDING = frozenset(("globals", "import_module", "__import__", "exec"))
 """Names by which a function may reach what it does not name."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), range, type(NotImplemented))
 _LEAVES = frozenset(_PLAIN)
-_BY_IDENTITY = (ModuleType, logging.Logger, logging.Handler, type(threading.Lock()), type(threading.RLock()))
-"""Of these only which one it is counts."""
+_BY_IDENTITY = (logging.Logger, logging.Handler, type(threading.Lock()), type(threading.RLock()))
+"""Of these only which one it is counts, and a level."""
 
 _CACHE = type(functools.lru_cache(len))
 _CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, tuple, set, frozenset, deque)
@@ -163,7 +163,7 @@ class _Reading:
             value = self.waiting.pop()
             kind = type(value)
             if kind in _LEAVES:
-                self.facts.append((kind, value))
+                self.facts.append((kind, value if kind is not float else value.hex()))  # -0.0 equals 0.0
                 continue
             number = self.seen.get(id(value))
             if number is not None:
@@ -196,8 +196,14 @@ class _Reading:
                 self.several([*(part for name, part in written if name != "_abc_impl"), *value.__bases__])
             if not _is_foreign(kind):
                 self.several([kind])
-        elif issubclass(kind, (*_BY_IDENTITY, Enum)):
+        elif issubclass(kind, ModuleType):
             self.facts.append(Itself(value))
+            if _is_own(value):
+                self.several([part for name, part in vars(value).items() if not name.startswith("__")])
+        elif issubclass(kind, (*_BY_IDENTITY, Enum)):
+            self.facts += [Itself(value), getattr(value, "level", None)]
+            if issubclass(kind, Enum):
+                self.own(value, kind)
         elif issubclass(kind, (PurePath, torch.dtype, torch.device)):
             self.facts.append(str(value))
         elif isinstance(value, FunctionType):
@@ -254,6 +260,8 @@ class _Reading:
         kinds = tuple(map(type, items))
         if set(kinds) <= _LEAVES:
             self.facts += [kinds, tuple(items)]
+            if float in kinds:  # -0.0 equals 0.0
+                self.facts.append(array.array("d", [item for item in items if type(item) is float]).tobytes())
         elif set(kinds) == {tuple}:  # such as the files of an image folder, each with its label
             flat = list(chain.from_iterable(items))
             self.items += len(flat)
@@ -281,8 +289,15 @@ class _Reading:
         self.facts += [Itself(value), value._version]  # noqa: SLF001  # torch has no other name for it
         if own := getattr(value, "__dict__", None):
             self.several([own])
-        if value.device.type != "cpu" or value.layout != torch.strided or type(value) not in (Tensor, nn.Parameter):
+        if value.device.type != "cpu":
             return
+        kind = type(value)
+        if value.layout != torch.strided or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            raise UnknownError(f"a {kind.__name__} whose memory cannot be read")
+        if kind not in (Tensor, nn.Parameter):
+            self.several([kind])
+            with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001  # torch has no other name for it
+                value = value.as_subclass(Tensor)
         if value.numel() * value.element_size() > SMALL:
             # the whole of the memory of which it is a view: that is in one piece, and read once for all views of it
             storage = value.untyped_storage()
@@ -348,10 +363,8 @@ class _Reading:
 
     def function(self, value: Any) -> None:
         """A function: which one, what it encloses, and the globals that it names."""
-        self.facts.append(Itself(value))
         code = value.__code__
-        if _is_installed(code.co_filename):
-            return
+        self.facts += [Itself(value), Itself(code)]
         cells: list[Any] = []
         read: list[Any] = []
         for cell in value.__closure__ or ():
@@ -359,6 +372,10 @@ class _Reading:
                 cells.append(cell.cell_contents)
             except ValueError:  # not filled yet
                 cells.append(None)
+        if _is_installed(code.co_filename):
+            # a library's decorator, which encloses a function of the user's
+            self.several([*cells, value.__defaults__, value.__kwdefaults__, vars(value)])
+            return
         known, named = value.__globals__, names(code)
         if "get_worker_info" in named and "seed" in named:
             raise UnknownError("a function that asks for the seed of its worker, which each one has of its own")
@@ -380,7 +397,7 @@ class _Reading:
             if id(module) in walked:
                 continue
             walked.add(id(module))
-            own = not _is_installed(getattr(module, "__file__", None) or "")
+            own = _is_own(module)
             parts = [vars(module)[name] for name in named if name in vars(module)]
             modules += [part for part in parts if isinstance(part, ModuleType)]
             read += [part for part in parts if type(part) in _LEAVES or (own and not isinstance(part, ModuleType))]
@@ -446,6 +463,12 @@ def _is_foreign(kind: type) -> bool:
         return False
     path = getattr(module, "__file__", None)
     return kind.__module__ != "__main__" if path is None else _is_installed(path)
+
+
+def _is_own(module: ModuleType) -> bool:
+    """Whether a module is neither Python's nor that of a library that is not read."""
+    path = getattr(module, "__file__", None)
+    return module.__name__.partition(".")[0] not in sys.stdlib_module_names if path is None else not _is_installed(path)
 
 
 @functools.lru_cache(1024)
