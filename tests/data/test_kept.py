@@ -273,6 +273,23 @@ def test_I3_workers_that_remember_are_not_kept(make: Any, take: int) -> None:
     assert started == 2
 
 
+def test_data_that_is_other_in_each_pass_is_not_read_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    from leyden.data import kept
+
+    reads: list[int] = []
+    real = kept.fingerprint.read
+    monkeypatch.setattr(kept.fingerprint, "read", lambda *given: reads.append(os.getpid()) or real(*given))
+    made = shuffled(batch_size=12)()
+    feed = Feed(made, "batch", 0, True)
+    for number in range(6):
+        made.dataset.level = number
+        feed.key, feed.passes = ("train", 0, number, 0), 0
+        (batch,) = feed
+        assert set(batch[:, 1].tolist()) == {number + 1.0}
+    feed.release()
+    assert len(reads) == 6  # one for the first pass, two for each of two others, and the one that ends it
+
+
 def test_data_that_cannot_be_known_is_loaded_by_new_workers() -> None:
     class Opens(Draws):
         def __init__(self) -> None:
