@@ -4,26 +4,31 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import io
 import itertools
 import logging
 import random
 import re
+import sys
 import threading
 from abc import ABC
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_collate
 
 from leyden.data import fingerprint
-from leyden.data.fingerprint import Itself, UnknownError, read
+from leyden.data.fingerprint import Itself, UnknownError, read, surroundings
 from leyden.data.generators import find
 
 LEVEL = 1
@@ -47,8 +52,34 @@ class Point(NamedTuple):
     y: list[int]
 
 
+class Kind(type):
+    epoch = 0
+
+
 class Counts(Reads, ABC):
     seen = 0
+
+
+class Further(Counts):
+    pass
+
+
+class Color(Enum):
+    RED = 1
+
+
+class Sub(Tensor):
+    pass
+
+
+@torch.no_grad()
+def decorated() -> int:
+    return TABLE["level"]
+
+
+@functools.singledispatch
+def dispatching(x: Any) -> int:
+    return 0
 
 
 def _set(name: str, value: Any) -> Callable[[Any], None]:
@@ -90,6 +121,27 @@ CHANGES: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "tensor past its version": ([torch.zeros(3)], lambda target: target[0].data.add_(1)),
     "tensor of another kind": ([torch.zeros((), dtype=torch.bfloat16)], lambda target: target[0].data.add_(1)),
     "small array": (np.zeros((3, 4)), _at((2, 3), 1)),
+    "large tensor past its version": ([torch.zeros(600_000)], lambda target: target[0].data[333_333].add_(1)),
+    "large tensor by way of numpy": ([torch.zeros(600, 1000).T], lambda target: target[0].numpy().fill(1)),
+    "one of two views": (list(torch.zeros(2, 600_000)), lambda target: target[1].data.add_(1)),
+    "rows as long as those of which there are sums": (
+        np.arange(409_300 * 2).reshape(-1, 4093),
+        lambda target: np.random.default_rng(0).shuffle(target),
+    ),
+    "attribute of a tensor": ([torch.zeros(3)], lambda target: setattr(target[0], "epoch", 1)),
+    "order of a dict": (OrderedDict(a=1, b=2), lambda target: target.move_to_end("a")),
+    "numbers of the array module": (array("d", [1, 2]), _at(0, 3)),
+    "file in memory": (io.BytesIO(bytes(10)), lambda target: target.write(b"a")),
+    "class of a class": (type.__call__(Kind, "Of", (), {}), lambda _: setattr(Kind, "epoch", Kind.epoch + 1)),
+    "base of a class": ([Further], lambda _: setattr(Counts, "seen", Counts.seen + 1)),
+    "zero": (_namespace(a=0.0), _set("a", -0.0)),
+    "zero in a list": ([1.0, 0.0], _at(1, -0.0)),
+    "subclass of a tensor": ([torch.zeros(3).as_subclass(Sub)], lambda target: target[0].data.add_(1)),
+    "code of a function": ([lambda: 0], lambda target: setattr(target[0], "__code__", (lambda: 1).__code__)),
+    "function in a library's decorator": (decorated, lambda _: TABLE.update(level=TABLE["level"] + 1)),
+    "module that is held": (ModuleType("held"), _set("epoch", 1)),
+    "enum": (Color.RED, _set("epoch", 1)),
+    "level of a log": (logging.getLogger("leyden_test"), lambda target: target.setLevel(7)),
     "shape": ([np.zeros(6)], lambda target: _at(0, target[0].reshape(2, 3))(target)),
     "large array": (LARGE, _at(654_321, 1)),
     "end of a large array": (np.zeros(1_000_003, dtype=np.int32), _at(-1, 1)),
@@ -117,6 +169,16 @@ def test_a_change_is_seen_and_nothing_else(name: str) -> None:
     assert read([value]) == before
     change(value)
     assert read([value]) != before
+
+
+@pytest.mark.parametrize("size", [3, 600_000])
+def test_tensors_are_read_wherever_new_ones_would_be(size: int) -> None:
+    tensor = torch.zeros(size)
+    before = read([tensor])
+    with torch.inference_mode(), torch.device("meta"):
+        assert read([tensor]) == before
+        tensor.numpy()[2] = 1
+        assert read([tensor]) != before
 
 
 def test_what_a_function_encloses() -> None:
@@ -168,11 +230,78 @@ def test_what_is_common_in_data_sets_can_be_read() -> None:
     assert read([data]) == read([data])
 
 
-def test_arrays_that_nobody_can_write_to_are_not_read() -> None:
-    array = np.zeros(1 << 20)
-    array.flags.writeable = False
-    assert any(isinstance(fact, Itself) for fact in read([array]))
-    assert not any(isinstance(fact, Itself) for fact in read([LARGE]))
+def test_arrays_that_nobody_can_write_to_are_read_as_somebody_may_allow_it_again() -> None:
+    data = np.zeros(1 << 20)
+    view = data.view()
+    data.flags.writeable = view.flags.writeable = False
+    for each in (data, view):
+        before = read([each])
+        data.flags.writeable = True
+        data[77] += 1
+        data.flags.writeable = False
+        assert read([each]) != before
+
+
+def test_modules_within_modules_and_those_that_a_function_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a package keeps in a module of its own is seen, however a function gets there; installed ones too."""
+    package = tmp_path / "site-packages" / "leyden_test_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("from . import config\n")
+    (package / "config.py").write_text("EPOCH = 0\nSTATE = [0]\n")
+    (package / "code.py").write_text(
+        "import leyden_test_package.config\nimport leyden_test_package as short\n\n"
+        "def whole(): return leyden_test_package.config.EPOCH\n"
+        "def alias(): return short.config.STATE\n"
+        "def within():\n    from leyden_test_package.config import EPOCH\n    return EPOCH\n"
+        "def relative():\n    from .config import EPOCH\n    return EPOCH\n"
+        "def package():\n    from . import config\n    return config.STATE[0]\n"
+        "class Data:\n    def __getitem__(self, i): return alias()\n"
+    )
+    monkeypatch.syspath_prepend(str(package.parent))
+    code, config = importlib.import_module("leyden_test_package.code"), sys.modules["leyden_test_package.config"]
+    roots = [code.whole, code.alias, code.within, code.relative, code.package, code.Data()]
+    before = [read([root]) for root in roots]
+    assert [read([root]) for root in roots] == before
+    config.EPOCH, config.STATE[0] = 1, 1
+    assert not any(read([root]) == former for root, former in zip(roots, before, strict=True))
+    for name in [name for name in sys.modules if name.startswith("leyden_test_package")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_cache_is_known_only_as_long_as_it_is_empty() -> None:
+    @functools.lru_cache(None)
+    def cached(index: int) -> list[int]:
+        return [index]
+
+    assert read([cached]) == read([cached])
+    cached(1)
+    with pytest.raises(UnknownError, match="a cache that is in use"):
+        read([cached])
+
+
+def test_containers_are_read_without_the_code_of_a_subclass() -> None:
+    class Loads(list[int]):
+        def __iter__(self) -> Any:
+            raise AssertionError
+
+        __len__ = __iter__  # type: ignore[assignment]
+
+    value = Loads([1])
+    before = read([value])
+    list.append(value, 2)
+    assert read([value]) != before
+
+
+def test_the_surroundings_of_a_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = surroundings()
+    assert surroundings() == before
+    monkeypatch.setenv("LEYDEN_TEST", "1")
+    changed = surroundings()
+    assert changed != before
+    monkeypatch.chdir(tmp_path)
+    assert surroundings() != changed
 
 
 def test_tables_of_pandas() -> None:
@@ -218,8 +347,10 @@ def _endless(monkeypatch: pytest.MonkeyPatch, name: str, limit: int) -> None:
     [
         iter([1]), itertools.count(), (i for i in [1]), (_ for _ in ()), np.zeros((3000, 3000))[:, ::2],
         memoryview(b"a"),
+        torch.eye(3).to_sparse(), dispatching, lambda: globals()["LEVEL"], lambda: sys.modules["leyden"],
     ],
-    ids=["iterator", "count", "generator", "empty generator", "large and not in one piece", "cannot be pickled"],
+    ids=["iterator", "count", "generator", "empty generator", "large and not in one piece", "cannot be pickled",
+         "sparse", "registry", "globals", "modules"],
 )  # fmt: skip
 def test_what_cannot_be_known_has_no_reading(value: Any) -> None:
     with pytest.raises(UnknownError):

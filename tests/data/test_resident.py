@@ -193,6 +193,19 @@ def test_free_memory_counts_what_torch_keeps_in_reserve(monkeypatch: pytest.Monk
     assert free_memory(CUDA) == 1200
 
 
+def test_data_that_is_replaced_in_each_epoch_stays_nowhere() -> None:
+    data = TensorDataset(rows(3))
+    on = shelf()
+    made = feed(DataLoader(data, 10), on)
+    for _ in range(4):
+        former = weakref.ref(data.tensors[0])
+        data.tensors = (rows(3) + 1,)
+        gc.collect()
+        assert former() is None
+        assert "meta" in places(made)
+        assert len(on._copies) == 1
+
+
 def test_memory_is_given_back_at_once() -> None:
     gc.disable()
     try:

@@ -201,6 +201,10 @@ class Stream(IterableDataset):
         ([_loader(2)], 2, None, "It has 2 workers, and no more than 2 cores to use: make the data set faster"),
         ([_loader(1)], 1, None, "It has 1 worker, and no more than 1 core to use"),
         ([_loader(0, Stream())], 4, None, "(an iterable data set has to share its samples among them)"),
+        # nobody measures these
+        ([_loader(0, Stream())], 4, None, "share its samples among them)."),
+        ([_loader(0, Stream())], 4, "auto", "There are 4 cores to use: DataLoader(num_workers=…) (an"),
+        ([_loader(1, Stream())], 4, None, "take more (num_workers=…) (an iterable"),
         ([[1, 2], range(3)], 4, None, "The batches come from list, range: make it faster, or let a DataLoader with"),
     ],
 )

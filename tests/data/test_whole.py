@@ -196,6 +196,18 @@ LOADERS: dict[str, Callable[[Any], Any]] = {
     "numpy's numbers": lambda data: DataLoader(data, 4, sampler=np.random.permutation(N)),
     "a list": lambda data: DataLoader(data, 4, sampler=[3, 2, 1, 0, 5]),
     "batch sampler": lambda data: DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 5, True)),
+    "tensors": lambda data: DataLoader(data, 4, sampler=list(torch.randperm(N))),
+    "a mask now and then": lambda data: DataLoader(
+        data,
+        batch_sampler=[
+            [0],
+            [torch.tensor(1)],
+            [torch.tensor(True)],
+            [torch.tensor([3])],
+            [2],
+            [torch.tensor(4).byte()],
+        ],
+    ),
     "batches that are drawn": lambda data: DataLoader(data, batch_sampler=Own()),
 }
 
@@ -417,6 +429,23 @@ def test_a_subclass_of_the_loader_that_iterates_as_torch_does_is_read_as_a_whole
 
     assert len(list(feed(Named(TensorDataset(rows(3)), 4)))) == 6
     assert len(fetched) == 1
+
+
+def test_batches_from_all_over_many_parts_are_read_sample_by_sample(fetched: list[Any]) -> None:
+    """One file after the other is read at once; where each sample lies in another one, torch's way is the quicker."""
+
+    def parts() -> Any:
+        return ConcatDataset([rows(3) + part for part in range(9)])
+
+    for make in (lambda: DataLoader(parts(), 8), lambda: DataLoader(parts(), 8, sampler=range(0, 9 * N, N - 1))):
+        compare(make)
+    fetched.clear()
+    seed_all()
+    assert len(list(feed(DataLoader(parts(), 8)))) == 26
+    assert len(fetched) == 1
+    fetched.clear()
+    assert len(list(feed(DataLoader(parts(), 8, shuffle=True)))) == 26
+    assert len(fetched) > 20
 
 
 # ---------------------------------------------------------------------------------------------- changes

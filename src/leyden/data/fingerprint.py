@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an object is made of: two readings of it are equal only if nothing in it has changed between them.
 
-Read are numbers, words, containers, attributes, arrays, and of tensors which one it is and its version; of functions
-also what they enclose and the globals that they name; of a class of the user's its attributes and functions. Where that
-is not enough to know an object (an open file, an iterator, more than the limits below), there is no reading.
+Read are numbers, words, containers, attributes, arrays and tensors; of functions also what they enclose and the globals
+that they name, in modules too; of a class of the user's its attributes and functions; and the environment of the process.
+Where that is not enough to know an object (an open file, an iterator, a cache in use, more than the limits below), there
+is no reading.
 
-What a reading cannot see: the memory of a large tensor changed past its version (``tensor.data``, ``tensor.numpy()``), the
-state that installed libraries keep elsewhere than in attributes (such as a random generator of their own), and what is
-outside the process.
+What a reading cannot see: the state that the libraries in ``_TRUSTED`` keep elsewhere than in attributes, that of code
+which is not Python's, and what is outside the process.
 """
 
 from __future__ import annotations
 
+import array
 import builtins
-import contextlib
 import copyreg
 import functools
+import io
 import logging
 import mmap
+import os
 import pickle
 import random
 import sys
@@ -26,10 +28,10 @@ import threading
 import types
 import weakref
 import zlib
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from enum import Enum
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import PurePath
 from types import (
     BuiltinFunctionType,
@@ -56,15 +58,24 @@ ITEMS = 100_000
 OBJECTS = 5000
 """How many objects are opened."""
 SMALL = 1 << 20
-"""Bytes of a tensor or array of which a checksum is taken; of a larger array there are sums of columns, which is quicker."""
+"""Bytes of which a checksum is taken; of more there are sums of rows and of columns, which is quicker."""
 BYTES = 1 << 28
-"""How many bytes of arrays are read."""
+"""How many bytes of arrays and tensors are read."""
 _COLUMNS = 4093
-"""How many sums there are of a large array; a prime, so that what is exchanged in it seldom falls on the same one."""
+"""How long the rows are of which there are sums."""
+_TRUSTED = frozenset(
+    "torch torchvision torchaudio numpy pandas scipy sklearn skimage PIL cv2 h5py pyarrow polars datasets".split()  # noqa: SIM905
+)
+"""Installed libraries whose code is not read; what draws random numbers there draws them from the global generators."""
+_HIDING = frozenset(("globals", "import_module", "__import__", "exec"))
+"""Names by which a function may reach what it does not name."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), range, type(NotImplemented))
 _LEAVES = frozenset(_PLAIN)
-_BY_IDENTITY = (ModuleType, logging.Logger, logging.Handler, type(threading.Lock()), type(threading.RLock()))
-"""Of these only which one it is counts."""
+_BY_IDENTITY = (logging.Logger, logging.Handler, type(threading.Lock()), type(threading.RLock()))
+"""Of these only which one it is counts, and a level."""
+
+_CACHE = type(functools.lru_cache(len))
+_CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, tuple, set, frozenset, deque)
 
 _REDUCED = ("numpy", "torch", "pandas")
 _BUILT_IN = frozenset(part for home in (builtins, types) for part in vars(home).values() if isinstance(part, type))
@@ -98,6 +109,20 @@ class Itself:
     __hash__ = None  # type: ignore[assignment]  # only compared
 
 
+def surroundings() -> list[Any]:
+    """Return what a process is set to, and hands on to the workers that it starts.
+
+    Raises:
+        UnknownError: where its folder is gone.
+    """
+    try:
+        folder = os.getcwd()
+    except OSError as error:
+        raise UnknownError("the folder of the process is gone") from error
+    strict = torch.are_deterministic_algorithms_enabled()
+    return [dict(os.environ), folder, torch.get_default_dtype(), torch.get_default_device(), strict]
+
+
 def read(roots: Iterable[Any], seeded: Iterable[Any] = ()) -> list[Any]:
     """Return what ``roots`` are made of, to be compared by ``==`` with another reading of this process.
 
@@ -122,6 +147,8 @@ class _Reading:
         """What was made on the way: its id must not come again."""
         self.waiting: list[Any] = []
         self.items = self.bytes = 0
+        self.stored: set[int] = set()
+        """Where the memory of large tensors is that was read."""
         self.in_python: dict[type, bool] = {}  # not for longer than a reading: a class may hold what it was made with
         # the global generators are seeded for each batch; functions such as random.random are bound to them
         self.seeded = {id(generator) for generator in (*seeded, torch.default_generator, random.random.__self__)}  # type: ignore[attr-defined]
@@ -136,7 +163,7 @@ class _Reading:
             value = self.waiting.pop()
             kind = type(value)
             if kind in _LEAVES:
-                self.facts.append((kind, value))
+                self.facts.append((kind, value if kind is not float else value.hex()))  # -0.0 equals 0.0
                 continue
             number = self.seen.get(id(value))
             if number is not None:
@@ -166,9 +193,17 @@ class _Reading:
             self.facts.append(Itself(value))
             if not _is_foreign(value):
                 written = [(n, part) for n, part in vars(value).items() if not n.startswith("__") or callable(part)]
-                self.several([part for name, part in written if name != "_abc_impl"])
-        elif issubclass(kind, (*_BY_IDENTITY, Enum)):
+                self.several([*(part for name, part in written if name != "_abc_impl"), *value.__bases__])
+            if not _is_foreign(kind):
+                self.several([kind])
+        elif issubclass(kind, ModuleType):
             self.facts.append(Itself(value))
+            if _is_own(value):
+                self.several([part for name, part in vars(value).items() if not name.startswith("__")])
+        elif issubclass(kind, (*_BY_IDENTITY, Enum)):
+            self.facts += [Itself(value), getattr(value, "level", None)]
+            if issubclass(kind, Enum):
+                self.own(value, kind)
         elif issubclass(kind, (PurePath, torch.dtype, torch.device)):
             self.facts.append(str(value))
         elif isinstance(value, FunctionType):
@@ -179,6 +214,8 @@ class _Reading:
             self.facts.append(value.__name__)
             bound = getattr(value, "__self__", None)
             self.several([None if isinstance(bound, (ModuleType, type)) else bound])
+        elif kind is _CACHE:
+            self.cache(value)
         elif isinstance(value, (staticmethod, classmethod)):
             self.several([value.__func__])
         elif isinstance(value, property):
@@ -187,8 +224,15 @@ class _Reading:
             self.several([dict(value)])
         elif isinstance(value, functools.partial):
             self.several([value.func, value.args, value.keywords, vars(value)])
-        elif isinstance(value, (dict, list, tuple, set, frozenset, deque, bytearray)):
+        elif isinstance(value, _CONTAINERS):
             self.container(value, kind)
+        elif isinstance(value, (bytearray, array.array)):
+            self.memory(memoryview(value))
+            self.own(value, kind)
+        elif isinstance(value, io.BytesIO):
+            self.memory(value.getbuffer())
+            self.facts.append(value.tell())
+            self.own(value, kind)
         else:
             self.instance(value, kind)
 
@@ -197,17 +241,27 @@ class _Reading:
         self.facts.append(len(values))
         self.waiting.extend(reversed(values))
 
+    def own(self, value: Any, kind: type) -> None:
+        """What a subclass adds: attributes, and its code."""
+        if attributes := getattr(value, "__dict__", None):
+            self.several([attributes])
+        if not _is_foreign(kind):
+            self.several([kind])
+
     def container(self, value: Any, kind: type) -> None:
-        self.items += len(value)
+        base = next(base for base in _CONTAINERS if isinstance(value, base))
+        # by the functions of Python's own class: those of a subclass might load what they return
+        self.items += base.__len__(value)
         if self.items > ITEMS:
             raise UnknownError(f"more than {ITEMS} entries")
-        if isinstance(value, bytearray):
-            self.facts.append(zlib.crc32(value))
-            return
-        items = [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
+        items = list(base.__iter__(value))
+        if issubclass(base, dict):
+            items += dict.values(value) if base is dict else map(base.__getitem__, repeat(value), items[:])
         kinds = tuple(map(type, items))
         if set(kinds) <= _LEAVES:
             self.facts += [kinds, tuple(items)]
+            if float in kinds:  # -0.0 equals 0.0
+                self.facts.append(array.array("d", [item for item in items if type(item) is float]).tobytes())
         elif set(kinds) == {tuple}:  # such as the files of an image folder, each with its label
             flat = list(chain.from_iterable(items))
             self.items += len(flat)
@@ -218,47 +272,82 @@ class _Reading:
                 self.several(items)
         else:
             self.several(items)
-        if own := getattr(value, "__dict__", None):
-            self.several([own])
-        if not _is_foreign(kind):
-            self.several([kind])
+        self.own(value, kind)
+
+    def cache(self, value: Any) -> None:
+        """A function with a ``functools.lru_cache``, as long as there is nothing in it: nobody can look into one."""
+        found = value.cache_info()
+        if found.currsize or found.misses:
+            raise UnknownError("a cache that is in use")
+        self.facts.append(found.maxsize)
+        self.several([value.__wrapped__])
 
     def tensor(self, value: Tensor) -> None:
-        """A tensor: which one, its version, and a checksum of a small one, for changes that leave no version behind."""
+        """A tensor: which one, its version, and its memory, for changes that leave no version behind."""
         if value.is_inference():
             raise UnknownError("a tensor that does not count its changes")
         self.facts += [Itself(value), value._version]  # noqa: SLF001  # torch has no other name for it
-        here = value.device.type == "cpu" and value.layout == torch.strided and type(value) in (Tensor, nn.Parameter)
-        if here and value.numel() * value.element_size() <= SMALL:
-            with contextlib.suppress(RuntimeError, TypeError):  # some have no bytes that can be looked at
-                self.facts.append(
-                    zlib.crc32(value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-                )
+        if own := getattr(value, "__dict__", None):
+            self.several([own])
+        if value.device.type != "cpu":
+            return
+        kind = type(value)
+        if value.layout != torch.strided or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            raise UnknownError(f"a {kind.__name__} whose memory cannot be read")
+        if kind not in (Tensor, nn.Parameter):
+            self.several([kind])
+            with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001  # torch has no other name for it
+                value = value.as_subclass(Tensor)
+        if value.numel() * value.element_size() > SMALL:
+            # the whole of the memory of which it is a view: that is in one piece, and read once for all views of it
+            storage = value.untyped_storage()
+            self.facts.append((value.data_ptr(), value.shape, value.stride()))
+            if storage.data_ptr() in self.stored:
+                return
+            self.stored.add(storage.data_ptr())
+            flat = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
+        else:
+            flat = value.detach().reshape(-1).contiguous().view(torch.uint8)
+        self.memory(memoryview(flat.numpy()))  # type: ignore[arg-type]
 
     def array(self, value: Any) -> None:
-        """An array by its content; a large one that nobody can write to by which one it is."""
+        """An array by its content; a large file that is mapped into memory, and cannot be written to, by which one it is."""
         numpy = self.numpy
         if value.dtype.hasobject:
             self.several([value.shape, value.tolist()])
             return
         self.facts += [str(value.dtype), value.shape]
+        own = {name: part for name, part in getattr(value, "__dict__", {}).items() if not isinstance(part, mmap.mmap)}
+        if own:
+            self.several([own])
         if value.nbytes <= SMALL:
             self.facts.append(zlib.crc32(value.tobytes()))
             return
         base = value
         while isinstance(base, numpy.ndarray) and not base.flags.writeable:
             base = base.base
-        if base is None or isinstance(base, (bytes, mmap.mmap)):
+        if isinstance(base, (bytes, mmap.mmap)):
             self.facts.append(Itself(value))
             return
-        self.bytes += value.nbytes
-        if self.bytes > BYTES or not value.flags.c_contiguous:
-            raise UnknownError("an array that is large and can be written to")
-        words = value.reshape(-1).view(numpy.uint8)
-        words, rest = words[: len(words) // 8 * 8].view(numpy.uint64), words[len(words) // 8 * 8 :]
-        whole = len(words) // _COLUMNS * _COLUMNS
-        sums = words[:whole].reshape(-1, _COLUMNS).sum(0)
-        self.facts += [zlib.crc32(sums.tobytes()), zlib.crc32(words[whole:].tobytes()), zlib.crc32(rest.tobytes())]
+        if not value.flags.c_contiguous:
+            raise UnknownError("an array that is large and not in one piece")
+        self.memory(memoryview(value.reshape(-1).view(numpy.uint8)))
+
+    def memory(self, view: memoryview) -> None:
+        """What is in a piece of memory."""
+        self.bytes += view.nbytes
+        if self.bytes > BYTES:
+            raise UnknownError("memory that is too large to be read, and can be written to")
+        self.facts.append(view.nbytes)
+        numpy = self.numpy
+        if view.nbytes <= SMALL or numpy is None:
+            self.facts.append(zlib.crc32(view))
+            return
+        data = numpy.frombuffer(view, dtype=numpy.uint8)
+        end = len(data) // (8 * _COLUMNS) * 8 * _COLUMNS
+        table = data[:end].view(numpy.uint64).reshape(-1, _COLUMNS)
+        # of what is exchanged within a column the sums of rows tell, and the other way round
+        self.facts += [zlib.crc32(part.tobytes()) for part in (table.sum(0), table.sum(1), data[end:])]
 
     def table(self, value: Any) -> None:
         """A table of pandas, a column or an index: its columns, as arrays where they are, else entry by entry."""
@@ -274,27 +363,44 @@ class _Reading:
 
     def function(self, value: Any) -> None:
         """A function: which one, what it encloses, and the globals that it names."""
-        self.facts.append(Itself(value))
         code = value.__code__
-        if _is_installed(code.co_filename):
-            return
-        cells = []
+        self.facts += [Itself(value), Itself(code)]
+        cells: list[Any] = []
+        read: list[Any] = []
         for cell in value.__closure__ or ():
             try:
                 cells.append(cell.cell_contents)
             except ValueError:  # not filled yet
                 cells.append(None)
-        known, named, read = value.__globals__, names(code), []
+        if _is_installed(code.co_filename):
+            # a library's decorator, which encloses a function of the user's
+            self.several([*cells, value.__defaults__, value.__kwdefaults__, vars(value)])
+            return
+        known, named = value.__globals__, names(code)
         if "get_worker_info" in named and "seed" in named:
             raise UnknownError("a function that asks for the seed of its worker, which each one has of its own")
+        if not _HIDING.isdisjoint(named) or {"sys", "modules"}.issubset(named):
+            raise UnknownError("a function that reaches what it does not name")
+        modules: list[ModuleType] = []
         for name in named:
-            found = known.get(name)
-            if isinstance(found, ModuleType):
-                own = not _is_installed(getattr(found, "__file__", None) or "")
-                parts = [vars(found)[attribute] for attribute in named if attribute in vars(found)]
-                read += [part for part in parts if own or type(part) in _LEAVES]
-            elif name in known:
-                read.append(found)
+            if name in known:
+                found = known[name]
+                (modules if isinstance(found, ModuleType) else read).append(found)
+            else:  # imported in the function, by its whole name or from its package
+                modules += [
+                    found
+                    for whole in (name, f"{known.get('__package__')}.{name}")
+                    if isinstance(found := sys.modules.get(whole), ModuleType)
+                ]
+        walked: set[int] = set()
+        for module in modules:  # grows on the way: package.module.NAME
+            if id(module) in walked:
+                continue
+            walked.add(id(module))
+            own = _is_own(module)
+            parts = [vars(module)[name] for name in named if name in vars(module)]
+            modules += [part for part in parts if isinstance(part, ModuleType)]
+            read += [part for part in parts if type(part) in _LEAVES or (own and not isinstance(part, ModuleType))]
         self.several([*cells, value.__defaults__, value.__kwdefaults__, vars(value), *read])
 
     def instance(self, value: Any, kind: type) -> None:
@@ -359,9 +465,19 @@ def _is_foreign(kind: type) -> bool:
     return kind.__module__ != "__main__" if path is None else _is_installed(path)
 
 
+def _is_own(module: ModuleType) -> bool:
+    """Whether a module is neither Python's nor that of a library that is not read."""
+    path = getattr(module, "__file__", None)
+    return module.__name__.partition(".")[0] not in sys.stdlib_module_names if path is None else not _is_installed(path)
+
+
 @functools.lru_cache(1024)
 def _is_installed(path: str) -> bool:
-    return "site-packages" in path or "dist-packages" in path or path.startswith((*_STANDARD, "<frozen"))
+    for home in ("site-packages", "dist-packages"):
+        before, _, inside = path.rpartition(home)
+        if before:
+            return PurePath(inside[1:] or ".").parts[0].partition(".")[0] in _TRUSTED
+    return path.startswith((*_STANDARD, "<frozen"))
 
 
 _STANDARD = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})

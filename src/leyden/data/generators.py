@@ -152,9 +152,11 @@ def _children(value: Any) -> Iterable[tuple[str, Any]]:
 
 
 def _entries(values: Any) -> Iterable[tuple[str, Any]]:
-    if len(values) > WIDTH:
+    # by the functions of Python's own class: those of a subclass might load what they return
+    base: Any = next(base for base in (dict, list, tuple) if isinstance(values, base))
+    if base.__len__(values) > WIDTH:
         return ()
-    pairs = values.items() if isinstance(values, dict) else enumerate(values)
+    pairs = dict.items(values) if base is dict else enumerate(base.__iter__(values))
     return [(str(key), child) for key, child in pairs]
 
 

@@ -20,7 +20,6 @@ from itertools import chain
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, MapDataPipe
 
 from leyden.data import fingerprint
@@ -30,6 +29,8 @@ from leyden.data.generators import find
 _copies: dict[int, tuple[list[Any], list[Any], list[Any] | None, Any, int]] = {}
 """By worker process: what it loads from, the generators that are seeded for it, its first reading, where it tells, its
 number."""
+TIRES = 3
+"""After how many passes in a row that each found other data no worker is kept any more: readings would be for nothing."""
 _SAME, _CHANGED = 1, 2
 _SEEDING = frozenset(
     "torch initial_seed manual_seed random seed numpy np int set_num_threads cv2 setNumThreads".split()  # noqa: SIM905
@@ -60,6 +61,7 @@ class Kept:
     def __init__(self) -> None:
         self.asking = self.off = False
         self._iterator: Any = None
+        self._changes = 0
         self._was: list[Any] | None = None
         self._seeded: list[Any] = []
         self._told: Any = None
@@ -73,7 +75,10 @@ class Kept:
         """
         former = self._iterator
         if former is not None:
-            if self._read(loader) == self._was and all(worker.is_alive() for worker in former._workers):  # noqa: SLF001
+            same = self._read(loader) == self._was
+            self._changes = 0 if same else self._changes + 1
+            self.off = self._changes == TIRES
+            if same and all(worker.is_alive() for worker in former._workers):  # noqa: SLF001
                 self._told[:] = [0] * len(self._told)
                 self.asking = True
                 try:
@@ -132,9 +137,9 @@ class Kept:
         ]
         try:
             deep = fingerprint.read([loader.dataset, loader.collate_fn, loader.worker_init_fn], self._seeded)
+            return [*fingerprint.surroundings(), *settings, *deep]
         except fingerprint.UnknownError:
             return None
-        return [torch.get_default_dtype(), *settings, *deep]
 
 
 def can_keep(loader: Any) -> bool:
@@ -178,6 +183,6 @@ def _compare() -> None:
 
 def _read(roots: list[Any], seeded: list[Any]) -> list[Any] | None:
     try:
-        return fingerprint.read(roots, seeded)
+        return [*fingerprint.surroundings(), *fingerprint.read(roots, seeded)]
     except fingerprint.UnknownError:  # such a worker is not kept, and loads as ever
         return None

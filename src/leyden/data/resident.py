@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -33,19 +34,27 @@ class Copy:
     """
 
     def __init__(self, source: Tensor, device: torch.device) -> None:
-        self.source = source
+        # weakly: data that is replaced by other data, such as in each epoch, must not stay in memory for the run
+        self._source, self.size = weakref.ref(source), _size(source)
         self.version, self.probe = source._version, _probe(source)  # noqa: SLF001  # documented, in spite of its name
         with torch.inference_mode(False), torch.no_grad():
             # from pageable memory this returns when the source has been read; from pinned memory it would not
             self.there: Tensor | None = source.to(device, non_blocking=not _is_pinned(source), copy=True)
 
+    @property
+    def source(self) -> Tensor | None:
+        """The tensor on the host; None where nobody else has it any more."""
+        return self._source()
+
     def changed(self) -> bool:
-        """Whether somebody changed the source by way of torch, since the copy was made."""
-        return bool(self.source._version != self.version)  # noqa: SLF001
+        """Whether the source is gone, or somebody changed it by way of torch, since the copy was made."""
+        source = self.source
+        return source is None or bool(source._version != self.version)  # noqa: SLF001
 
     def stale(self) -> bool:
         """Whether somebody changed the source, by way of a numpy array or ``.data`` too (of these, by PROBES elements)."""
-        return self.changed() or not torch.equal(self.probe, _probe(self.source))
+        source = self.source
+        return source is None or self.changed() or not torch.equal(self.probe, _probe(source))
 
     def rows(self, index: Tensor) -> Tensor:
         """Return some rows, on the device.
@@ -76,6 +85,8 @@ class Shelf:
         """Return copies of ``tensors`` on the device: made now, or by an earlier call; None where there is no room."""
         if not tensors or not all(map(_may_move, tensors)):
             return None
+        for key in [key for key, copy in self._copies.items() if copy.source is None]:
+            self._drop(key)
         for tensor in tensors:
             former = self._copies.get(id(tensor))
             if former is not None and former.stale():
@@ -85,7 +96,7 @@ class Shelf:
             free = self._free()
             if free is None:
                 return None
-            held = sum(_size(copy.source) for copy in self._copies.values())
+            held = sum(copy.size for copy in self._copies.values())
             if not has_room(sum(map(_size, wanted.values())), held, free):
                 self._tell(f"would take more than {SHARE:.0%} of the memory that is free on {self.device}")
                 return None

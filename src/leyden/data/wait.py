@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from leyden.data.loaders import why_own_workers
 from leyden.runtime.ranks import rank_zero_info
 
 STEPS = 50
@@ -163,23 +164,22 @@ def remedy(loaders: list[Any], cores: int, wanted: Any) -> str:
     shares = " (an iterable data set has to share its samples among them)" * any(
         isinstance(loader.dataset, IterableDataset) for loader in known
     )
+    measures = any(why_own_workers(loader) is None for loader in known)
     if workers:
         crew, room = _plural(workers, "worker"), _plural(cores, "core")
         ahead = "a higher prefetch_factor where only some batches are slow"
         if workers < cores:
-            auto = "" if wanted == "auto" else ", or Trainer(num_workers='auto'), which measures"
+            auto = "" if wanted == "auto" or not measures else ", or Trainer(num_workers='auto'), which measures"
             more = f"take more (num_workers=…{auto}){shares}"
             return f"It has {crew}, and {room} to use: {more}, {ahead}, or {faster}."
         return f"It has {crew}, and no more than {room} to use: {faster}, or try {ahead}."
     if cores == 1:
         return f"There is only 1 core to use, so that workers would not help: {faster}."
-    if wanted in ("auto", 0):
+    if wanted in ("auto", 0) and measures:
         what = "were measured to be no faster" if wanted == "auto" else "are ruled out by Trainer(num_workers=0)"
         return f"The main process loads them, and workers {what}: {faster}."
-    return (
-        f"The main process loads them. There are {cores} cores to use: DataLoader(num_workers=…){shares}, or"
-        " Trainer(num_workers='auto'), which measures how many."
-    )
+    auto = ", or Trainer(num_workers='auto'), which measures how many" * measures
+    return f"The main process loads them. There are {cores} cores to use: DataLoader(num_workers=…){shares}{auto}."
 
 
 def _plural(count: int, name: str) -> str:

@@ -35,8 +35,15 @@ _END = object()
 _ASIDE = (IndexError, TypeError, ValueError, OverflowError, RuntimeError)
 """What reading a batch as a whole may raise; the standard way then has the right batch, or the right error."""
 _DEVICES = ("cpu", "cuda")
+_OF_A_PART = 4
+"""How many samples of a batch must lie in each part of a data set, on average, for them to be read at once."""
+_COUNTS = (torch.int64, torch.int32)
 _ITERATES = ("__iter__", "_get_iterator", "_index_sampler", "_auto_collation")
 """What a subclass of DataLoader overrides if it iterates in a way of its own."""
+
+
+class Scattered(Exception):
+    """The samples of a batch lie in so many parts of a data set that it is quicker to read them one by one."""
 
 
 class Whole:
@@ -112,12 +119,11 @@ class Plan:
         if read is None:
             return
         for indices in self._drawn:
-            # True would be an index of another kind: it adds a dimension
-            if type(indices) is list and bool not in map(type, indices):
+            if _are_numbers(indices):
                 try:
                     yield read(indices)
                     continue
-                except Changed:
+                except (Changed, Scattered):
                     given.append(indices)
                     yield next(standard)
                     return
@@ -131,7 +137,7 @@ class Plan:
         for indices in self._drawn:
             self._given.append(indices)
             batch = next(self._standard)
-            done = type(indices) is list and bool not in map(type, indices) and self._compare(indices, batch)
+            done = _are_numbers(indices) and self._compare(indices, batch)
             yield batch
             del batch
             if done:
@@ -142,6 +148,8 @@ class Plan:
         assert read is not None
         try:
             agrees = same(read(indices[:COMPARED]), _head(batch))
+        except Scattered:
+            return True
         except (Changed, *_ASIDE):
             return False
         if agrees:
@@ -292,7 +300,7 @@ class Source:
             if subset.dataset is not dataset or not _is_sequence(chosen):
                 raise Changed
             samples = list(map(chosen.__getitem__, indices))
-            if bool in map(type, samples):
+            if not _are_numbers(samples):
                 raise TypeError
             return inner(samples)
 
@@ -344,15 +352,17 @@ class Source:
             now = concat.datasets
             if len(now) != len(parts) or any(map(_is_other, now, parts)) or concat.cumulative_sizes != ends:
                 raise Changed
-            numbers = list(map(partial(bisect_right, ends), indices))
-            batches, places = [], []
-            for number, read_part in enumerate(reads):
-                mine = [place for place, other in enumerate(numbers) if other == number]
-                if mine:
-                    batches.append(read_part([indices[place] - starts[number] for place in mine]))
-                    places += mine
-            if len(places) != len(indices):
+            found: dict[int, list[int]] = {}
+            for place, number in enumerate(map(partial(bisect_right, ends), indices)):
+                found.setdefault(number, []).append(place)
+            if len(found) > max(3, len(indices) // _OF_A_PART):
+                raise Scattered
+            if len(parts) in found:
                 raise IndexError
+            batches, places = [], []
+            for number, mine in found.items():
+                batches.append(reads[number]([indices[place] - starts[number] for place in mine]))
+                places += mine
             if len(batches) == 1:
                 return batches[0]
             order = [0] * len(places)
@@ -410,10 +420,21 @@ def _is_array(data: Any) -> bool:
 def _is_sequence(indices: Any) -> bool:
     """Whether it holds indices, and is of a class whose code is not the user's."""
     if type(indices) is Tensor:
-        return indices.ndim == 1 and indices.dtype in (torch.int32, torch.int64)
+        return indices.ndim == 1 and indices.dtype in _COUNTS
     return type(indices) in (list, tuple, range) or (
         _is_array(indices) and indices.ndim == 1 and indices.dtype.kind == "i"
     )
+
+
+def _are_numbers(indices: Any) -> bool:
+    """Whether it is a list of what takes one sample each: True adds a dimension, and so do a mask and a list of one."""
+    if type(indices) is not list:
+        return False
+    kinds = set(map(type, indices))
+    if Tensor not in kinds:
+        return bool not in kinds
+    tensors = (index for index in indices if type(index) is Tensor)
+    return bool not in kinds and all(index.ndim == 0 and index.dtype in _COUNTS for index in tensors)
 
 
 def _is_readable(tensor: Any) -> bool:
