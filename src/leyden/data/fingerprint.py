@@ -182,7 +182,9 @@ class _Reading:
             self.tensor(value)
         elif is_generator(value):
             if id(value) not in self.seeded:
-                self.facts.append(pickle.dumps(Streams({"": value}).of_held()))
+                state = Streams({"": value}).of_held()[""]
+                # not pickled: that names a tensor by where it lies
+                self.facts.append(state.numpy().tobytes() if isinstance(state, Tensor) else pickle.dumps(state))
         elif self.numpy is not None and isinstance(value, (self.numpy.ndarray, self.numpy.generic)):
             self.array(value)
         elif (pandas := sys.modules.get("pandas")) is not None and isinstance(
