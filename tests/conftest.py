@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +21,17 @@ def _global_settings() -> Iterator[None]:
     said.setLevel(level)
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The indices of the batches that torch read itself, in this process."""
+    seen: list[Any] = []
+    fetch = _MapDatasetFetcher.fetch
+
+    def noted(self: Any, indices: Any) -> Any:
+        seen.append(indices)
+        return fetch(self, indices)
+
+    monkeypatch.setattr(_MapDatasetFetcher, "fetch", noted)
+    return seen

@@ -23,7 +23,6 @@ from torch.utils.data import (
     default_collate,
     random_split,
 )
-from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 import leyden as L
 
@@ -192,20 +191,6 @@ class Saves(L.Callback):
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         if trainer.global_step in STEPS:
             trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
-
-
-@pytest.fixture
-def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The batches that torch read itself, in this process."""
-    seen: list[Any] = []
-    fetch = _MapDatasetFetcher.fetch
-
-    def noted(self: Any, indices: Any) -> Any:
-        seen.append(indices)
-        return fetch(self, indices)
-
-    monkeypatch.setattr(_MapDatasetFetcher, "fetch", noted)
-    return seen
 
 
 @pytest.mark.parametrize("kind", LOADERS)

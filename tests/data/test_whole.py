@@ -30,7 +30,6 @@ from torch.utils.data import (
     random_split,
 )
 from torch.utils.data._utils import collate as torchs_collate
-from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 from leyden.data import whole
 from leyden.data.feed import Feed
@@ -60,20 +59,6 @@ def alike(one: Any, other: Any) -> bool:
     values += [(one.storage_offset(), other.storage_offset()), (one.is_contiguous(), other.is_contiguous())]
     exact = np.array_equal(one.detach().flatten().view(torch.uint8), other.detach().flatten().view(torch.uint8))
     return exact and all(a == b for a, b in values)
-
-
-@pytest.fixture
-def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The indices of the batches that torch read itself."""
-    seen: list[Any] = []
-    fetch = _MapDatasetFetcher.fetch
-
-    def noted(self: Any, indices: Any) -> Any:
-        seen.append(indices)
-        return fetch(self, indices)
-
-    monkeypatch.setattr(_MapDatasetFetcher, "fetch", noted)
-    return seen
 
 
 def seed_all() -> None:
