@@ -137,7 +137,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         r"Trainer\(devices=2, num_nodes=1\) asks for 2 devices.*Use strategy='ddp'",
     ),
     ({"num_nodes": 0}, r"Trainer\(num_nodes=0\) is not valid: it must be an int >= 1"),
-    ({"strategy": "fsdp"}, r"Trainer\(strategy='fsdp'\) is not there yet"),
+    ({"strategy": "xla"}, r"Trainer\(strategy='xla'\) is not there: TPUs"),
     ({"strategy": "singledevice"}, "Did you mean 'single_device'"),
     ({"precision": "16mixed"}, "precision='16mixed' is unknown.*Did you mean '16-mixed'"),
     ({"precision": 8}, "precision=8 is unknown"),

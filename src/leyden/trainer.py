@@ -15,7 +15,7 @@ from leyden import vintage
 from leyden.errors import MisconfigurationException
 from leyden.loggers.base import keeps_position
 from leyden.loggers.history import History
-from leyden.loops import resolve, snapshot
+from leyden.loops import hardware, resolve, snapshot
 from leyden.loops.evaluate import EvaluationLoop
 from leyden.loops.fit import FitLoop
 from leyden.loops.predict import PredictLoop
@@ -177,7 +177,7 @@ class Trainer(TrainerFace):
         self.test_loop = EvaluationLoop(RunningStage.TESTING)
         self.predict_loop = PredictLoop()
         names = ("strategy", "accelerator", "devices", "num_nodes", "precision", "plugins", "sync_batchnorm")
-        self._strategy, self._accelerator = resolve.strategy(*(given[name] for name in names))
+        self._strategy, self._accelerator = hardware.strategy(*(given[name] for name in names))
         self._profiler = resolve.profiler(profiler)
         quiet = config.barebones
         switches = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -195,7 +195,7 @@ class Trainer(TrainerFace):
         self._datamodule: Any = None
         self._session: Session | None = None
         self._interrupt = Interrupt()
-        self._cluster = resolve.cluster(plugins)
+        self._cluster = hardware.cluster(plugins)
         self._ckpt_path: Any = None
         self._dated = False
         self._told_semantics = semantics is not None

@@ -48,15 +48,19 @@ class Across:
         self._wish = False
         """Whether this rank wants to stop, and could not say so yet."""
         self._again: dict[str, bool] = {}
+        self._counted = list(range(strategy.world_size))
+        """The ranks whose values count: one for each share of the data."""
         results.across = self.value
 
     def bound(self, hooks: Any) -> None:
-        """Learn, once for a run, whether anybody does something in the hooks at the end of an epoch, on any rank."""
+        """Learn, once for a run, who has which share of the data, and whether any rank does something when an epoch ends."""
         names = [f"on_{kind}_epoch_end" for kind in ("train", "validation", "test")]
         # one call of the hook of training is ours
         mine = [float(len(getattr(hooks, name)) > (name == names[0])) for name in names]
-        table = self.strategy.gather_numbers(torch.tensor(mine, dtype=torch.float64))
-        self._again = dict(zip(names, table.max(0).values.bool().tolist(), strict=True))
+        table = self.strategy.gather_numbers(torch.tensor([*mine, self.strategy.data_rank], dtype=torch.float64))
+        shares = table[:, -1].tolist()
+        self._counted = sorted({share: rank for rank, share in reversed(list(enumerate(shares)))}.values())
+        self._again = dict(zip(names, table[:, :-1].max(0).values.bool().tolist(), strict=True))
 
     def close(self) -> None:
         """The run is over."""
@@ -135,6 +139,8 @@ class Across:
             if not present.any():
                 continue
             self._report(name, present, table[:, 1])
+            if present[self._counted].any():
+                present, total, weight = present[self._counted], total[self._counted], weight[self._counted]
             slot = slots.get(name)
             if name[2] == "metric":
                 value = self._metric(name, slot)

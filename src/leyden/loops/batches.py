@@ -226,7 +226,7 @@ def shared(session: Session, combined: CombinedLoader, prefix: str) -> CombinedL
     """Return loaders that give this process its share; the user's own stay as they are."""
     from leyden.data import sharding  # noqa: PLC0415  # only for several processes
 
-    rank, size = session.strategy.global_rank, session.strategy.world_size
+    rank, size = session.strategy.data_rank, session.strategy.data_size
     mine = copy.copy(combined)
     shuffled = session.config.rule("shared_order") == "shuffled" and prefix == "train"
     padded = session.config.rule("shared_evaluation") == "padded" and prefix != "predict"

@@ -22,10 +22,7 @@ import torch
 from leyden.callback import Callback
 from leyden.config import TrainerConfig, check_switch, default_semantics, parse_duration
 from leyden.errors import MisconfigurationException, did_you_mean
-from leyden.precision import Precision, make_precision
-from leyden.runtime.devices import Accelerator, make_accelerator, parse_devices
 from leyden.runtime.ranks import rank_zero_info
-from leyden.strategies import Strategy
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -33,162 +30,12 @@ F = TypeVar("F", bound=Callable[..., None])
 PROFILERS: dict[str, str] = {
     "simple": "leyden.profilers:SimpleProfiler",
 }
-STRATEGIES: dict[str, str] = {
-    "single_device": "leyden.strategies:SingleDeviceStrategy",
-    "single": "leyden.strategies:SingleDeviceStrategy",
-    "ddp": "leyden.strategies.ddp:DDPStrategy",
-}
-# other names of ddp: how the processes are started, and what DistributedDataParallel is told
-_STARTS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
-_UNUSED = {"": {}, "_find_unused_parameters_true": {"find_unused_parameters": True}} | {
-    "_find_unused_parameters_false": {"find_unused_parameters": False}
-}
-_DDP: dict[str, dict[str, Any]] = {
-    name + suffix: {"start_method": start, **unused}
-    for name, start in _STARTS.items()
-    for suffix, unused in _UNUSED.items()
-}
-_LATER_STRATEGIES = (
-    "dp", "fsdp", "fsdp_cpu_offload", "deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3",
-    "deepspeed_stage_2_offload", "deepspeed_stage_3_offload", "tensor_parallel", "model_parallel", "xla", "balanced",
-)  # fmt: skip
 
 
 def load(target: str) -> Any:
     """Import ``"module:name"``."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def strategy(
-    given: Any,
-    accelerator: Any,
-    devices: Any,
-    num_nodes: Any,
-    precision: Any,
-    plugins: Any,
-    sync_batchnorm: bool = False,
-) -> tuple[Strategy, Accelerator]:
-    """Choose devices, precision and strategy.
-
-    Raises:
-        MisconfigurationException: for an unknown name, or a number of devices that the strategy cannot use.
-    """
-    backend = make_accelerator(accelerator)
-    if not isinstance(num_nodes, int) or isinstance(num_nodes, bool) or num_nodes < 1:
-        raise MisconfigurationException(f"Trainer(num_nodes={num_nodes!r}) is not valid: it must be an int >= 1.")
-    name = str(given).lower()
-    several = not isinstance(given, Strategy) and name.startswith("ddp")
-    chosen, num_nodes = _devices(backend, devices, num_nodes, several or hasattr(given, "assign"))
-    plugin, checkpoint_io = _plugins(plugins) if plugins is not None else (None, None)
-    if plugin is not None and precision is not None:
-        raise MisconfigurationException(
-            f"Trainer(precision={precision!r}, plugins={plugins!r}): both say how numbers are stored. Give one of them."
-        )
-    if not isinstance(given, Strategy):
-        given = _by_name(given, name, len(chosen) * num_nodes, devices, num_nodes)
-        given = given(chosen[0], None, checkpoint_io) if isinstance(given, type) else given
-        plugin = plugin or make_precision(precision, chosen[0])
-    elif len(chosen) * num_nodes > 1 and not hasattr(given, "assign"):
-        raise MisconfigurationException(
-            f"Trainer(devices={devices!r}, num_nodes={num_nodes!r}) asks for {len(chosen) * num_nodes} devices, but"
-            f" {type(given).__name__} trains on one. Use strategy='ddp'."
-        )
-    if hasattr(given, "assign"):
-        given.assign(chosen, num_nodes)
-        given.sync_batchnorm = sync_batchnorm
-    if plugin is not None or precision is not None:
-        given.precision = plugin or make_precision(precision, given.root_device)
-    if checkpoint_io is not None:
-        given.checkpoint_io = checkpoint_io
-    fits = accelerator != "auto" or given.root_device.type == backend.name()
-    return given, backend if fits else make_accelerator(given.root_device.type)
-
-
-def _by_name(given: Any, name: str, count: int, devices: Any, num_nodes: int) -> Any:
-    """Return the strategy that ``name`` means with ``count`` devices, or its class."""
-    if name in _LATER_STRATEGIES:
-        raise MisconfigurationException(
-            f"Trainer(strategy={given!r}) is not there yet. Today there are one device (strategy='auto') and 'ddp', with as"
-            " many processes as there are devices."
-        )
-    if name == "auto":
-        name = "single_device" if count == 1 else "ddp_notebook" if hasattr(sys, "ps1") else "ddp"
-    if name in _DDP:
-        return load(STRATEGIES["ddp"])(**_DDP[name])
-    if name not in STRATEGIES:
-        known = ["auto", *STRATEGIES, *(alias for alias in _DDP if alias != "ddp")]
-        raise MisconfigurationException(
-            f"Trainer(strategy={given!r}) is not known: it must be one of {known} or a Strategy object."
-            f"{did_you_mean(name, known)}"
-        )
-    if count > 1 and name in ("single", "single_device"):
-        raise MisconfigurationException(
-            f"Trainer(devices={devices!r}, num_nodes={num_nodes!r}) asks for {count} devices, but strategy={given!r} trains"
-            " on one. Use strategy='ddp'."
-        )
-    return load(STRATEGIES[name])
-
-
-def _devices(backend: Accelerator, devices: Any, num_nodes: int, several: bool) -> tuple[list[torch.device], int]:
-    """Return the devices of this machine and the number of machines; ``"auto"`` is as many as a launcher has started."""
-    if devices != "auto":
-        return parse_devices(backend, devices), num_nodes
-    from leyden.runtime.world import joined  # noqa: PLC0415  # when a Trainer is made, not when its name is imported
-
-    world = joined()
-    if world is not None and world.size > 1 and (several or world.starter != "leyden"):
-        return parse_devices(backend, world.local_size), world.nodes
-    chosen = parse_devices(backend, devices)
-    if len(chosen) > 1 and not several:
-        rank_zero_info(f"Training on {chosen[0]}, one of {len(chosen)} devices. Ask for more with devices=...")
-        chosen = chosen[:1]
-    return chosen, num_nodes
-
-
-def _plugins(given: Any) -> tuple[Precision | None, Any]:
-    """Return the Precision and the CheckpointIO among the plug-ins; None for one that is not there.
-
-    Raises:
-        MisconfigurationException: for something that is no plug-in, or two of a kind.
-    """
-    from leyden.checkpoint_io.base import CheckpointIO  # noqa: PLC0415 - for Trainers that get plug-ins
-
-    found: dict[type, Any] = {}
-    for item in given if isinstance(given, (list, tuple)) else [given]:
-        if _is_environment(item):
-            continue
-        kind = next((kind for kind in (Precision, CheckpointIO) if isinstance(item, kind)), None)
-        if kind is None:
-            raise MisconfigurationException(
-                f"Trainer(plugins={_shown(item)}): on one device a plugin must be a Precision, CheckpointIO or"
-                f" SLURMEnvironment object, not {'a class' if isinstance(item, type) else type(item).__name__}.{_made(item)}"
-            )
-        if kind in found:
-            raise MisconfigurationException(f"Trainer(plugins={given!r}): give one {kind.__name__}, not several.")
-        found[kind] = item
-    return found.get(Precision), found.get(CheckpointIO)
-
-
-def _is_environment(item: Any) -> bool:
-    return any(cls.__name__ == "ClusterEnvironment" for cls in type(item).__mro__)
-
-
-def cluster(plugins: Any) -> Any:
-    """Return what starts a job of a cluster anew, where this is one, and the user has not switched that off; else None.
-
-    Raises:
-        MisconfigurationException: for two of them.
-    """
-    items = plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
-    given = [item for item in items if _is_environment(item)]
-    if len(given) > 1:
-        raise MisconfigurationException(f"Trainer(plugins={plugins!r}): give one cluster environment, not several.")
-    if not os.environ.get("SLURM_JOB_ID"):
-        return None
-    slurm = load("leyden.runtime.cluster:SLURMEnvironment")
-    found = given[0] if given else slurm()
-    return found if isinstance(found, slurm) and found.auto_requeue and found.detect() else None
 
 
 def loggers(given: Any, root: str, config: TrainerConfig, quiet: bool) -> list[Any]:
@@ -210,17 +57,19 @@ def loggers(given: Any, root: str, config: TrainerConfig, quiet: bool) -> list[A
     for item in found:
         if isinstance(item, type) or not callable(getattr(item, "log_metrics", None)):
             raise MisconfigurationException(
-                f"Trainer(logger={_shown(item)}): a logger must be True, False, a Logger object or a list of them."
-                f"{_made(item)}"
+                f"Trainer(logger={shown(item)}): a logger must be True, False, a Logger object or a list of them."
+                f"{made(item)}"
             )
     return found
 
 
-def _shown(item: Any) -> str:
+def shown(item: Any) -> str:
+    """The value of an argument as a message shows it."""
     return item.__name__ if isinstance(item, type) else repr(item)
 
 
-def _made(item: Any) -> str:
+def made(item: Any) -> str:
+    """What a message adds where a class was given in the place of an object of it."""
     return f" Did you mean {item.__name__}(...)?" if isinstance(item, type) else ""
 
 
@@ -264,8 +113,8 @@ def callbacks(
     for item in found:
         if isinstance(item, type) or not callable(getattr(item, "setup", None)):
             raise MisconfigurationException(
-                f"Trainer(callbacks={_shown(item)}): a callback must be a Callback object, not"
-                f" {'a class' if isinstance(item, type) else type(item).__name__}.{_made(item)}"
+                f"Trainer(callbacks={shown(item)}): a callback must be a Callback object, not"
+                f" {'a class' if isinstance(item, type) else type(item).__name__}.{made(item)}"
             )
     _contradiction(_of_kind(found, "Checkpoint"), "enable_checkpointing", explicit)
     _contradiction(_of_kind(found, "ProgressBar"), "enable_progress_bar", explicit)

@@ -7,15 +7,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from leyden.strategies.base import Strategy
-from leyden.strategies.single import SingleDeviceStrategy
 
 if TYPE_CHECKING:
     from leyden.strategies.ddp import DDPStrategy
+    from leyden.strategies.parallel import ParallelStrategy
+    from leyden.strategies.single import SingleDeviceStrategy
 
-__all__ = ["DDPStrategy", "SingleDeviceStrategy", "Strategy"]
+__all__ = ["DDPStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
+
+_WHERE = {"DDPStrategy": "ddp", "ParallelStrategy": "parallel", "SingleDeviceStrategy": "single"}
+"""What is imported when it is asked for: the class, and the file that it is in."""
 
 
 def __getattr__(name: str) -> Any:
-    if name == "DDPStrategy":
-        return importlib.import_module("leyden.strategies.ddp").DDPStrategy
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"leyden.strategies.{_WHERE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])

@@ -86,6 +86,16 @@ class Strategy:
         return 0
 
     @property
+    def data_size(self) -> int:
+        """Among how many the data are shared out: fewer than processes where several of them work on one batch."""
+        return self.world_size
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the data this process has; those that work on one batch have the same."""
+        return self.global_rank
+
+    @property
     def is_global_zero(self) -> bool:
         """Whether this is the process that writes."""
         return self.global_rank == 0

@@ -1,39 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes, each with the whole module and its share of the data: gradients are averaged while they are computed.
 
-torch's DistributedDataParallel does that, and nothing else travels in an ordinary batch. Processes come from torchrun,
-SLURM, MPI or LSF, or are started by ``strategies.launch``; what stops one of them stops all, see ``strategies.watch``.
+torch's DistributedDataParallel does that, and nothing else travels in an ordinary batch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import itertools
-import os
-import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.precision import Precision
-from leyden.runtime import world as worlds
-from leyden.runtime.ranks import rank_zero_only, rank_zero_warn
-from leyden.runtime.world import World
-from leyden.signals import Interrupt
-from leyden.strategies.base import Strategy
-from leyden.tree import leaves, tree_map
+from leyden.runtime.ranks import rank_zero_warn
+from leyden.strategies.parallel import ParallelStrategy
 
-_RUNS = itertools.count()
-"""All ranks run the same script, and so make the same runs in the same order."""
-_STARTS = ("popen", "spawn", "fork", "forkserver")
 _WRAPPER = (
     "bucket_cap_mb", "broadcast_buffers", "init_sync", "find_unused_parameters", "check_reduction",
     "gradient_as_bucket_view", "static_graph", "delay_all_reduce_named_params", "param_to_hook_all_reduce",
@@ -41,7 +28,7 @@ _WRAPPER = (
 )  # fmt: skip
 
 
-class DDPStrategy(Strategy):
+class DDPStrategy(ParallelStrategy):
     """Trains on several devices by torch's DistributedDataParallel.
 
     ::
@@ -85,161 +72,26 @@ class DDPStrategy(Strategy):
         start_method: str = "popen",
         **kwargs: Any,
     ) -> None:
-        super().__init__("cpu", precision_plugin, checkpoint_io)
+        super().__init__(
+            parallel_devices, precision_plugin, checkpoint_io, process_group_backend, timeout, start_method
+        )
         unknown = next((name for name in kwargs if name not in _WRAPPER), None)
         if unknown is not None:
             raise MisconfigurationException(
                 f"DDPStrategy({unknown}=...) is not known; it takes the arguments of torch's DistributedDataParallel."
                 f"{did_you_mean(unknown, _WRAPPER)}"
             )
-        if start_method not in _STARTS:
-            raise MisconfigurationException(
-                f"DDPStrategy(start_method={start_method!r}) is not valid: it must be one of {list(_STARTS)}."
-            )
-        if timeout <= timedelta(0):
-            raise MisconfigurationException(
-                f"DDPStrategy(timeout={timeout!r}) is not valid: it must be a positive datetime.timedelta."
-            )
-        self.parallel_devices: Any = parallel_devices
-        self.process_group_backend, self.timeout, self.start_method = process_group_backend, timeout, start_method
         self.ddp_kwargs = kwargs
         self._hook = ddp_comm_state, ddp_comm_hook, ddp_comm_wrapper
-        self._world = World()
-        self.sync_batchnorm = False
         self.model: Any = None
         """The module, wrapped, while a fit runs."""
         self._through: _Through | None = None
-        self._norms: list[Any] = []
         self._loop: Any = None
         self._by_hand = False
         """Whether gradients are exchanged right before an optimizer steps, not while they are computed."""
         self._checked = False
-        self._alone = False
-        """Whether this rank is on its way out of a run by itself: it must not wait for the others any more."""
-        self._watch: Any = None
-
-    # ------------------------------------------------------------------ who and where
-
-    def assign(self, devices: list[torch.device], num_nodes: int) -> None:
-        """Take the devices of this machine, one for each process, and find out which process this is.
-
-        Raises:
-            MisconfigurationException: where somebody has started another number of processes.
-        """
-        if self.parallel_devices is not None:
-            devices = self.parallel_devices
-        self.parallel_devices = devices = list(devices)
-        found = worlds.joined()
-        if found is None:
-            self._world = worlds.planned(len(devices), num_nodes)
-        else:
-            if found.size != len(devices) * num_nodes:
-                raise MisconfigurationException(
-                    f"Trainer(devices={len(devices)}, num_nodes={num_nodes}) asks for {len(devices) * num_nodes}"
-                    f" processes, but {_STARTERS[found.starter]} has started {found.size}. Ask for as many of both."
-                )
-            self._world = found
-        self._root_device = devices[self._world.local_rank % len(devices)]
-        rank_zero_only.rank = self._world.rank
-
-    @property
-    def spawns(self) -> bool:
-        """Whether an entry point of the Trainer is to run in processes that are started for it alone."""
-        return self.start_method != "popen" and self._world.starter == "leyden" and worlds.OURS not in os.environ
-
-    def run_elsewhere(self, trainer: Any, entry: str, given: Mapping[str, Any]) -> Any:
-        from leyden.strategies.launch import spawn  # noqa: PLC0415  # for those who start processes so
-
-        return spawn.run(trainer, entry, given)
-
-    @property
-    def world_size(self) -> int:
-        return self._world.size
-
-    @property
-    def num_processes(self) -> int:
-        """Number of processes on this machine."""
-        return self._world.local_size
-
-    @property
-    def num_nodes(self) -> int:
-        return self._world.nodes
-
-    @property
-    def global_rank(self) -> int:
-        return self._world.rank
-
-    @property
-    def local_rank(self) -> int:
-        return self._world.local_rank
-
-    @property
-    def node_rank(self) -> int:
-        return self._world.node
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """How many share the data, and which of them this is."""
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
-
-    # ------------------------------------------------------------------ a run
-
-    def launch(self, interrupt: Interrupt, progress: Any) -> None:
-        from leyden.runtime import collective  # noqa: PLC0415  # torch.distributed, where there are several processes
-
-        world = self._world
-        if world.starter == "leyden":
-            from leyden.strategies.launch import script  # noqa: PLC0415  # in a script that we have started
-
-            if world.port == 0:
-                self._world = world = replace(world, port=script.start_others(world))
-            script.enter()
-        collective.meet(world, self._backend(), self.timeout)
-        self._alone = False
-        if world.size > 1:
-            from leyden.strategies.watch import Watch  # noqa: PLC0415  # where there is somebody to watch
-
-            self._watch = Watch(
-                collective.store_of(world),
-                f"run{next(_RUNS)}",
-                world.rank,
-                world.size,
-                interrupt,
-                lambda: int(progress.batches),
-            )
-
-    def land(self) -> None:
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.close()
-        if self._world.starter == "leyden" and (script := sys.modules.get("leyden.strategies.launch.script")):
-            script.leave()
-
-    def fail(self, error: BaseException, together: bool) -> None:
-        if together or self._watch is None:
-            return
-        self._alone = True
-        first = self._watch.failed(error)
-        if first is not None:
-            with contextlib.suppress(Exception):
-                print(f"leyden: what follows comes after the failure of {first}", file=sys.stderr, flush=True)
-
-    def _backend(self) -> str:
-        if self.process_group_backend is not None:
-            return self.process_group_backend
-        # both: what is small, and every decision, travels between hosts without a word to the device
-        return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
 
     # ------------------------------------------------------------------ the life of a module
-
-    def setup(self) -> None:
-        if self.sync_batchnorm and self.root_device.type == "cuda":
-            self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)  # type: ignore[no-untyped-call]
-        super().setup()
-        if self.sync_batchnorm and self.root_device.type == "cpu" and self.world_size > 1:
-            from leyden.strategies.sync_norm import synchronise  # noqa: PLC0415  # only where it is asked for
-
-            self._norms = synchronise(self.module)
 
     def distribute(self, fitting: bool) -> None:
         module = self.module
@@ -283,11 +135,6 @@ class DDPStrategy(Strategy):
         super().teardown()
 
     def _unwrap(self) -> None:
-        if self._norms:
-            from leyden.strategies.sync_norm import release  # noqa: PLC0415  # see setup
-
-            release(self._norms)
-            self._norms = []
         through, self._through, self.model = self._through, None, None
         if through is not None:
             through.remove()
@@ -350,121 +197,6 @@ class DDPStrategy(Strategy):
             " strategy='ddp_find_unused_parameters_true'; else let them take part, freeze them (requires_grad=False), or"
             " remove them."
         )
-
-    # ------------------------------------------------------------------ between processes
-
-    @property
-    def _exchanges(self) -> bool:
-        return self.world_size > 1 and not self._alone
-
-    def barrier(self, name: str | None = None) -> None:
-        if self._exchanges:
-            torch.distributed.barrier() if self.root_device.type != "cuda" else self.reduce_boolean_decision(True)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not self._exchanges:
-            return obj
-        from leyden.runtime.collective import broadcast_object  # noqa: PLC0415  # see launch
-
-        return broadcast_object(obj, src)
-
-    def gather_objects(self, item: Any) -> list[Any]:
-        if not self._exchanges:
-            return [item]
-        from leyden.runtime.collective import gather_objects  # noqa: PLC0415  # see launch
-
-        return gather_objects(item)
-
-    def gather_numbers(self, numbers: Tensor) -> Tensor:
-        if not self._exchanges:
-            return numbers[None]
-        from leyden.runtime.collective import gather_numbers  # noqa: PLC0415  # see launch
-
-        return gather_numbers(numbers)
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduce a tensor over processes: ``"mean"`` (or ``"avg"``), ``"sum"``, or an operation of torch.distributed."""
-        if not isinstance(tensor, Tensor) or not self._exchanges:
-            return tensor
-        dist = torch.distributed
-        name = reduce_op.lower() if isinstance(reduce_op, str) else reduce_op
-        mean = name in ("mean", "avg", None, dist.ReduceOp.AVG)
-        op = dist.ReduceOp.SUM if mean else getattr(dist.ReduceOp, str(name).upper()) if isinstance(name, str) else name
-        result = tensor.detach().clone()
-        dist.all_reduce(result, op=op, group=group)
-        if not mean:
-            return result
-        size = dist.get_world_size(group)
-        return result / size if result.is_floating_point() or result.is_complex() else result // size
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if not self._exchanges:
-            return decision
-        votes = self.gather_numbers(torch.tensor([float(decision)]))
-        return bool(votes.min() if all else votes.max())
-
-    def all_gather(self, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:
-        """Gather a tensor, or a tree of them and of numbers, from all processes: a leading dimension of ``world_size``.
-
-        Raises:
-            RuntimeError: where the shapes differ between ranks; on all of them.
-        """
-        if not self._exchanges:
-            return tensor
-        whole = tree_map(lambda leaf: torch.as_tensor(leaf, device=self.root_device), tensor, (Tensor, int, float))
-        shapes = self.gather_objects([tuple(leaf.shape) for leaf in leaves(whole)]) if group is None else []
-        if any(other != shapes[0] for other in shapes):
-            raise RuntimeError(f"all_gather() got tensors of other shapes on other ranks; by rank: {shapes}.")
-
-        def gather(leaf: Tensor) -> Tensor:
-            dist = torch.distributed
-            if sync_grads:
-                from leyden.runtime.collective import gather_with_gradients  # noqa: PLC0415  # see launch
-
-                return gather_with_gradients(leaf, group)
-            rows = [
-                torch.empty_like(leaf, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))
-            ]
-            dist.all_gather(rows, leaf.detach().contiguous(), group=group)
-            return torch.stack(rows)
-
-        return tree_map(gather, whole)
-
-    # ------------------------------------------------------------------ to stop together
-
-    def asked_to_stop(self, interrupt: Interrupt) -> None:
-        if self._watch is None:
-            interrupt.received = True  # else it is the watch that sees what was asked, and tells all
-
-    def ends_after(self, batch: int) -> bool:
-        return self._watch is None or self._watch.ends_after(batch)
-
-    def unanimous(self, about: str) -> bool:
-        return self._watch is None or self._watch.unanimous(about)
-
-    def agree_on(self, interrupt: Interrupt) -> bool:
-        if not self._exchanges:
-            return interrupt.received
-        error = None if interrupt.error is None else f"rank {self.global_rank}: {interrupt.error}"
-        said: list[tuple[bool, int | None, str | None]] = self.gather_objects(
-            (interrupt.received or interrupt.asked, interrupt.number, error)
-        )
-        if any(received for received, _, _ in said):
-            from leyden.errors import CheckpointError  # noqa: PLC0415  # few runs end so
-
-            interrupt.received = True
-            number = next((number for _, number, _ in said if number is not None), None)
-            interrupt.number = number if interrupt.number is None else interrupt.number
-            text = next((text for _, _, text in said if text is not None), None)
-            if interrupt.error is None and text is not None:
-                interrupt.error = CheckpointError(f"The run was ended by {text}")
-        return interrupt.received
-
-
-_STARTERS = {
-    "torchrun": "torchrun (WORLD_SIZE)", "slurm": "SLURM (SLURM_NTASKS)", "mpi": "mpirun", "lsf": "jsrun",
-    "leyden": "the first Trainer of this script that uses several processes",
-}  # fmt: skip
 
 
 class _Through:

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns what a user said about devices, processes and number formats into a strategy, once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+
+from leyden.errors import MisconfigurationException, did_you_mean
+from leyden.loops.resolve import load, made, shown
+from leyden.precision import Precision, make_precision
+from leyden.runtime.devices import Accelerator, make_accelerator, parse_devices
+from leyden.runtime.ranks import rank_zero_info
+from leyden.strategies import Strategy
+
+# how the processes of ddp are started, and what DistributedDataParallel is told
+_STARTS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
+_UNUSED = {"": {}, "_find_unused_parameters_true": {"find_unused_parameters": True}} | {
+    "_find_unused_parameters_false": {"find_unused_parameters": False}
+}
+
+# name -> "module:class", imported when used, or a class; with the arguments it is made with, if it takes any.
+# Third parties add to it
+STRATEGIES: dict[str, Any] = {
+    "single_device": "leyden.strategies:SingleDeviceStrategy",
+    "single": "leyden.strategies:SingleDeviceStrategy",
+    **{
+        name + suffix: ("leyden.strategies.ddp:DDPStrategy", {"start_method": start, **unused})
+        for name, start in _STARTS.items()
+        for suffix, unused in _UNUSED.items()
+    },
+}
+LATER = ("xla", "xla_debug", "single_xla", "single_tpu", "xla_fsdp")
+
+
+def strategy(
+    given: Any,
+    accelerator: Any,
+    devices: Any,
+    num_nodes: Any,
+    precision: Any,
+    plugins: Any,
+    sync_batchnorm: bool = False,
+) -> tuple[Strategy, Accelerator]:
+    """Choose devices, precision and strategy.
+
+    Raises:
+        MisconfigurationException: for an unknown name, or a number of devices that the strategy cannot use.
+    """
+    backend = make_accelerator(accelerator)
+    if not isinstance(num_nodes, int) or isinstance(num_nodes, bool) or num_nodes < 1:
+        raise MisconfigurationException(f"Trainer(num_nodes={num_nodes!r}) is not valid: it must be an int >= 1.")
+    is_object = isinstance(given, Strategy)
+    automatic = not is_object and str(given).lower() == "auto"
+    kind: Any
+    kind, arguments = (type(given), {}) if is_object else (None, {}) if automatic else _named(given)
+    chosen, num_nodes = _devices(backend, devices, num_nodes, hasattr(kind, "assign"))
+    count = len(chosen) * num_nodes
+    if automatic:
+        kind, arguments = _named("single" if count == 1 else "ddp_notebook" if hasattr(sys, "ps1") else "ddp")
+    if count > 1 and not hasattr(kind, "assign"):
+        name = type(given).__name__ if is_object else f"strategy={given!r}"
+        raise MisconfigurationException(
+            f"Trainer(devices={devices!r}, num_nodes={num_nodes!r}) asks for {count} devices, but {name} trains on one. Use"
+            " strategy='ddp'."
+        )
+    plugin, checkpoint_io = _plugins(plugins) if plugins is not None else (None, None)
+    if plugin is not None and precision is not None:
+        raise MisconfigurationException(
+            f"Trainer(precision={precision!r}, plugins={plugins!r}): both say how numbers are stored. Give one of them."
+        )
+    if not is_object:
+        given = kind(**arguments) if hasattr(kind, "assign") else kind(chosen[0], **arguments)
+        plugin = plugin or make_precision(precision, chosen[0])
+    if hasattr(given, "assign"):
+        given.assign(chosen, num_nodes)
+        given.sync_batchnorm = sync_batchnorm
+    if plugin is not None or precision is not None:
+        given.precision = plugin or make_precision(precision, given.root_device)
+    if checkpoint_io is not None:
+        given.checkpoint_io = checkpoint_io
+    fits = accelerator != "auto" or given.root_device.type == backend.name()
+    return given, backend if fits else make_accelerator(given.root_device.type)
+
+
+def _named(given: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the class that a name means, and what it is made with.
+
+    Raises:
+        MisconfigurationException: for a name that is not known.
+    """
+    name = str(given).lower()
+    if name in LATER:
+        raise MisconfigurationException(
+            f"Trainer(strategy={given!r}) is not there: TPUs are out of scope. Use 'ddp' or 'fsdp' on GPUs or CPUs."
+        )
+    if name not in STRATEGIES:
+        known = ["auto", *STRATEGIES]
+        raise MisconfigurationException(
+            f"Trainer(strategy={given!r}) is not known: it must be one of {known} or a Strategy object."
+            f"{did_you_mean(name, known)}"
+        )
+    entry = STRATEGIES[name]
+    target, arguments = entry if isinstance(entry, tuple) else (entry, {})
+    return target if isinstance(target, type) else load(target), arguments
+
+
+def _devices(backend: Accelerator, devices: Any, num_nodes: int, several: bool) -> tuple[list[torch.device], int]:
+    """Return the devices of this machine and the number of machines; ``"auto"`` is as many as a launcher has started."""
+    if devices != "auto":
+        return parse_devices(backend, devices), num_nodes
+    from leyden.runtime.world import joined  # noqa: PLC0415  # when a Trainer is made, not when its name is imported
+
+    world = joined()
+    if world is not None and world.size > 1 and (several or world.starter != "leyden"):
+        return parse_devices(backend, world.local_size), world.nodes
+    chosen = parse_devices(backend, devices)
+    if len(chosen) > 1 and not several:
+        rank_zero_info(f"Training on {chosen[0]}, one of {len(chosen)} devices. Ask for more with devices=...")
+        chosen = chosen[:1]
+    return chosen, num_nodes
+
+
+def _plugins(given: Any) -> tuple[Precision | None, Any]:
+    """Return the Precision and the CheckpointIO among the plug-ins; None for one that is not there.
+
+    Raises:
+        MisconfigurationException: for something that is no plug-in, or two of a kind.
+    """
+    from leyden.checkpoint_io.base import CheckpointIO  # noqa: PLC0415 - for Trainers that get plug-ins
+
+    found: dict[type, Any] = {}
+    for item in given if isinstance(given, (list, tuple)) else [given]:
+        if _is_environment(item):
+            continue
+        kind = next((kind for kind in (Precision, CheckpointIO) if isinstance(item, kind)), None)
+        if kind is None:
+            raise MisconfigurationException(
+                f"Trainer(plugins={shown(item)}): on one device a plugin must be a Precision, CheckpointIO or"
+                f" SLURMEnvironment object, not {'a class' if isinstance(item, type) else type(item).__name__}.{made(item)}"
+            )
+        if kind in found:
+            raise MisconfigurationException(f"Trainer(plugins={given!r}): give one {kind.__name__}, not several.")
+        found[kind] = item
+    return found.get(Precision), found.get(CheckpointIO)
+
+
+def _is_environment(item: Any) -> bool:
+    return any(cls.__name__ == "ClusterEnvironment" for cls in type(item).__mro__)
+
+
+def cluster(plugins: Any) -> Any:
+    """Return what starts a job of a cluster anew, where this is one, and the user has not switched that off; else None.
+
+    Raises:
+        MisconfigurationException: for two of them.
+    """
+    items = plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
+    given = [item for item in items if _is_environment(item)]
+    if len(given) > 1:
+        raise MisconfigurationException(f"Trainer(plugins={plugins!r}): give one cluster environment, not several.")
+    if not os.environ.get("SLURM_JOB_ID"):
+        return None
+    slurm = load("leyden.runtime.cluster:SLURMEnvironment")
+    found = given[0] if given else slurm()
+    return found if isinstance(found, slurm) and found.auto_requeue and found.detect() else None
