@@ -25,9 +25,6 @@ from leyden import archive, folders, shards
 from leyden.errors import CheckpointDamagedError, CheckpointError
 from leyden.runtime.ranks import rank_zero_warn
 
-META = "meta.pt"
-"""The file with all of a checkpoint that is not sharded."""
-
 _DATA_CLASSES = {
     **{
         (metadata.__name__, name): getattr(metadata, name)
@@ -318,13 +315,13 @@ def look(folder: Path) -> dict[str, Any]:
 
 
 def _rest(folder: Path, map_location: Any, weights_only: bool, *, any_name: bool = False) -> dict[str, Any]:
-    path = folder / META
+    path = folder / shards.META
     if not path.is_file():
         return {}
     found = archive.read(path, repr(str(path)), map_location, weights_only, any_name=any_name)
     if not isinstance(found, Mapping):
         raise CheckpointError(
-            f"The checkpoint {str(folder)!r} holds a {type(found).__name__} in {META}, where a dict is."
+            f"The checkpoint {str(folder)!r} holds a {type(found).__name__} in {shards.META}, where a dict is."
         )
     return dict(found)
 

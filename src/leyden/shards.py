@@ -21,6 +21,8 @@ from torch.optim import Optimizer
 Path = tuple[Any, ...]
 """The keys that lead to a value in nested dicts and lists."""
 
+META = "meta.pt"
+"""The file in a checkpoint folder with all that is not sharded."""
 WEIGHTS, OPTIMIZERS = "state_dict", "optimizer_states"
 """The keys of a checkpoint under which every tensor is taken out; elsewhere those that are spread."""
 
