@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +36,8 @@ class ShardedCheckpoints(ParallelStrategy):
     """
 
     saves_shards = False
+    _called: Mapping[int, str] = MappingProxyType({})
+    """The names of the parameters that the optimizers have, by their ``id``."""
     _source: Source | None = None
     """Where the tensors are read from that a checkpoint has empty ones for, while a run begins."""
     _group: Any = None
@@ -171,7 +174,7 @@ class ShardedCheckpoints(ParallelStrategy):
             fits = isinstance(model, Tensor) and value.shape == model.shape
             if strict and not fits:
                 continue
-            if not isinstance(model, DTensor) or value.dim() == 0:  # the count of steps that an optimizer keeps
+            if not isinstance(model, DTensor) or (value.dim() == 0 and not fits):
                 if is_empty:
                     device = model.device if isinstance(model, Tensor) and value.dim() else "cpu"
                     found[key] = torch.empty_like(value, device=device)
@@ -190,6 +193,17 @@ class ShardedCheckpoints(ParallelStrategy):
         own = {clean_name(name): value for name, value in self.module.state_dict().items()}
         return self.parts(state, {name: own.get(clean_name(name)) for name in state}, strict=True)
 
+    def with_names(self, state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+        """Return the state of an optimizer with the names of its parameters in the place of their numbers."""
+        return shards.named(state, optimizer, {**self._called, **self._names_now()})
+
+    def _names_now(self) -> dict[int, str]:
+        return {id(parameter): clean_name(name) for name, parameter in self.module.named_parameters()}
+
+    def exchange_optimizers(self, optimizers: list[Any]) -> None:
+        super().exchange_optimizers(optimizers)
+        self._called = self._names_now()  # after the run the module has other parameters
+
     def optimizer_parts(self, optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
         """Return the state of an optimizer of a checkpoint as that optimizer, whose parameters are spread, can load it."""
         state = shards.numbered(state)
@@ -202,7 +216,8 @@ class ShardedCheckpoints(ParallelStrategy):
             if isinstance(each, Mapping)
             for name, value in each.items()
         }
-        taken = self.parts(flat, {key: owners.get(key[0]) for key in flat})
+        # every process counts the steps
+        taken = self.parts(flat, {key: owners.get(key[0]) for key in flat if key[1] != "step"})
         parts = {
             index: {name: taken[index, name] for name in each} if isinstance(each, Mapping) else each
             for index, each in state["state"].items()
@@ -210,24 +225,38 @@ class ShardedCheckpoints(ParallelStrategy):
         return {**state, "state": parts}
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return what this process has of a tensor: a view of it, with the same memory."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def rebuilt(part: Tensor, model: DTensor) -> DTensor:
+    """Return the DTensor of which each process has a ``part``, spread like ``model``."""
+    return DTensor.from_local(
+        part, model.device_mesh, model.placements, run_check=False, shape=model.shape, stride=model.stride()
+    )
+
+
 def _empty_like(value: Tensor, model: Any, fits: bool) -> DTensor:
     """Return a tensor for ``value``, spread like ``model`` if it has its shape; else the whole of it is on all processes."""
-    part = torch.empty_like(model.detach().to_local(), dtype=value.dtype) if fits else None
-    return _made(value, torch.empty_like(value, device=model.device) if part is None else part, model, fits)
+    if fits:
+        return rebuilt(torch.empty_like(local(model), dtype=value.dtype), model)
+    return _everywhere(torch.empty_like(value, device=model.device), model)
 
 
 def _part_of(value: Tensor, model: Any, fits: bool) -> DTensor:
     """Return ``value``, spread like ``model`` if it has its shape; else the whole of it is on all processes."""
-    part = value
-    if fits:
-        (chunk,) = model.__create_chunk_list__()
-        part = value[tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))]
+    if not fits:
+        return _everywhere(value.to(model.device, copy=True), model)
+    (chunk,) = model.__create_chunk_list__()
+    part = value[tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))]
     # a view would keep the whole, or the file
-    return _made(value, part.to(model.device, copy=True, memory_format=torch.contiguous_format), model, fits)
+    return rebuilt(part.to(model.device, copy=True, memory_format=torch.contiguous_format), model)
 
 
-def _made(value: Tensor, part: Tensor, model: DTensor, fits: bool) -> DTensor:
+def _everywhere(whole: Tensor, model: DTensor) -> DTensor:
     mesh = model.device_mesh
-    placements = model.placements if fits else [Replicate()] * mesh.ndim
-    stride = model.stride() if fits else value.stride()
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=value.shape, stride=stride)
+    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
