@@ -17,6 +17,7 @@ import ctypes
 import errno
 import json
 import os
+import shutil
 import sys
 import zlib
 from collections.abc import Callable, Mapping
@@ -121,6 +122,24 @@ def commit(folder: Path, path: Path, record: Mapping[str, Any] | None = None) ->
     _require_free(path)
     _put_in_place(folder, path)
     atomic.release(folder)
+
+
+def second(path: Path, name: Path) -> None:
+    """Make ``name`` a second folder with what is in ``path``: with the same files, where a file can have two names."""
+    folder = begin(name)
+    try:
+        content = manifest(path)
+        for file in content["files"]:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path / file, folder / file)
+            except OSError:  # another disk
+                shutil.copyfile(path / file, folder / file)
+        note(folder)
+        commit(folder, name, content["record"])
+    except BaseException:
+        abandon(folder)
+        raise
 
 
 def _write_manifest(folder: Path, content: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from leyden.progress import Progress
 from leyden.results import Results
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.runtime.seed import rng_state
+from leyden.shards import is_spread
 from leyden.strategies.base import Strategy
 from leyden.tree import move_to
 
@@ -107,7 +108,11 @@ def gather(
             ours["window"] = optimization.state_dict()
     checkpoint["leyden"] = ours
     if strategy.world_size > 1 and not weights_only:
-        own = move_to({key: ours[key] for key in _OF_EACH_RANK if key in ours}, torch.device("cpu"))
+        own = {key: ours[key] for key in _OF_EACH_RANK if key in ours}
+        if strategy.saves_shards and "window" in own:  # each rank writes its part of those gradients that are spread
+            plain = {name: each for name, each in own["window"]["gradients"].items() if not is_spread(each)}
+            own["window"] = {**own["window"], "gradients": plain, "and_spread": True}
+        own = move_to(own, torch.device("cpu"))
         ours["ranks"] = strategy.gather_objects(own)
     for owner in (module, datamodule):
         if owner is not None and owner.hparams:
@@ -130,7 +135,10 @@ def _of_this_rank(checkpoint: dict[str, Any], strategy: Strategy) -> dict[str, A
     ours = checkpoint.get("leyden") or {}
     ranks = ours.pop("ranks", None)
     if ranks is not None and len(ranks) == strategy.world_size:
+        shared = (ours.get("window") or {}).get("gradients", {})
         ours.update(ranks[strategy.global_rank])
+        if (ours.get("window") or {}).get("and_spread"):
+            ours["window"] = {**ours["window"], "gradients": {**shared, **ours["window"]["gradients"]}}
     if ours:
         ours["written_by"] = 1 if ranks is None else len(ranks)
     return checkpoint

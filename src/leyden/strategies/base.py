@@ -37,6 +37,8 @@ class Strategy:
     """
 
     strategy_name = "single"
+    saves_shards = False
+    """Whether a checkpoint is a folder to which every process writes its part, rather than one file."""
 
     def __init__(
         self,

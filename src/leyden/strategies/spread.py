@@ -29,13 +29,8 @@ if TYPE_CHECKING:
 
 
 class ShardedCheckpoints(ParallelStrategy):
-    """How strategies save and load whose parameters are DTensors.
+    """How strategies save and load whose parameters are DTensors: as folders, where ``saves_shards``."""
 
-    Attributes:
-        saves_shards: Whether a checkpoint is a folder to which every process writes its parts, rather than one file.
-    """
-
-    saves_shards = False
     _called: Mapping[int, str] = MappingProxyType({})
     """The names of the parameters that the optimizers have, by their ``id``."""
     _source: Source | None = None
