@@ -10,14 +10,16 @@ from leyden.strategies.base import Strategy
 
 if TYPE_CHECKING:
     from leyden.strategies.ddp import DDPStrategy
+    from leyden.strategies.fsdp import FSDPStrategy
     from leyden.strategies.mesh import MeshStrategy
     from leyden.strategies.parallel import ParallelStrategy
     from leyden.strategies.single import SingleDeviceStrategy
 
-__all__ = ["DDPStrategy", "MeshStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
+__all__ = ["DDPStrategy", "FSDPStrategy", "MeshStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
 
 _WHERE = {
     "DDPStrategy": "ddp",
+    "FSDPStrategy": "fsdp",
     "MeshStrategy": "mesh",
     "ParallelStrategy": "parallel",
     "SingleDeviceStrategy": "single",
