@@ -28,6 +28,8 @@ from leyden.runtime.ranks import rank_zero_info
 from leyden.strategies.spread import ShardedCheckpoints, local, rebuilt
 from leyden.tree import tree_map
 
+__all__ = ["DATA", "TENSOR", "MeshStrategy", "by_kind", "is_spread", "local", "rebuilt"]
+
 DATA, TENSOR = "data_parallel", "tensor_parallel"
 """The dimensions of a mesh, as Lightning calls them: along one the data differ, along the other they are the same."""
 _MESHES: dict[tuple[Any, ...], DeviceMesh] = {}
@@ -324,7 +326,7 @@ class MeshStrategy(ShardedCheckpoints):
 
     def load_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         owners = dict(self.module.named_parameters())
-        for name, gradient in self.parts(gradients, owners, strict=True).items():
+        for name, gradient in self.read_gradients(gradients).items():
             parameter = owners.get(name)
             if parameter is None:
                 continue
