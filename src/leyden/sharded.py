@@ -246,12 +246,14 @@ class Source:
             for first, second in twice:
                 second.copy_(first)
 
-    def whole(self, make: Callable[[Tensor], Tensor], but: tuple[str, ...] = ()) -> dict[str, Any]:
-        """Return the checkpoint with tensors that ``make`` makes of the empty ones, filled; except under the keys ``but``."""
+    def whole(
+        self, make: Callable[[Tensor], Tensor], but: Callable[[shards.Path], bool] = lambda _: False
+    ) -> dict[str, Any]:
+        """Return the checkpoint with tensors that ``make`` makes of the empty ones, filled; ``but`` says where not."""
         made: dict[int, Tensor] = {}
 
         def real(path: shards.Path, tensor: Tensor) -> Tensor:
-            if not self.knows(tensor) or path[0] in but:
+            if not self.knows(tensor) or but(path):
                 return tensor
             if id(tensor) not in made:  # tied weights stay so
                 made[id(tensor)] = make(tensor)

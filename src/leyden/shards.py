@@ -25,6 +25,8 @@ META = "meta.pt"
 """The file in a checkpoint folder with all that is not sharded."""
 WEIGHTS, OPTIMIZERS = "state_dict", "optimizer_states"
 """The keys of a checkpoint under which every tensor is taken out; elsewhere those that are spread."""
+OF_RANKS = "leyden", "ranks"
+"""Where each process has a state of its own. Its gradients are taken out, too, and of those of others it has empty ones."""
 
 
 def is_spread(tensor: Any) -> bool:
@@ -126,8 +128,11 @@ def take_out(checkpoint: Mapping[str, Any], first: bool) -> tuple[dict[str, Any]
     held = []  # or the address of one could pass to another
 
     def out(path: Path, tensor: Tensor) -> Tensor:
-        spread = is_spread(tensor)
-        if not spread and (path[0] not in (WEIGHTS, OPTIMIZERS) or not _is_plain(tensor)):
+        spread, own = is_spread(tensor), path[:2] == OF_RANKS and "gradients" in path
+        if own and tensor.device.type == "meta":
+            names.name(path)  # another one writes it
+            return tensor
+        if not spread and not own and (path[0] not in (WEIGHTS, OPTIMIZERS) or not _is_plain(tensor)):
             return tensor
         if spread:
             tensor = _without_sums(tensor)
@@ -138,7 +143,7 @@ def take_out(checkpoint: Mapping[str, Any], first: bool) -> tuple[dict[str, Any]
         if same not in stand_ins:  # else a weight that is tied, which is written once
             name = names.name(path)
             stand_ins[same] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            if spread or first:
+            if spread or own or first:
                 taken[name] = tensor.detach()
         return stand_ins[same]
 

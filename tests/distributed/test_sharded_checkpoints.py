@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,32 +25,12 @@ from leyden.callbacks import ModelCheckpoint
 from leyden.checkpoint_io import AsyncCheckpointIO
 from leyden.cli import ckpt
 from leyden.errors import CheckpointError
-from leyden.strategies.mesh import MeshStrategy
+from leyden.strategies.fsdp import FSDPStrategy
 from ranks import data, make_trainer, on_ranks
 
 
-class Sharded(MeshStrategy):
-    saves_shards = True
-
-    def spread(self, module: Any, fitting: bool) -> None:
-        fully_shard(module, mesh=self.device_mesh)
-
-    def unspread(self, module: Any) -> None:
-        pass
-
-    def training_step(self, *args: Any) -> Any:
-        module = self.module
-        step, module.forward = module.training_step, lambda *given: step(*given)
-        try:
-            return module(*args)
-        finally:
-            del module.forward
-
-    validation_step = test_step = training_step
-
-
 def strategy(kind: str) -> Any:
-    return Sharded() if kind == "sharded" else kind
+    return FSDPStrategy(state_dict_type="sharded") if kind == "sharded" else kind
 
 
 class Net(L.LightningModule):
@@ -71,9 +50,6 @@ class Net(L.LightningModule):
         return (
             (self.layers[1](torch.dropout(hidden.tanh(), 0.1, self.training)).sum(1) - batch[1][:, 0]).square().mean()
         )
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.loss(batch)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = self.loss(batch)
@@ -104,25 +80,28 @@ def state_of(trainer: Any) -> Any:
 
 
 class _Seen(L.Callback):
-    """Notes the state with which a fit begins; it is spread by then."""
+    """Notes the state with which a fit begins and ends, while it is spread; saves a checkpoint at the end."""
 
-    state: Any = None
+    def __init__(self, save: Any = None) -> None:
+        self.save, self.begin, self.end = save, None, None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.state = state_of(trainer)
+        self.begin = state_of(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.end = state_of(trainer)
+        if self.save is not None:
+            trainer.save_checkpoint(self.save)
 
 
 def _fit(folder: Path, size: int, kind: str = "sharded", ckpt_path: Any = None, save: Any = None, **more: Any) -> Any:
     warnings.simplefilter("ignore")  # that another number of processes goes on
-    seen = _Seen()
+    seen = _Seen(save)
     trainer = make_trainer(
         size, strategy=strategy(kind), max_epochs=1 + (ckpt_path is not None), callbacks=[seen], **more
     )
     trainer.fit(Net(), DataLoader(data(32), 32 // size // 2), ckpt_path=ckpt_path)
-    end = state_of(trainer)
-    if save is not None:
-        trainer.save_checkpoint(save)
-    return seen.state, end
+    return seen.begin, seen.end
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +134,7 @@ def test_f3_the_folder_holds_each_part_once(saved: Any) -> None:
 
 
 class _Largest(TorchDispatchMode):
-    """Notes how many elements the largest tensor has that is made, and whether anybody asked for a whole one."""
+    """Notes how many elements the largest tensor has that is made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,11 +149,11 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-class _Watched(Sharded):
+class _Watched(FSDPStrategy):
     """Looks at all that loading and saving make."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(state_dict_type="sharded")
         self.seen = _Largest()
 
     def save_checkpoint(self, *args: Any) -> None:
@@ -196,19 +175,26 @@ class _Watched(Sharded):
             return super().optimizer_parts(*args)
 
 
-def _watched(path: Path, other: Path) -> Any:
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("a whole tensor was asked for")
+class _Saves(L.Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        def never(*_: Any, **__: Any) -> None:
+            raise AssertionError("a whole tensor was asked for")
+
+        whole, DTensor.full_tensor = DTensor.full_tensor, never
+        trainer.save_checkpoint(self.path)
+        DTensor.full_tensor = whole
+
+
+def _watched(path: Path, other: Path) -> Any:
     warnings.simplefilter("ignore")  # that another number of processes goes on
     found = []
     for ckpt_path, epochs in ((None, 1), (path, 2), (other, 2)):
         spread = _Watched()
-        trainer = make_trainer(2, strategy=spread, max_epochs=epochs)
+        trainer = make_trainer(2, strategy=spread, max_epochs=epochs, callbacks=[_Saves(path)])
         trainer.fit(Net(width=64), DataLoader(data(16), 4), ckpt_path=ckpt_path)
-        whole, DTensor.full_tensor = DTensor.full_tensor, never
-        trainer.save_checkpoint(path)
-        DTensor.full_tensor = whole
         found.append(spread.seen.elements)
     return found
 
@@ -236,7 +222,7 @@ def _from_file(path: Path) -> Any:
     warnings.simplefilter("ignore")  # that another number of processes goes on
     trainer = make_trainer(2, strategy=strategy("sharded"), max_epochs=2, callbacks=[seen])
     trainer.fit(Net(), DataLoader(data(32), 8), ckpt_path=path)
-    return seen.state
+    return seen.begin
 
 
 def test_f3_a_file_of_one_process_is_what_ranks_go_on_with(tmp_path: Path) -> None:

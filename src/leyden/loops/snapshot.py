@@ -108,12 +108,7 @@ def gather(
             ours["window"] = optimization.state_dict()
     checkpoint["leyden"] = ours
     if strategy.world_size > 1 and not weights_only:
-        own = {key: ours[key] for key in _OF_EACH_RANK if key in ours}
-        if strategy.saves_shards and "window" in own:  # each rank writes its part of those gradients that are spread
-            plain = {name: each for name, each in own["window"]["gradients"].items() if not is_spread(each)}
-            own["window"] = {**own["window"], "gradients": plain, "and_spread": True}
-        own = move_to(own, torch.device("cpu"))
-        ours["ranks"] = strategy.gather_objects(own)
+        ours["ranks"] = _of_all_ranks(ours, strategy)
     for owner in (module, datamodule):
         if owner is not None and owner.hparams:
             _add_hparams(checkpoint, owner)
@@ -128,6 +123,29 @@ def gather(
 
 _OF_EACH_RANK = ("rng", "data", "results", "metrics", "window")
 """What each rank has its own of: random generators, the place in its share of the data, what it has counted so far."""
+
+
+def _of_all_ranks(ours: dict[str, Any], strategy: Strategy) -> list[dict[str, Any]]:
+    """Return what each rank has its own of.
+
+    Where checkpoints are written in shards, gradients of an open window do not travel: every rank writes what it has of
+    them, and of those of the others it has empty ones.
+    """
+    own, mine = {key: ours[key] for key in _OF_EACH_RANK if key in ours}, {}
+    if in_shards := strategy.saves_shards and "window" in own:
+        gradients = own["window"]["gradients"]
+        spread = {name: gradient for name, gradient in gradients.items() if is_spread(gradient)}
+        mine = {name: gradient for name, gradient in gradients.items() if name not in spread}
+        ours["window"] = {**ours["window"], "gradients": spread}
+        own["window"] = {**own["window"], "gradients": {}}
+    own = move_to(own, torch.device("cpu"))
+    if in_shards:
+        own["window"]["gradients"] = {name: torch.empty_like(each, device="meta") for name, each in mine.items()}
+        own["window"]["and_spread"] = True
+    ranks = strategy.gather_objects(own)
+    if in_shards:
+        ranks[strategy.global_rank]["window"]["gradients"] = mine
+    return ranks
 
 
 def _of_this_rank(checkpoint: dict[str, Any], strategy: Strategy) -> dict[str, Any]:

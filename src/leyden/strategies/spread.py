@@ -137,11 +137,16 @@ class ShardedCheckpoints(ParallelStrategy):
         self.on_all_ranks(lambda: self._check(place), filepath)
         if place.is_dir():
             self._source = source = Source(place, "cpu", safe)
-            later = (shards.WEIGHTS, shards.OPTIMIZERS, "leyden")
-            return source.whole(lambda tensor: torch.empty_like(tensor, device="cpu"), later)
+            return source.whole(lambda tensor: torch.empty_like(tensor, device="cpu"), self._is_for_later)
         found = archive.read(place, repr(str(filepath)), "cpu", safe, mmap=zipfile.is_zipfile(place))
         archive.warn_of_changes(found, repr(str(filepath)))
         return found  # type: ignore[no-any-return]
+
+    def _is_for_later(self, path: shards.Path) -> bool:
+        """Whether what is at ``path`` of a checkpoint is spread, or another process's own."""
+        if path[:2] == shards.OF_RANKS:
+            return bool(path[2] != self.global_rank)
+        return path[0] in (shards.WEIGHTS, shards.OPTIMIZERS, "leyden")
 
     def _check(self, place: Path) -> None:
         if place.is_dir():
