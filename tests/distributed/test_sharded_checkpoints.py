@@ -307,3 +307,57 @@ def test_consolidated_it_is_the_file_of_one_process(saved: Any, tmp_path: Path, 
     assert [one["kind"] for one in shown] == ["folder", "file"]
     with pytest.raises(CheckpointError, match="is one file already"):
         ckpt.consolidate(str(target), str(tmp_path / "b.ckpt"))
+
+
+# ---------------------------------------------------------------------------------------------- going on exactly
+
+
+class _Exact(Net):
+    """Saves after every batch; draws more random numbers on one rank than on the other."""
+
+    def __init__(self, folder: Path | None, hand: bool = False) -> None:
+        super().__init__()
+        self.folder, self.automatic_optimization = folder, not hand
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_rank == 1:
+            torch.rand(2)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.folder is not None:
+            self.trainer.save_checkpoint(self.folder / f"{len(self.record)}.ckpt")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", self.loss(batch))
+
+
+def _run(folder: Path | None, ckpt_path: Any = None) -> Any:
+    L.seed_everything(4 if folder else 9, verbose=False)
+    module, seen = _Exact(folder), _Seen()
+    trainer = make_trainer(
+        2, strategy=strategy("sharded"), max_epochs=2, log_every_n_steps=1, accumulate_grad_batches=3,
+        val_check_interval=2, gradient_clip_val=0.5, callbacks=[seen],
+    )  # fmt: skip
+    torch.manual_seed(torch.initial_seed() + trainer.global_rank)
+    trainer.fit(
+        module, DataLoader(data(16), 2, shuffle=True, drop_last=True), DataLoader(data(5), 2), ckpt_path=ckpt_path
+    )
+    return module.record, [dict(row) for row in trainer.history], seen.end
+
+
+def _run_and_go_on(folder: Path, steps: list[int]) -> Any:
+    return _run(folder), [(at, _run(None, folder / f"{at}.ckpt")) for at in steps]
+
+
+@pytest.mark.parametrize("steps", [[1, 4, 6], pytest.param(list(range(1, 8)), marks=pytest.mark.slow)])
+def test_r4_two_ranks_go_on_exactly_after_any_batch(tmp_path: Path, steps: list[int]) -> None:
+    outcomes = on_ranks(2, _run_and_go_on, tmp_path, steps)
+    assert outcomes[0][0][0][0][1] != outcomes[1][0][0][0][1]  # each has its own samples
+    for (record, rows, end), resumed in outcomes:
+        assert len(record) == 8
+        for at, (their_record, their_rows, their_end) in resumed:
+            assert their_record == record[at:]
+            assert their_end == end
+            assert their_rows == rows[len(rows) - len(their_rows) :]
+            assert their_rows or at == 8

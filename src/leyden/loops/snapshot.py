@@ -142,6 +142,8 @@ def _of_all_ranks(ours: dict[str, Any], strategy: Strategy) -> list[dict[str, An
     if in_shards:
         own["window"]["gradients"] = {name: torch.empty_like(each, device="meta") for name, each in mine.items()}
         own["window"]["and_spread"] = True
+    if buffers := strategy.own_buffers():
+        own["buffers"] = move_to(buffers, torch.device("cpu"))
     ranks = strategy.gather_objects(own)
     if in_shards:
         ranks[strategy.global_rank]["window"]["gradients"] = mine
@@ -270,6 +272,7 @@ def restore_training(
             )
         progress.load_state_dict(ours["progress"])
         last, steps = ours.get("last", False), ours.get("steps", True)
+        strategy.load_own_buffers(ours.get("buffers", {}))
         if "results" in ours:
             metrics = metrics_of(strategy.module)
             results.load_state_dict(ours["results"], metrics)

@@ -337,6 +337,18 @@ class Strategy:
         """Load weights; what does not fit is an error that lists it."""
         apply_state_dict(self.module, state, strict, source)
 
+    def own_buffers(self) -> dict[str, Tensor]:
+        """The buffers of the module that are others on other processes: the statistics of a batch norm, say."""
+        return {}
+
+    def load_own_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Take over what ``own_buffers`` returned."""
+        own = dict(self.module.named_buffers())
+        with torch.no_grad():
+            for name, value in buffers.items():
+                if name in own and own[name].shape == value.shape:
+                    own[name].copy_(value)
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of one optimizer."""
         return dict(optimizer.state_dict())
