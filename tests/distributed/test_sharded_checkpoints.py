@@ -274,6 +274,22 @@ def test_f3_a_hook_renames_weights_that_are_not_read_yet(saved: Any, strict: boo
         assert (loaded["extra.weight"] == [[1.0, 1.0], [1.0, 1.0]]) is strict
 
 
+class _Computes(Net):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"]["layers.1.weight"] = checkpoint["state_dict"]["layers.1.weight"] * 2
+
+
+def _computed(path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        make_trainer(2, strategy=strategy("sharded")).test(_Computes(), DataLoader(data(8), 2), ckpt_path=path)
+    return str(caught.value)
+
+
+def test_a_hook_that_computes_with_weights_that_are_not_read_yet_is_told_so(saved: Any) -> None:
+    for message in on_ranks(2, _computed, saved[0]):
+        assert message.startswith("on_load_checkpoint has computed layers.1.weight of weights that are not read yet")
+
+
 def _misfit(path: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         make_trainer(2, strategy=strategy("sharded")).test(Net(width=7), DataLoader(data(8), 2), ckpt_path=path)

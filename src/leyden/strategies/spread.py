@@ -190,6 +190,14 @@ class ShardedCheckpoints(ParallelStrategy):
 
     def weights_for(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the ``state_dict`` of a checkpoint as the module, which is spread by now, can load it."""
+        computed = [name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]
+        computed = [name for name in computed if self._source is None or not self._source.knows(state[name])]
+        if computed:
+            raise CheckpointError(
+                f"on_load_checkpoint has computed {', '.join(computed[:5])} of weights that are not read yet: each process"
+                " reads its parts of them only after that hook, which may rename them, drop them, or put in others. Take"
+                " weights that have to be computed from a file: leyden ckpt consolidate FOLDER FILE."
+            )
         own = {clean_name(name): value for name, value in self.module.state_dict().items()}
         return self.parts(state, {name: own.get(clean_name(name)) for name in state}, strict=True)
 
