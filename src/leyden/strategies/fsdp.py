@@ -128,6 +128,7 @@ class FSDPStrategy(MeshStrategy):
         self.state_dict_type = _one_of("state_dict_type", state_dict_type, STATE_DICT_TYPES)
         self._given_mesh = _read_mesh(device_mesh, self.sharding_strategy)
         self._through: Through | None = None
+        self._gap: _Gap | None = None
         self._loop: Any = None
         self._by_hand = False
         """Whether training_step runs backward itself."""
@@ -228,14 +229,17 @@ class FSDPStrategy(MeshStrategy):
         if not isinstance(module, FSDPModule):
             return  # it has no parameters
         self._through = Through(module)
+        untraced: Any = torch.compiler.disable  # like torch's own hooks, where steps are compiled
+        note_call, note_output = untraced(self._note_call), untraced(self._note_output)
+        self._gap = gap = _Gap(untraced(module.unshard))
         for layer in self._layers():
-            self._handles.append(layer.register_forward_pre_hook(self._note_call))
-            self._handles.append(layer.register_forward_hook(self._note_output))
+            self._handles.append(layer.register_forward_pre_hook(note_call))
+            self._handles.append(layer.register_forward_hook(note_output))
         # layers that are called by themselves, in a hook or after a backward by hand, find their weights as well
         for part in fully_sharded.own_parts(module):
             owner = part._module_info.module  # noqa: SLF001  # torch does not tell otherwise
             if owner is not module:
-                self._handles.append(owner.register_forward_pre_hook(self._bring_together))
+                self._handles.append(owner.register_forward_pre_hook(gap.before_call))
         # the first call makes the module the root: it must not be one of its layers, called in some hook
         with torch.no_grad():
             self._call(lambda: None)
@@ -261,7 +265,7 @@ class FSDPStrategy(MeshStrategy):
             handle.remove()
         if self._through is not None:
             self._through.remove()
-        self._handles, self._through, self._loop, self._tape = [], None, None, None
+        self._handles, self._through, self._gap, self._loop, self._tape = [], None, None, None, None
         self._order = []
         super().come_home()
 
@@ -277,7 +281,9 @@ class FSDPStrategy(MeshStrategy):
         through = self._through
         if through is None:
             return step(*args)
-        through.step = step
+        through.step, gap = step, self._gap
+        assert gap is not None
+        gap.open = self._by_hand
         try:
             return self.module(*args)
         except RuntimeError as error:
@@ -285,7 +291,7 @@ class FSDPStrategy(MeshStrategy):
                 raise _uncalled(error) from error
             raise
         finally:
-            through.step = None
+            through.step, gap.open = None, True
 
     def _cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         policy = self.mixed_precision
@@ -351,9 +357,6 @@ class FSDPStrategy(MeshStrategy):
         if self._tape is not None and not self._by_hand and torch.is_grad_enabled():
             self._tape.append(output)
 
-    def _bring_together(self, _layer: Any, _args: Any) -> None:
-        self.module.unshard()
-
     # ------------------------------------------------------------------ gradients
 
     def _exchange(self, exchanging: bool) -> None:
@@ -372,7 +375,8 @@ class FSDPStrategy(MeshStrategy):
                 "inputs": [found for p in kwargs["inputs"] if (found := twins.get(id(p), p)) is not None],
             }
         if self._by_hand:
-            loss = self._call(torch.clone, loss)  # backward is to find the module's own hooks
+            # backward is to find the module's own hooks; no argument, which torch would take for its input
+            loss = self._call(loss.clone)
         return loss, kwargs
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -394,8 +398,13 @@ class FSDPStrategy(MeshStrategy):
         self._pending = False
         self._exchange(True)
         with torch.enable_grad():
-            loss = self._call(torch.clone, torch.zeros((), device=self.root_device, requires_grad=True))
+            loss = self._call(torch.zeros((), device=self.root_device, requires_grad=True).clone)
         loss.backward()
+
+    def clip_gradients(self, optimizer: Optimizer, value: float, algorithm: str) -> Tensor | None:
+        if self._by_hand:
+            self.exchange_gradients(optimizer)  # else that has been done
+        return super().clip_gradients(optimizer, value, algorithm)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, **kwargs)
@@ -488,6 +497,23 @@ class FSDPStrategy(MeshStrategy):
                     fully_sharded.let_wait(part, gradient)
                     self._pending = True
         super().load_gradients(gradients)
+
+
+class _Gap:
+    """Brings the weights that belong to no sharded layer together when one of theirs is called outside a step.
+
+    Attributes:
+        open: Whether they may be apart. A plain attribute, so that a step can be compiled through this.
+    """
+
+    def __init__(self, bring_together: Callable[[], Any]) -> None:
+        self.bring_together = bring_together
+        self.open = True
+
+    def before_call(self, _layer: Any, _args: Any) -> None:
+        """Runs before each call of a layer."""
+        if self.open:
+            self.bring_together()
 
 
 class _Ties:
