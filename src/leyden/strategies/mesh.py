@@ -33,6 +33,8 @@ DATA, TENSOR = "data_parallel", "tensor_parallel"
 """The dimensions of a mesh, as Lightning calls them: along one the data differ, along the other they are the same."""
 _MESHES: dict[tuple[Any, ...], DeviceMesh] = {}
 """The meshes of this process: each has groups of its own, and every run of a script wants the same."""
+_SHARE = " (share)"
+"""Follows the name of a parameter of whose gradient a process has its share only."""
 _CHUNK = 1 << 26
 """How many bytes are copied from rank 0 at a time."""
 
@@ -323,15 +325,18 @@ class MeshStrategy(ParallelStrategy):
         return tree_map(of, tree)
 
     def gradients(self) -> dict[str, Tensor]:
-        return {name: local(gradient) for name, gradient in super().gradients().items()}
+        return {
+            name + _SHARE if isinstance(gradient, DTensor) else name: local(gradient)
+            for name, gradient in super().gradients().items()
+        }
 
     def load_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         for name, parameter in self.module.named_parameters():
-            part, gradient = local(parameter), gradients.get(name)
-            if gradient is None or gradient.shape != part.shape:
-                continue
-            moved = gradient.to(part.device, part.dtype)
-            parameter.grad = rebuilt(moved, parameter) if isinstance(parameter, DTensor) else moved
+            spread = isinstance(parameter, DTensor)
+            part, gradient = local(parameter), gradients.get(name + _SHARE if spread else name)
+            if gradient is not None and gradient.shape == part.shape:
+                moved = gradient.to(part.device, part.dtype)
+                parameter.grad = rebuilt(moved, parameter) if isinstance(parameter, DTensor) else moved
 
 
 def is_spread(module: nn.Module) -> bool:
