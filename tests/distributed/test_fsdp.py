@@ -562,7 +562,7 @@ def go_on(devices: int, strategy: str, path: str | None, save: str | None, optio
     callbacks = [] if stop is None else [_Saves(stop, save)]
     trainer = make_trainer(devices, strategy=named, max_epochs=2, callbacks=callbacks, **options)
     loader = DataLoader(data(40), 8 // devices, shuffle=True)
-    trainer.fit(module, loader, DataLoader(data(3), 3), ckpt_path=path)
+    trainer.fit(module, loader, DataLoader(data(6), 6 // devices), ckpt_path=path)
     return module.samples, module.losses, weights(module), trainer.global_step
 
 
@@ -605,7 +605,7 @@ def test_f3_a_full_checkpoint_goes_on_under_every_strategy_and_back(tmp_path: An
             assert torch.allclose(values, written[0][2], atol=1e-5)
             assert steps == written[0][3]
         # and back: written by that one, gone on with by two
-        on_ranks(devices, go_on, devices, strategy, None, other, {**options, "stop": 4})
+        on_ranks(devices, go_on, devices, strategy, None, other, {**options, "stop": 5})
         for _, _, values, _ in on_ranks(2, go_on, 2, "blocks", other, None, options):
             assert torch.allclose(values, written[0][2], atol=1e-5)
 

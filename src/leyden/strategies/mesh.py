@@ -26,6 +26,7 @@ from leyden.loading import apply_state_dict, clean_name, clean_names
 from leyden.precision.base import CLIP_ALGORITHMS
 from leyden.runtime.collective import average_flat, copy_flat
 from leyden.runtime.ranks import rank_zero_info
+from leyden.strategies.base import IDLE
 from leyden.strategies.parallel import ParallelStrategy
 from leyden.tree import tree_map
 
@@ -179,16 +180,16 @@ class MeshStrategy(ParallelStrategy):
         while True:
             item = next(batches, None)
             mine = math.inf if item is None else float(item[2])
-            while True:
+            first = -1.0
+            while first != mine:
                 turns = self.gather_numbers(torch.tensor([mine, float(self.knows_the_step())], dtype=torch.float64))
                 first = float(turns[:, 0].min())
                 if first == math.inf:
                     return
                 if bool(((turns[:, 0] > first) & (turns[:, 1] == 0)).any()):
                     self.hold_together()
-                if first == mine:
-                    break
-                self.keep_up()
+                if first != mine:
+                    yield IDLE, 0, int(first)
             assert item is not None
             yield item
 
@@ -198,9 +199,6 @@ class MeshStrategy(ParallelStrategy):
 
     def hold_together(self) -> None:
         """Make all exchanges of the next step now, the same on all ranks, so that it has none."""
-
-    def keep_up(self) -> None:
-        """Take part in the exchanges of a step that other ranks run, where this one has no batch."""
 
     def exchange_gradients(self, optimizer: Optimizer) -> None:
         """Average the gradients of parameters that are not spread; runs before each step of an optimizer."""
