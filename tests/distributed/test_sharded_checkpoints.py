@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -229,6 +230,29 @@ def _from_file(path: Path) -> Any:
 def test_f3_a_file_of_one_process_is_what_ranks_go_on_with(tmp_path: Path) -> None:
     _, state = on_ranks(1, _fit, tmp_path, 1, "auto", None, tmp_path / "a.ckpt")[0]
     assert on_ranks(2, _from_file, tmp_path / "a.ckpt") == [state] * 2
+
+
+def _from_lightning(path: Path) -> Any:
+    warnings.simplefilter("ignore")  # that the folder has no manifest
+    seen = _Seen()
+    trainer = make_trainer(2, strategy=strategy("sharded"), max_epochs=2, callbacks=[seen])
+    trainer.fit(Net(), DataLoader(data(32), 8), ckpt_path=path)
+    return seen.begin
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:.*has no manifest")
+def test_f3_a_folder_of_lightning_is_what_ranks_go_on_with(saved: Any, tmp_path: Path) -> None:
+    path, state = saved
+    content = files.load(path)
+    names = [name for name, _ in Net().named_parameters()]
+    optimizer = content.pop("optimizer_states")[0]
+    optimizer["state"] = {names[number]: each for number, each in optimizer["state"].items()}
+    optimizer["param_groups"][0]["params"] = names
+    del content["leyden"]
+    folder = tmp_path / "theirs.ckpt"
+    dcp.save({"model": content.pop("state_dict"), "optimizer_0": optimizer}, checkpoint_id=folder, no_dist=True)
+    torch.save(content, folder / "meta.pt")
+    assert on_ranks(2, _from_lightning, folder) == [state] * 2
 
 
 class _Renamed(Net):
