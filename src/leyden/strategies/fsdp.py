@@ -147,7 +147,6 @@ class FSDPStrategy(MeshStrategy):
         """Whether the next step of an evaluation has all weights together already."""
         self._reshards = self.sharding_strategy in ("FULL_SHARD", "HYBRID_SHARD")
         """Whether the weights of a layer are let go of after its forward."""
-        self._handles: list[Any] = []
         self._recomputed: list[tuple[nn.Module, Any]] = []
 
     # ------------------------------------------------------------------ who and where
@@ -232,16 +231,17 @@ class FSDPStrategy(MeshStrategy):
         self._root = root = vars(module).get(_ROOT)
         if root is None:
             return  # it has no parameters
+        root.let_be()
         untraced: Any = torch.compiler.disable  # like torch's own hooks, where steps are compiled
         note_call, note_output = untraced(self._note_call), untraced(self._note_output)
         self._gap = gap = _Gap(untraced(root.unshard))
         for layer in self._layers():
-            self._handles.append(layer.register_forward_pre_hook(note_call))
-            self._handles.append(layer.register_forward_hook(note_output))
+            root.handles.append(layer.register_forward_pre_hook(note_call))
+            root.handles.append(layer.register_forward_hook(note_output))
         # what is called by itself, in a hook or after a backward by hand, finds its weights as well
         owners = {part._module_info.module for part in fully_sharded.own_parts(root)}  # noqa: SLF001  # torch does not tell
         for owner in (module, *(owners - {module})):
-            self._handles.append(owner.register_forward_pre_hook(gap.before_call))
+            root.handles.append(owner.register_forward_pre_hook(gap.before_call))
         # the first call makes this the root: it must not be one of the layers, called in some hook
         with torch.no_grad():
             self._call(lambda: None)
@@ -255,6 +255,7 @@ class FSDPStrategy(MeshStrategy):
     def unspread(self, module: nn.Module) -> None:
         root = vars(module).pop(_ROOT, None)
         if root is not None:
+            root.let_be()
             fully_sharded.come_apart(root)
             fully_sharded.take_off(root)
         super().unspread(module)
@@ -265,11 +266,11 @@ class FSDPStrategy(MeshStrategy):
         self._recomputed = []
 
     def come_home(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._root, self._gap, self._loop, self._tape = [], None, None, None, None
-        self._order = []
         super().come_home()
+        self._loop, self._tape, self._order = None, None, []
+        self._by_hand = self._pending = False
+        if self._root is not None and vars(self.module).get(_ROOT) is None:
+            self._root = self._gap = None
 
     def _recompute(self, layers: list[nn.Module]) -> None:
         for layer in layers:
@@ -506,6 +507,14 @@ class _Root(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self.handles: list[Any] = []
+        """The hooks of the strategy that has it."""
+
+    def let_be(self) -> None:
+        """Take away the hooks of the strategy that had it."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
 
     def forward(self, step: Callable[[], Any]) -> Any:
         """Run a step."""
