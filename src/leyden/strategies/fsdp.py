@@ -193,13 +193,13 @@ class FSDPStrategy(MeshStrategy):
             mp_policy=policy,
             offload_policy=CPUOffloadPolicy() if self.cpu_offload and self._on_gpu else OffloadPolicy(),
         )
+        _make_contiguous(module)
         ties = _Ties(module)
         for layer in units.inner_first(module):
             units.initialise(layer, self.root_device, filled=self._held is not None)
             ties.tie(layer)
             if id(layer) in chosen:
                 shard(layer, ignored_params=self._whole_on_each(module))
-        _make_contiguous(module)
         if any(True for _ in module.parameters()):
             # the batch is cast, if at all, before the call: what the loss is computed with as well
             root_policy = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, policy.output_dtype, False)
