@@ -28,7 +28,6 @@ from leyden.progress import Progress
 from leyden.results import Results
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.runtime.seed import rng_state
-from leyden.shards import is_spread
 from leyden.strategies.base import Strategy
 from leyden.tree import move_to
 
@@ -133,6 +132,8 @@ def _of_all_ranks(ours: dict[str, Any], strategy: Strategy) -> list[dict[str, An
     """
     own, mine = {key: ours[key] for key in _OF_EACH_RANK if key in ours}, {}
     if in_shards := strategy.saves_shards and "window" in own:
+        from leyden.shards import is_spread  # noqa: PLC0415  # only for checkpoints of several processes
+
         gradients = own["window"]["gradients"]
         spread = {name: gradient for name, gradient in gradients.items() if is_spread(gradient)}
         mine = {name: gradient for name, gradient in gradients.items() if name not in spread}
