@@ -69,7 +69,7 @@ def gather(
 
     module: LightningModule = strategy.module
     callbacks = list(callbacks)
-    data = {} if weights_only else position.gather(fit_loop, progress)
+    data = {} if weights_only else position.gather(fit_loop, progress, trainer.accumulate_grad_batches)
     loaders = position.lightning_states(data.get("train"), fit_loop.data.supply if fit_loop.data is not None else None)
     checkpoint: dict[str, Any] = {
         "epoch": progress.epoch,
@@ -108,7 +108,7 @@ def gather(
     checkpoint["leyden"] = ours
     if strategy.world_size > 1 and not weights_only:
         own = move_to({key: ours[key] for key in _OF_EACH_RANK if key in ours}, torch.device("cpu"))
-        ours["ranks"] = strategy.gather_objects(own)
+        ours["ranks"] = strategy.gather_objects({**own, "share": strategy.data_rank})
     for owner in (module, datamodule):
         if owner is not None and owner.hparams:
             _add_hparams(checkpoint, owner)
@@ -126,13 +126,23 @@ _OF_EACH_RANK = ("rng", "data", "results", "metrics", "window")
 
 
 def _of_this_rank(checkpoint: dict[str, Any], strategy: Strategy) -> dict[str, Any]:
-    """Put in the place of what rank 0 has written about itself what this rank has written."""
+    """Put in the place of what rank 0 has written about itself what this rank has written, or goes on with."""
     ours = checkpoint.get("leyden") or {}
-    ranks = ours.pop("ranks", None)
-    if ranks is not None and len(ranks) == strategy.world_size:
-        ours.update(ranks[strategy.global_rank])
-    if ours:
-        ours["written_by"] = 1 if ranks is None else len(ranks)
+    if "rng" not in ours:
+        ours.pop("ranks", None)
+        return checkpoint
+    ranks = ours.pop("ranks", None) or [{key: ours[key] for key in _OF_EACH_RANK if key in ours}]
+    rank, share, size = strategy.global_rank, strategy.data_rank, strategy.data_size
+    former = [each.get("share", number) for number, each in enumerate(ranks)]
+    if len(ranks) == strategy.world_size and former[rank] == share and len(set(former)) == size:
+        ours.update(ranks[rank])
+    else:
+        from leyden.loops import merge  # noqa: PLC0415  # where another number of processes goes on
+
+        ours.pop("window", None)
+        ours.update(merge.of_rank(ranks, rank, share, size))
+        ours["metrics"] = [each.get("metrics", {}) for each in merge.one_of_each_share(ranks)]
+    ours.pop("share", None)
     return checkpoint
 
 
@@ -236,18 +246,17 @@ def restore_training(
     )
     ours = checkpoint.get("leyden")
     if ours is not None:
-        if ours["written_by"] != strategy.world_size:
-            rank_zero_warn(
-                f"{source} was written by {ours['written_by']} processes, and {strategy.world_size} go on from it. Weights,"
-                " optimizers and counters are exact; random generators, and what was logged so far in the epoch, are those"
-                " of rank 0."
-            )
         progress.load_state_dict(ours["progress"])
         last, steps = ours.get("last", False), ours.get("steps", True)
         if "results" in ours:
             metrics = metrics_of(strategy.module)
             results.load_state_dict(ours["results"], metrics)
-            restore_metrics(metrics, ours["metrics"], strategy.root_device)
+            if isinstance(ours["metrics"], list):
+                from leyden.loops import merge  # noqa: PLC0415  # where another number of processes goes on
+
+                merge.put_metrics(metrics, ours["metrics"], strategy.data_rank == 0, strategy.root_device)
+            else:
+                restore_metrics(metrics, ours["metrics"], strategy.root_device)
     else:
         last, steps = from_lightning(checkpoint, progress)
         ours = {}
