@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ class Counted(Net):
 
 
 def _fit(size: int, kind: str, path: Path, at: int, accumulate: int, resumes: bool, **arguments: Any) -> dict[str, Any]:
+    warnings.filterwarnings("ignore", "The lr scheduler OneCycleLR was made for")
     L.seed_everything(4, verbose=False)
     torch.rand(3 * resumes)
     module = Counted(path, -1 if resumes else at)

@@ -32,7 +32,9 @@ def decide(session: Session, combined: CombinedLoader) -> None:
     session.update = dict(former) if as_given and config.keep_global_batch else now
     if keeps:
         session.turns = wished // shares
-    if not first or [_samples(now, size) for size in sizes] == [_samples(former, s) for s in former["batch_sizes"]]:
+    same = _count(now) == _count(former)
+    session.resized = not keeps and not same
+    if not first or same:
         return  # whoever wrote the script has seen to it
     began = f"The updates of this run were made by {_processes(wished)} and are made by {_processes(shares)} now"
     if keeps:

@@ -133,6 +133,7 @@ class Position:
         assert loop.data is not None
         supply, validation, progress = loop.data.supply, loop.validation.supply, session.progress
         progress.update = dict(session.update or {})  # as it is now, not as it was saved
+        progress.resized = progress.resized or session.resized
         moved = self._move(loop, session)
         if moved is not None:
             place = supply.load_state_dict(self.data["train"], "training", moved)

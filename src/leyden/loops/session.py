@@ -83,6 +83,8 @@ class Session:
     """What the loops draw from, by prefix."""
     turns: int = 1
     """How many batches each process takes where it took one: the places of as many that are gone."""
+    resized: bool = False
+    """Whether updates have another number of samples than in the run that goes on."""
     update: dict[str, Any] | None = None
     """Of what an update is made, once the training loaders are known."""
     workers: dict[str, list[int | None]] = field(default_factory=dict)
