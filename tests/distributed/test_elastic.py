@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchmetrics
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 
 import leyden as L
@@ -154,3 +155,62 @@ def _matrix(folder: Path, former: tuple[int, ...], now: tuple[int, ...], cases: 
 
 def test_r4_other_numbers_of_ranks_go_on_at_the_next_sample(tmp_path: Path) -> None:
     _matrix(tmp_path, SIZES, SIZES, [("sequential", 2, 1), ("own", 1, 1), ("batches", 2, 1), ("uneven", 2, 1)])
+
+
+# ---------------------------------------------------------------------------------------------- what a run may have
+
+
+class Weighed(Counted):
+    """Declares the weight of each batch, and counts with metric objects whose states are reduced in several ways."""
+
+    def __init__(self, path: Path | None = None, at: int = -1) -> None:
+        super().__init__(path, at)
+        self.metrics = torch.nn.ModuleDict({
+            "total": torchmetrics.SumMetric(), "least": torchmetrics.MinMetric(), "average": torchmetrics.MeanMetric(),
+            "all": torchmetrics.CatMetric(),
+        })  # fmt: skip
+        self.every: list[list[float]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss, ids = super().training_step(batch, batch_idx), batch[2].float()
+        for metric in self.metrics.values():
+            metric.update(ids)  # type: ignore[operator]
+        self.log("average", self.metrics["average"], on_step=False, on_epoch=True)  # type: ignore[arg-type]
+        return {"loss": loss, "num_items": len(ids)}
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        values = [float(self.metrics[name].compute()) for name in ("total", "least")]  # type: ignore[operator]
+        every = self.metrics["all"].compute()  # type: ignore[operator]
+        self.every.append([*values, *sorted(every.flatten().tolist())])
+        for name in ("total", "least", "all"):
+            self.metrics[name].reset()  # type: ignore[operator]
+
+    def result(self) -> dict[str, Any]:
+        return {**super().result(), "every": self.every, "average": self.trainer.callback_metrics["average"].item()}
+
+
+def _run(size: int, module: Counted, loaders: Any, path: Path | None, **arguments: Any) -> dict[str, Any]:
+    L.seed_everything(4, verbose=False)
+    trainer = make_trainer(size, **{"max_epochs": 2, **arguments})
+    trainer.fit(module, *(loaders if isinstance(loaders, tuple) else (loaders,)), ckpt_path=path)
+    return module.result()
+
+
+def _open(size: int, path: Path | None, at: int, resumes: bool) -> Any:
+    loader = DataLoader(data(COUNT + 5), 2, shuffle=True)
+    return _run(
+        size, Weighed(path, -1 if resumes else at), loader, path if resumes else None, accumulate_grad_batches=2
+    )
+
+
+@pytest.mark.parametrize(("at", "now"), [(1, 1), (3, 2)])
+def test_r4_an_open_update_weights_and_metrics_go_on_in_fewer_processes(tmp_path: Path, at: int, now: int) -> None:
+    path = tmp_path / "open.ckpt"
+    whole = on_ranks(4, _open, 4, path, at, False)
+    rest = on_ranks(now, _open, now, path, at, True)
+    assert rest[0]["steps"] == whole[0]["steps"] == 6
+    assert rest[0]["every"] == whole[0]["every"]
+    assert rest[0]["average"] == pytest.approx(whole[0]["average"], abs=1e-5)
+    for one, other in zip(whole[0]["weights"], rest[0]["weights"], strict=True):
+        assert torch.allclose(torch.tensor(one), torch.tensor(other), atol=1e-5)

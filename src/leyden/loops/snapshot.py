@@ -66,6 +66,7 @@ def gather(
         name: That of the file, by which whoever marks its files knows it again.
     """
     from leyden.loops import position  # noqa: PLC0415  # where a checkpoint is written
+    from leyden.runtime import agent  # noqa: PLC0415  # as above
 
     module: LightningModule = strategy.module
     callbacks = list(callbacks)
@@ -108,7 +109,10 @@ def gather(
     checkpoint["leyden"] = ours
     if strategy.world_size > 1 and not weights_only:
         own = move_to({key: ours[key] for key in _OF_EACH_RANK if key in ours}, torch.device("cpu"))
-        ours["ranks"] = strategy.gather_objects({**own, "share": strategy.data_rank})
+        ours["ranks"] = strategy.gather_objects({**own, "share": strategy.data_rank, "agent": agent.name()})
+    if (name_here := agent.name()) is not None:
+        agents = {each["agent"] for each in ours.get("ranks", ())} | {name_here}
+        ours["launch"] = {"fit": agent.fit(), "agents": sorted(each for each in agents if each is not None)}
     for owner in (module, datamodule):
         if owner is not None and owner.hparams:
             _add_hparams(checkpoint, owner)
