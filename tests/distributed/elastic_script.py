@@ -46,9 +46,7 @@ def main() -> None:
     L.seed_everything(1, verbose=False)
     module = Module()
     saving = ModelCheckpoint(FOLDER / "saved", every_n_train_steps=3, save_top_k=-1)
-    trainer = make_trainer(
-        "auto", max_epochs=3, default_root_dir=FOLDER, callbacks=[saving], enable_checkpointing=True
-    )
+    trainer = make_trainer("auto", max_epochs=3, default_root_dir=FOLDER, callbacks=[saving], enable_checkpointing=True)
     trainer.fit(module, DataLoader(data(32), 4, shuffle=True))
     if trainer.is_global_zero:
         (FOLDER / "weights.json").write_text(json.dumps([p.tolist() for p in module.parameters()]))
