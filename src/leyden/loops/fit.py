@@ -29,12 +29,11 @@ from leyden.config import ValInterval, parse_val_check_interval
 from leyden.data.combined import CombinedLoader
 from leyden.loops import batches, when
 from leyden.loops.evaluate import EvaluationLoop
-from leyden.loops.optimize import Optimization, check_loss, detached, read_loss, step_losses, weighted
+from leyden.loops.optimize import Optimization, check_loss, detached, divisor_of, read_loss, step_losses, weighted
 from leyden.loops.paths import choose
 from leyden.loops.schedule import step_schedules
 from leyden.loops.session import Session
 from leyden.loops.show import who_stopped
-from leyden.loops.window import divisor_of
 from leyden.runtime.ranks import rank_zero_info
 from leyden.types import RunningStage
 
