@@ -49,6 +49,7 @@ class Move:
         now: Of those that go on.
         share: Which share this process has.
         batch_idx: How many batches of the epoch each of the former had done.
+        redo: Whether an update that is open is to be done once more in any case.
 
     Attributes:
         kept: Whether the samples are laid out as before, so that each batch is one that there would have been.
@@ -56,11 +57,11 @@ class Move:
             part of the processes' places had had their turn, and the others cannot be shared out evenly.
     """
 
-    def __init__(self, former: Layout, now: Layout, share: int, batch_idx: int) -> None:
+    def __init__(self, former: Layout, now: Layout, share: int, batch_idx: int, redo: bool = False) -> None:
         self.former, self.now, self.share = former, now, share
         self.kept = former.whole == now.whole
         fits = batch_idx % former.turns == 0 or (self.kept and batch_idx * former.shares % now.shares == 0)
-        self.back = 0 if fits else batch_idx % (former.accumulate * former.turns)
+        self.back = 0 if fits and not redo else batch_idx % (former.accumulate * former.turns)
 
     def batches(self, count: int) -> int:
         """Return what ``count`` batches of each of the former processes come to: batches of each that goes on."""

@@ -24,7 +24,7 @@ from leyden.runtime.seed import isolate_rng, rng_state, set_rng_state
 Rank = Mapping[str, Any]
 
 
-def of_rank(ranks: Sequence[Rank], rank: int, share: int, shares: int) -> dict[str, Any]:
+def of_rank(ranks: Sequence[Rank], rank: int, share: int, shares: int, weights: Mapping[str, Any]) -> dict[str, Any]:
     """Return what process ``rank`` goes on with.
 
     Args:
@@ -32,6 +32,7 @@ def of_rank(ranks: Sequence[Rank], rank: int, share: int, shares: int) -> dict[s
         rank: The index of this process.
         share: Which share of the data it has.
         shares: How many shares there are.
+        weights: The weights of the checkpoint, by their names.
     """
     own = dict(ranks[rank] if rank < len(ranks) else ranks[0])
     if rank >= len(ranks) and "rng" in own:
@@ -44,8 +45,10 @@ def of_rank(ranks: Sequence[Rank], rank: int, share: int, shares: int) -> dict[s
         }
     windows = [each["window"] for each in counted if each.get("window") is not None]
     own.pop("window", None)
-    if windows:
+    if windows and all(_is_whole(window, weights) for window in windows):
         own["window"] = _window(windows, shares)
+    elif windows and "data" in own:
+        own["data"] = {**own["data"], "redo": True}
     return own
 
 
@@ -167,6 +170,14 @@ def _put_together(metric: Any, parts: Sequence[Mapping[str, Any]]) -> dict[str, 
 
 
 # ---------------------------------------------------------------------------------------------- an open update
+
+
+def _is_whole(window: Mapping[str, Any], weights: Mapping[str, Any]) -> bool:
+    """Whether the gradients are those of whole parameters: those of which each process has a part cannot be added up."""
+    return all(
+        isinstance(known := weights.get(name), Tensor) and known.shape == gradient.shape and not gradient.is_meta
+        for name, gradient in window["gradients"].items()
+    ) and not window.get("and_spread")
 
 
 def _window(windows: Sequence[Mapping[str, Any]], shares: int) -> dict[str, Any]:

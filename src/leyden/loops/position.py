@@ -157,9 +157,10 @@ class Position:
         if "train" not in self.data:
             return None
         former, now = Layout(**self.data.get("layout", {})), loop.data.layout
-        if (former.shares, former.turns) == (now.shares, now.turns):
+        redo = bool(self.data.get("redo"))
+        if (former.shares, former.turns) == (now.shares, now.turns) and not redo:
             return None
-        return Move(former, now, session.strategy.data_rank, session.progress.batch_idx)
+        return Move(former, now, session.strategy.data_rank, session.progress.batch_idx, redo)
 
     def _count_anew(self, moved: Move, place: Place | None, loop: FitLoop, session: Session) -> None:
         """Let the counters of batches, and the end of the epoch, be those of the processes that go on."""
@@ -182,9 +183,9 @@ class Position:
         session.optimization.end_window()
         session.optimization.window_weights, self.steps = {}, True
         rank_zero_info(
-            "The checkpoint is inside an update of which not all processes had had their turn, and which cannot be shared"
-            " out evenly: it is computed anew from its first batch. No gradient is lost or counted twice; what was logged"
-            " of its batches is counted once more."
+            "The checkpoint is inside an update that other processes cannot go on with: not all had had their turn, or each"
+            " has a part of its gradients. It is computed anew from its first batch. No gradient is lost or counted twice;"
+            " what was logged of its batches is counted once more."
         )
 
     def _lightning(self, supply: Supply, progress: Progress, begun: bool) -> Place | None:

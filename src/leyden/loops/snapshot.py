@@ -144,7 +144,7 @@ def _of_this_rank(checkpoint: dict[str, Any], strategy: Strategy) -> dict[str, A
         from leyden.loops import merge  # noqa: PLC0415  # where another number of processes goes on
 
         ours.pop("window", None)
-        ours.update(merge.of_rank(ranks, rank, share, size))
+        ours.update(merge.of_rank(ranks, rank, share, size, checkpoint.get("state_dict") or {}))
         ours["metrics"] = [each.get("metrics", {}) for each in merge.one_of_each_share(ranks)]
     ours.pop("share", None)
     return checkpoint
