@@ -486,7 +486,8 @@ SCRIPT = Path(__file__).with_name("elastic_script.py")
 
 def _environment() -> dict[str, str]:
     path = os.pathsep.join([str(SCRIPT.parent), *(entry for entry in sys.path if entry)])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    # without the last one, torchrun remembers where the first machines met, and one that joins later waits in vain
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def _port() -> int:

@@ -147,6 +147,9 @@ def _variables(wishes: Mapping[str, str], count: int, environment: Mapping[str, 
             found[f"LT_{name.upper()}"] = found[f"PL_TRAINER_{name.upper()}"] = wishes[name]
     if "," in wishes.get("devices", ""):
         found["PL_TRAINER_DEVICES"] = wishes["devices"]  # which; how many a Trainer sees by itself
+    if ":" in wishes.get("nodes", ""):
+        # torchrun remembers where the machines met first, so that one that joins later would wait in vain
+        found["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if "OMP_NUM_THREADS" not in environment:
         found["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // count, 1))
     return found
