@@ -17,24 +17,24 @@ from leyden.runtime.ranks import rank_zero_info
 
 def decide(session: Session, combined: CombinedLoader) -> None:
     """Find out, from the training loaders, of what an update is made and how many turns each process takes for it."""
+    if session.update is not None:
+        return  # loaders that are asked for anew in a fit change nothing
     shares, config = session.strategy.data_size, session.config
     sizes = [_size(loader) for loader in combined.flattened]
     now: dict[str, Any] = {"shares": shares, "accumulate": config.accumulate_grad_batches, "batch_sizes": sizes}
-    former = _former(session)
-    first, session.turns = session.update is None, 1
+    former, session.update = _former(session), now
     if not former or former["shares"] == shares:
-        session.update = now
         return
     wished = former["shares"]
-    as_given = {**now, "shares": wished} == former
-    fits = wished % shares == 0
+    as_given, fits = {**now, "shares": wished} == former, wished % shares == 0
     keeps = as_given and fits and config.keep_global_batch and session.module.automatic_optimization
-    session.update = dict(former) if as_given and config.keep_global_batch else now
+    if as_given and config.keep_global_batch:
+        session.update = dict(former)  # what is wished for, also where it cannot be at present
     if keeps:
         session.turns = wished // shares
     same = _count(now) == _count(former)
     session.resized = not keeps and not same
-    if not first or same:
+    if same:
         return  # whoever wrote the script has seen to it
     began = f"The updates of this run were made by {_processes(wished)} and are made by {_processes(shares)} now"
     if keeps:
