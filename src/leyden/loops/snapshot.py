@@ -174,6 +174,7 @@ def _of_this_rank(checkpoint: dict[str, Any], strategy: Strategy) -> dict[str, A
 
         ours.pop("window", None)
         ours.update(merge.of_rank(ranks, rank, share, size, checkpoint.get("state_dict") or {}))
+        ours.pop("buffers", None)  # all go on with those of rank 0
         ours["metrics"] = [each.get("metrics", {}) for each in merge.one_of_each_share(ranks)]
     ours.pop("share", None)
     return checkpoint
