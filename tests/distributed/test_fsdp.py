@@ -945,3 +945,31 @@ def twice() -> Any:
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, loader, DataLoader(data(3), 3))
     return weights(module), alone
+
+
+class Chooses(Deep):
+    """Each rank uses other parts of a layer."""
+
+    def loss(self, batch: Any) -> Tensor:
+        x = self.enter(batch[0])
+        for block in self.blocks:
+            x = block(x)
+        used = self.leave.weight if self.trainer.global_rank == 0 else self.leave.bias[:, None]
+        return (x.sum(1, keepdim=True) * used.sum() - batch[1]).square().mean()
+
+
+def choose(strategy: str) -> Any:
+    L.seed_everything(11, verbose=False)
+    module = Chooses()
+    named: Any = by_blocks(find_unused_parameters=True) if strategy == "blocks" else strategy
+    make_trainer(2, strategy=named, max_epochs=1).fit(module, DataLoader(data(40), 4), DataLoader(data(4), 2))
+    return weights(module)
+
+
+def choose_each() -> Any:
+    return choose("ddp_find_unused_parameters_true"), choose("blocks")
+
+
+def test_d4_parameters_that_take_part_on_one_rank_only() -> None:
+    for theirs, mine in on_ranks(2, choose_each):
+        assert torch.allclose(mine, theirs, atol=1e-5)
