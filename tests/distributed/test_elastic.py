@@ -453,9 +453,9 @@ def test_r4_what_leyden_does_not_share_out_is_named(tmp_path: Path) -> None:
 
 def _drawn(size: int, path: Path, alike: bool, resumes: bool) -> Any:
     L.seed_everything(4, verbose=False)
+    module = Noisy(path, -1 if resumes else 1)
     if not alike:
         torch.manual_seed(int(os.environ["RANK"]) + 50 * resumes)
-    module = Noisy(path, -1 if resumes else 1)
     make_trainer(size, max_epochs=1).fit(module, DataLoader(data(24), 2), ckpt_path=path if resumes else None)
     return module.drawn
 

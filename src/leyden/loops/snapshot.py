@@ -146,7 +146,8 @@ def _of_this_rank(checkpoint: dict[str, Any], strategy: Strategy) -> dict[str, A
         ours.pop("window", None)
         ours.update(merge.of_rank(ranks, rank, share, size, checkpoint.get("state_dict") or {}))
         ours["metrics"] = [each.get("metrics", {}) for each in merge.one_of_each_share(ranks)]
-    ours.pop("share", None)
+    for name in ("share", "agent"):
+        ours.pop(name, None)
     return checkpoint
 
 
