@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -168,3 +169,25 @@ def test_fabric_has_run_only(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_option_is_an_error_of_ours() -> None:
     with pytest.raises(MisconfigurationException, match="--nnodes"):
         split(["--nnodes", "2", "x.py"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["--nodes", "2"], ["--nodes", "2", "--max-restarts", "1"], ["--nodes", "1:2"]])
+def test_two_machines_are_one_run(tmp_path: Path, words: list[str]) -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    where = ["--devices", "1", *words, "--main-address", "127.0.0.1", "--main-port", port]
+    script = [str(DISTRIBUTED / "elastic_script.py"), str(tmp_path), "-1", "0"]
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-m", "leyden", "run", *where, "--node-rank", str(rank), *script], env=_environment(),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    outputs = [machine.communicate(timeout=110)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    together = "".join(outputs)
+    assert "done on rank 0 of 2" in together
+    assert "done on rank 1 of 2" in together

@@ -376,14 +376,19 @@ def test_r4_a_run_that_lost_processes_and_got_them_back_is_the_one_that_did_not(
     three = on_ranks(3, _again, 3, tmp_path / "three", str(tmp_path / "fewer-2-1"))
     seen = [i for rank in three for epoch, _, ids in rank["seen"] if epoch == 0 for i in ids]
     done = [i for rank in whole for _, _, ids in rank["seen"][:2] for i in ids]
-    assert set(done).isdisjoint(seen[: COUNT + 5 - len(done)]) or len(set(done) & set(seen)) <= 2
+    assert len(done) + len(seen) <= COUNT + 5 + 2  # what comes once more is what fills the last batch
     assert set(done) | set(seen) == set(range(COUNT + 5))
     two = on_ranks(2, _again, 2, tmp_path / "two", str(tmp_path / "three-1-1"))
     more = [i for rank in three for _, _, ids in rank["seen"][:1] for i in ids]
     rest = [i for rank in two for epoch, _, ids in rank["seen"] if epoch == 0 for i in ids]
     assert set(done) | set(more) | set(rest) == set(range(COUNT + 5))
     assert len(done) + len(more) + len(rest) <= COUNT + 5 + 3
-    assert two[0]["steps"] - three[0]["seen"][1][1] > 0
+    updates: dict[int, int] = {}
+    for rank in two:
+        for epoch, step, ids in rank["seen"]:
+            if epoch == 1:
+                updates[step] = updates.get(step, 0) + len(ids)
+    assert list(updates.values()) == [8, 8, 8, 8, 8, 4]
 
 
 @pytest.mark.slow
@@ -453,9 +458,9 @@ def test_r4_what_leyden_does_not_share_out_is_named(tmp_path: Path) -> None:
 
 def _drawn(size: int, path: Path, alike: bool, resumes: bool) -> Any:
     L.seed_everything(4, verbose=False)
+    module = Noisy(path, -1 if resumes else 1)
     if not alike:
         torch.manual_seed(int(os.environ["RANK"]) + 50 * resumes)
-    module = Noisy(path, -1 if resumes else 1)
     make_trainer(size, max_epochs=1).fit(module, DataLoader(data(24), 2), ckpt_path=path if resumes else None)
     return module.drawn
 

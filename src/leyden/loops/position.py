@@ -9,7 +9,6 @@ from typing import Any
 from leyden.data.feed import Pass
 from leyden.data.position import Place, Supply
 from leyden.data.reshare import Layout, Move
-from leyden.loops.batches import same_on_all_ranks
 from leyden.loops.evaluate import Before
 from leyden.loops.fit import FitLoop
 from leyden.loops.session import Session
@@ -171,7 +170,7 @@ class Position:
         if moved.kept or not data.sized:
             return
         if place is not None and data.loader.limits is not None:
-            (left,) = same_on_all_ranks(session, [data.supply.left(place, data.loader.limits)])
+            left = min(session.strategy.gather_objects(data.supply.left(place, data.loader.limits)))
             data.epoch_batches = place.drawn + left
             loop.measure(session, data.epoch_batches)
         elif self.last and progress.batch_idx:

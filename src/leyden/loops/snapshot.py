@@ -176,7 +176,8 @@ def _of_this_rank(checkpoint: dict[str, Any], strategy: Strategy) -> dict[str, A
         ours.update(merge.of_rank(ranks, rank, share, size, checkpoint.get("state_dict") or {}))
         ours.pop("buffers", None)  # all go on with those of rank 0
         ours["metrics"] = [each.get("metrics", {}) for each in merge.one_of_each_share(ranks)]
-    ours.pop("share", None)
+    for name in ("share", "agent"):
+        ours.pop(name, None)
     return checkpoint
 
 

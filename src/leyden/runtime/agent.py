@@ -14,6 +14,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from leyden.runtime.ranks import rank_zero_warn
+
 _MARK = "leyden-{fit}"
 _FITS = itertools.count()  # a process that is started anew makes the same fits in the same order
 _fit: list[int] = [-1]
@@ -47,8 +49,12 @@ def begin_fit() -> Agent | None:
 def note() -> None:
     """Leave a mark that the fit has begun, for those that are started in the place of this process."""
     folder = _folder()
-    if folder is not None:
+    if folder is None:
+        return
+    try:
         (folder / _MARK.format(fit=_fit[0])).touch()
+    except OSError as error:
+        rank_zero_warn(f"If torchrun starts this fit anew, it will not know that it has begun before: {error}.")
 
 
 def name() -> str | None:
