@@ -10,12 +10,18 @@ from leyden.strategies.base import Strategy
 
 if TYPE_CHECKING:
     from leyden.strategies.ddp import DDPStrategy
+    from leyden.strategies.mesh import MeshStrategy
     from leyden.strategies.parallel import ParallelStrategy
     from leyden.strategies.single import SingleDeviceStrategy
 
-__all__ = ["DDPStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
+__all__ = ["DDPStrategy", "MeshStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
 
-_WHERE = {"DDPStrategy": "ddp", "ParallelStrategy": "parallel", "SingleDeviceStrategy": "single"}
+_WHERE = {
+    "DDPStrategy": "ddp",
+    "MeshStrategy": "mesh",
+    "ParallelStrategy": "parallel",
+    "SingleDeviceStrategy": "single",
+}
 """What is imported when it is asked for: the class, and the file that it is in."""
 
 
