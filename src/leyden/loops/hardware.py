@@ -32,6 +32,8 @@ STRATEGIES: dict[str, Any] = {
         for name, start in _STARTS.items()
         for suffix, unused in _UNUSED.items()
     },
+    "tensor_parallel": "leyden.strategies.tensor_parallel:TensorParallelStrategy",
+    "model_parallel": "leyden.strategies.model_parallel:ModelParallelStrategy",
 }
 LATER = ("xla", "xla_debug", "single_xla", "single_tpu", "xla_fsdp")
 
