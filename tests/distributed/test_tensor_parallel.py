@@ -82,3 +82,97 @@ def test_f1_f2_u1_m1_two_processes_on_one_batch_give_the_numbers_of_one(case: st
 def test_f1_f2_u1_m1_groups_of_two_share_out_the_data_and_the_parameters(case: str) -> None:
     options: dict[str, Any] = {"gradient_clip_val": 0.5}
     _same(_train(case, 1, 1, **options), on_ranks(4, lambda: _train(case, 4, 2, **options)), 2)
+
+
+def _plans() -> Any:
+    found = {}
+    for name, module in (("gpt", GPT()), ("llama", Llama()), ("odd", Llama(heads=4, kv_heads=1)), ("dropped", GPT(0.1))):
+        strategy = TensorParallelStrategy()
+        trainer = make_trainer(2, strategy=strategy, max_steps=1)
+        trainer.fit(module, DataLoader(texts(8), 4), DataLoader(texts(2), 1))
+        found[name] = trainer.strategy.plan  # type: ignore[attr-defined]
+        heads = [layer.num_heads for layer in module.modules() if hasattr(layer, "num_heads")]
+        assert set(heads) <= {4}
+        assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in module.modules())
+        again = TensorParallelStrategy({name: word for name, word in found[name].items() if name.startswith("lm_head")})
+        assert again.plan
+    return found
+
+
+def test_a_found_plan_keeps_activations_split_only_where_that_gives_the_same() -> None:
+    plans = on_ranks(2, _plans)[0]
+    gpt, llama = plans["gpt"], plans["llama"]
+    assert gpt["blocks.0.attn.c_attn"] == "colwise_gather"  # one layer for three, cut into three by the module
+    assert gpt["blocks.0.attn.c_proj"] == "rowwise_split"
+    assert (gpt["blocks.1.mlp.c_fc"], gpt["blocks.1.mlp.c_proj"]) == ("colwise", "rowwise")
+    assert (gpt["wte"], gpt["lm_head"]) == ("rowwise", "colwise_gather")  # one weight
+    assert not {"wpe", "ln_f"} & set(gpt)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert llama[f"blocks.0.attn.{name}"] == "colwise"
+        assert plans["odd"][f"blocks.0.attn.{name}"] == "colwise_gather"  # one head of keys cannot be shared out
+    assert llama["blocks.1.attn.o_proj"] == "rowwise"
+    assert {llama["blocks.0.mlp.gate_proj"], llama["blocks.0.mlp.up_proj"]} == {"colwise"}
+    assert llama["blocks.0.mlp.down_proj"] == "rowwise"
+    # the dropout behind the last layer draws the same on all
+    assert plans["dropped"]["blocks.0.mlp.c_fc"] == "colwise"
+
+
+VARIANTS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "dropout": (lambda: GPT(0.2), texts, {}),
+    "dropout between layers": (lambda: Perceptron(0.2), numbers, {}),
+    "accumulated": (Llama, texts, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}),
+    "bf16-mixed": (GPT, texts, {"precision": "bf16-mixed"}),
+}
+
+
+def _variants(devices: int) -> Any:
+    found = {}
+    for name, (kind, data, options) in VARIANTS.items():
+        module = kind()
+        trainer = make_trainer(devices, strategy="tensor_parallel" if devices > 1 else "auto", max_epochs=2, **options)
+        torch.manual_seed(5 + 100 * trainer.global_rank)  # other generators on each rank: those of the first count
+        trainer.fit(module, DataLoader(data(20), 4, shuffle=True), DataLoader(data(2), 1))
+        found[name] = module.losses
+    return found
+
+
+def test_f1_the_same_random_numbers_windows_and_precision_on_one_batch() -> None:
+    alone, (first, second) = _variants(1), on_ranks(2, _variants, 2)
+    for name, losses in alone.items():
+        assert first[name] == pytest.approx(losses, abs=0.02 if name == "bf16-mixed" else 1e-5), name
+        assert second[name] == first[name], name
+
+
+class _ByHand(Perceptron):
+    """Two optimizers, stepped by the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:  # type: ignore[override]
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            self.clip_gradients(optimizer, gradient_clip_val=0.1)
+            optimizer.step()
+        self.losses.append(loss.item())
+
+    def configure_optimizers(self) -> Any:
+        halves = self.net.parameters(), [*self.norm.parameters(), *self.head.parameters()]
+        return [torch.optim.SGD(half, 0.05) for half in halves]
+
+
+def _by_hand(devices: int) -> Any:
+    L.seed_everything(1, verbose=False)
+    module = _ByHand()
+    trainer = make_trainer(devices, strategy="tensor_parallel" if devices > 1 else "auto", max_epochs=2)
+    trainer.fit(module, DataLoader(numbers(20), 4, shuffle=True), DataLoader(numbers(2), 1))
+    return module.losses
+
+
+def test_f1_f2_manual_optimization_gives_the_same() -> None:
+    alone = _by_hand(1)
+    for losses in on_ranks(2, _by_hand, 2):
+        assert losses == pytest.approx(alone, abs=1e-5)
