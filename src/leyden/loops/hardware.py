@@ -32,6 +32,8 @@ STRATEGIES: dict[str, Any] = {
         for name, start in _STARTS.items()
         for suffix, unused in _UNUSED.items()
     },
+    "fsdp": "leyden.strategies.fsdp:FSDPStrategy",
+    "fsdp_cpu_offload": ("leyden.strategies.fsdp:FSDPStrategy", {"cpu_offload": True}),
     "tensor_parallel": "leyden.strategies.tensor_parallel:TensorParallelStrategy",
     "model_parallel": "leyden.strategies.model_parallel:ModelParallelStrategy",
 }

@@ -37,6 +37,8 @@ class Optimization:
         )
         self.exchange: Callable[[Optimizer], None] | None = getattr(session.strategy, "exchange_gradients", None)
         """Averages, before a step, gradients that several processes have not averaged yet; None for one process."""
+        self._join: Any = getattr(session.strategy, "join_backward", None)
+        """Prepares a loss for its backward, where a strategy has to know of it."""
         self.stepped = 0
         """How many updates of the model were made since the current batch began."""
         self._leads = 0
@@ -85,6 +87,8 @@ class Optimization:
         if hooks.on_before_backward or self.own_backward is not None:
             loss = self.precision.scale(loss)
             hooks.on_before_backward(loss)
+            if self._join is not None:
+                loss, kwargs = self._join(loss, kwargs)
             if self.own_backward is not None:
                 outer, self.store.hook = self.store.hook, "backward"
                 self.own_backward(loss, *args, **kwargs)

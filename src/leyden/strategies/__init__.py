@@ -10,6 +10,7 @@ from leyden.strategies.base import Strategy
 
 if TYPE_CHECKING:
     from leyden.strategies.ddp import DDPStrategy
+    from leyden.strategies.fsdp import FSDPStrategy
     from leyden.strategies.mesh import MeshStrategy
     from leyden.strategies.model_parallel import ModelParallelStrategy
     from leyden.strategies.parallel import ParallelStrategy
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DDPStrategy",
+    "FSDPStrategy",
     "MeshStrategy",
     "ModelParallelStrategy",
     "ParallelStrategy",
@@ -28,6 +30,7 @@ __all__ = [
 
 _WHERE = {
     "DDPStrategy": "ddp",
+    "FSDPStrategy": "fsdp",
     "MeshStrategy": "mesh",
     "ModelParallelStrategy": "model_parallel",
     "ParallelStrategy": "parallel",

@@ -243,6 +243,9 @@ class Strategy:
         if grads:
             torch._foreach_mul_(grads, factor)
 
+    def toggled(self) -> None:
+        """Some parameters require gradients from now on, or do not any more: in the middle of a step as well."""
+
     def gradients(self) -> dict[str, Tensor]:
         """What this process has of the gradients of a window of accumulation that is open, by the names of parameters."""
         return {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}

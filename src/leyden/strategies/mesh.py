@@ -120,7 +120,7 @@ class MeshStrategy(ParallelStrategy):
             if self.world_size > 1:
                 _copy_from_rank_zero(module, self.root_device)
             self.spread(module, fitting)
-            _bring(module, self.resting_device())
+            _bring(module, self.root_device)
         self._waits = False
         held, self._held = self._held, None
         if held is not None:
@@ -138,21 +138,17 @@ class MeshStrategy(ParallelStrategy):
         """Give ``module`` whole, plain parameters and buffers in host memory, on every rank; all ranks take part."""
         made: dict[int, Any] = {}
         for child in module.modules():
-            parameters: dict[str, Any] = child._parameters  # noqa: SLF001  # setattr would look for clashes
-            for name, parameter in parameters.items():
+            own: list[tuple[str, Any]] = list(child.named_parameters(recurse=False, remove_duplicate=False))
+            for name, parameter in own:
                 if isinstance(parameter, DTensor):
                     if id(parameter) not in made:
                         whole = nn.Parameter(_whole(parameter).cpu(), parameter.requires_grad)
                         made[id(parameter)] = whole, parameter  # the id is taken as long as it is held
-                    parameters[name] = made[id(parameter)][0]
-            for name, buffer in child._buffers.items():  # noqa: SLF001
+                    setattr(child, name, made[id(parameter)][0])
+            for name, buffer in list(child.named_buffers(recurse=False, remove_duplicate=False)):
                 if isinstance(buffer, DTensor):
-                    child._buffers[name] = _whole(buffer).cpu()  # noqa: SLF001
+                    setattr(child, name, _whole(buffer).cpu())
         module.to("cpu")
-
-    def resting_device(self) -> torch.device:
-        """Where parameters are while no step runs."""
-        return self.root_device
 
     def come_home(self) -> None:
         self._waits, self._held = False, None
@@ -180,15 +176,29 @@ class MeshStrategy(ParallelStrategy):
     def _in_turn(self, batches: Iterator[tuple[Any, int, int]]) -> Iterator[tuple[Any, int, int]]:
         while True:
             item = next(batches, None)
-            mine = math.inf if item is None else item[2]
-            while (first := float(self.gather_numbers(torch.tensor([mine])).min())) < mine:
+            mine = math.inf if item is None else float(item[2])
+            while True:
+                turns = self.gather_numbers(torch.tensor([mine, float(self.knows_the_step())], dtype=torch.float64))
+                first = float(turns[:, 0].min())
+                if first == math.inf:
+                    return
+                if bool(((turns[:, 0] > first) & (turns[:, 1] == 0)).any()):
+                    self.hold_together()
+                if first == mine:
+                    break
                 self.keep_up()
-            if item is None or first == math.inf:
-                return
+            assert item is not None
             yield item
 
+    def knows_the_step(self) -> bool:
+        """Whether this process knows the exchanges of a step of the evaluation that runs: it has run one itself."""
+        return True
+
+    def hold_together(self) -> None:
+        """Make all exchanges of the next step now, the same on all ranks, so that it has none."""
+
     def keep_up(self) -> None:
-        """Take part in the exchanges of an evaluation step that other ranks run, where this one has no batch."""
+        """Take part in the exchanges of a step that other ranks run, where this one has no batch."""
 
     def exchange_gradients(self, optimizer: Optimizer) -> None:
         """Average the gradients of parameters that are not spread; runs before each step of an optimizer."""
@@ -411,9 +421,9 @@ def _bring(module: nn.Module, device: torch.device) -> None:
             if not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.to(device)
         for child in module.modules():
-            for name, buffer in child._buffers.items():  # noqa: SLF001  # a buffer has no other name
-                if isinstance(buffer, Tensor) and not isinstance(buffer, DTensor):
-                    child._buffers[name] = buffer.to(device)  # noqa: SLF001
+            for name, buffer in list(child.named_buffers(recurse=False, remove_duplicate=False)):
+                if not isinstance(buffer, DTensor):
+                    setattr(child, name, buffer.to(device))
 
 
 def _fits(module: nn.Module, processes: int) -> bool:
