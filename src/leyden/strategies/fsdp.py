@@ -384,10 +384,14 @@ class FSDPStrategy(MeshStrategy):
         super().backward(loss, *args, **kwargs)
 
     def exchange_gradients(self, optimizer: Optimizer) -> None:
+        self.flush()
+        super().exchange_gradients(optimizer)
+
+    def flush(self) -> None:
+        """Exchange the gradients that a window of accumulation, or a backward by hand, has left waiting."""
         waits = self._pending or (self._by_hand and self._through is not None and self._left_over())
         if waits and not self._alone:
             self._flush()
-        super().exchange_gradients(optimizer)
 
     def _left_over(self) -> bool:
         """Whether backward was called in a way that the module has not noticed."""

@@ -387,6 +387,10 @@ def _parameters(optimizer: Optimizer) -> list[Any]:
 
 def _whole(tensor: DTensor) -> Tensor:
     with torch.no_grad():
+        placements = list(tensor.placements)
+        for dim in range(len(placements)):  # torch warns of all dimensions in one go
+            placements[dim] = Replicate()
+            tensor = tensor.redistribute(placements=placements)
         return tensor.full_tensor()
 
 

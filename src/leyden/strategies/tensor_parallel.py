@@ -19,7 +19,8 @@ from leyden.precision import Precision
 from leyden.runtime.collective import average_flat
 from leyden.runtime.ranks import rank_zero_info
 from leyden.runtime.seed import rng_state, set_rng_state
-from leyden.strategies.mesh import DATA, TENSOR, MeshStrategy, local
+from leyden.strategies.fsdp import FSDPStrategy
+from leyden.strategies.mesh import DATA, TENSOR, local
 from leyden.strategies.tensor.automatic import find
 from leyden.strategies.tensor.layers import Layers, Region
 from leyden.strategies.tensor.plan import checked, described, resolved
@@ -29,7 +30,7 @@ from leyden.tree import leaves
 _MIXED = "got mixed torch.Tensor and DTensor"
 
 
-class TensorParallelStrategy(MeshStrategy):
+class TensorParallelStrategy(FSDPStrategy):
     """Splits layers over devices that work on one batch together.
 
     ::
@@ -50,6 +51,8 @@ class TensorParallelStrategy(MeshStrategy):
         process_group_backend: torch's name for how tensors travel; None is NCCL for GPUs and Gloo for CPUs.
         timeout: After how long an exchange that not all ranks take part in is an error.
         start_method: As for DDPStrategy.
+        **kwargs: How parameters are sharded over groups, as for FSDPStrategy: ``auto_wrap_policy``, ``mixed_precision``,
+            ``cpu_offload``, ``activation_checkpointing_policy``, ``state_dict_type``.
 
     Raises:
         MisconfigurationException: for a way to split that is not known, or a size that does not divide the devices.
@@ -67,15 +70,23 @@ class TensorParallelStrategy(MeshStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         start_method: str = "popen",
+        **kwargs: Any,
     ) -> None:
+        for name in ("sharding_strategy", "device_mesh"):
+            if name in kwargs:
+                raise MisconfigurationException(
+                    f"{type(self).__name__}({name}=...) is not possible: tensor_parallel_size says what the mesh is, and"
+                    " parameters are sharded over its other dimension."
+                )
         super().__init__(
-            parallel_devices, precision_plugin, checkpoint_io, process_group_backend, timeout, start_method
-        )
+            parallel_devices=parallel_devices, precision_plugin=precision_plugin, checkpoint_io=checkpoint_io,
+            process_group_backend=process_group_backend, timeout=timeout, start_method=start_method, **kwargs,
+        )  # fmt: skip
         self._given = None if plan is None else checked(plan)
         self.plan: dict[str, Any] = dict(self._given or {})
         """How each layer is split: what was given, and from the beginning of a run what has come of it."""
         self.tensor_parallel_size = checked_size(type(self).__name__, "tensor_parallel_size", tensor_parallel_size)
-        self._layers: Layers | None = None
+        self._split: Layers | None = None
         self._told: str | None = None
         self._metrics: list[Any] = []
         self._compared = True
@@ -99,6 +110,9 @@ class TensorParallelStrategy(MeshStrategy):
         size = self._size()
         return {DATA: self.world_size // size, TENSOR: size}
 
+    def data_mesh(self) -> Any:
+        return self.device_mesh[DATA]
+
     # ------------------------------------------------------------------ the life of a module
 
     def distribute(self, fitting: bool) -> None:
@@ -109,6 +123,8 @@ class TensorParallelStrategy(MeshStrategy):
 
     def spread(self, module: nn.Module, fitting: bool) -> None:
         self.split(module)
+        if self.data_size > 1:
+            super().spread(module, fitting)
 
     def split(self, module: nn.Module) -> None:
         """Split the layers of ``module`` over the devices of a group, and say how.
@@ -117,7 +133,7 @@ class TensorParallelStrategy(MeshStrategy):
             MisconfigurationException: where nothing can be split, or the plan names what is not there.
         """
         size = self._size()
-        self._layers = layers = Layers(module, self.device_mesh[TENSOR])
+        self._split = layers = Layers(module, self.device_mesh[TENSOR])
         reasons: dict[str, str] = {}
         if self._given is not None:
             self.plan = resolved(self._given, module, size)
@@ -157,9 +173,9 @@ class TensorParallelStrategy(MeshStrategy):
         return {**plan, **found.single}, reasons
 
     def unspread(self, module: nn.Module) -> None:
-        if self._layers is not None:
-            self._layers.undo()
-            self._layers = None
+        if self._split is not None:
+            self._split.undo()
+            self._split = None
         super().unspread(module)
 
     def teardown(self) -> None:
@@ -223,6 +239,7 @@ class TensorParallelStrategy(MeshStrategy):
 
         Devices that add numbers in any order also agree on the gradients of parameters that all in a group have.
         """
+        self.flush()
         if self._alone or self.world_size == 1:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -283,7 +300,7 @@ def share_metrics(module: nn.Module, mesh: Any) -> list[Any]:
         and getattr(child, "process_group", True) is None
     ]
     for metric in metrics:
-        metric.process_group = mesh.get_group(DATA)  # type: ignore[assignment]
+        metric.process_group = mesh.get_group(DATA)
     return metrics
 
 
@@ -320,7 +337,7 @@ def _divisors(number: int) -> list[int]:
 def _nothing_to_split(module: nn.Module, reasons: Mapping[str, str]) -> str:
     whys = "".join(f" {name}: {why}." for name, why in list(reasons.items())[:4])
     return (
-        f"Nothing of {type(module).__name__} can be split over devices by itself: Linear layers one behind the other, attentions,"
-        f" embeddings with their head and single layers of more than a million weights are looked for.{whys} Give a plan, such"
+        f"Nothing of {type(module).__name__} can be split over devices by itself: Linear layers one behind the other,"
+        f" attentions, embeddings with their head and single layers of more than a million weights are looked for.{whys} Give a plan, such"
         " as TensorParallelStrategy(plan={'*.fc1': 'colwise', '*.fc2': 'rowwise'}), or use strategy='ddp' or 'fsdp'."
     )

@@ -43,16 +43,17 @@ def try_out(root: nn.Module, place: Place, region: Region, size: int) -> dict[st
     call = _call(root, place, block)
     if isinstance(call, str):
         return call
-    width = root.get_submodule(place.columns[0]).in_features
+    width: Any = root.get_submodule(place.columns[0]).in_features
     layers = [root.get_submodule(name) for name in (*place.columns, place.row)]
     with _random_weights(layers), _as_it_was(block), isolate_rng(), torch.no_grad():
         whole: list[Any] = []
+        problem = ""
         for shape in _SHAPES:
             given = _given(layers[-1], (*shape, width))
             region.split = False
             try:
                 whole = _outcomes(call, block, layers[-1], given)
-            except Exception as error:  # noqa: BLE001  # whatever the user's code says of what it was given
+            except Exception as error:  # whatever the user's code says of what it was given
                 problem = f"it does not run on a tensor of the shape {tuple(given.shape)} alone: {_first_line(error)}"
                 continue
             break
@@ -74,14 +75,19 @@ def try_out(root: nn.Module, place: Place, region: Region, size: int) -> dict[st
 
 
 def _differs(
-    call: Callable[[Tensor], Any], block: nn.Module, row: nn.Module, given: Tensor, whole: list[Any], fewer: dict[str, int]
+    call: Callable[[Tensor], Any],
+    block: nn.Module,
+    row: nn.Module,
+    given: Tensor,
+    whole: list[Any],
+    fewer: dict[str, int],
 ) -> str | None:
     """Say what is other than it was when activations stay split, and the block has these numbers; None if nothing is."""
     former = {name: getattr(block, name) for name in fewer}
     vars(block).update(fewer)
     try:
         split = _outcomes(call, block, row, given)
-    except Exception as error:  # noqa: BLE001  # as above
+    except Exception as error:  # as above
         return f"its code does not take a part of them ({_first_line(error)})"
     finally:
         vars(block).update(former)
@@ -136,7 +142,7 @@ def _outcomes(call: Callable[[Tensor], Any], block: nn.Module, row: nn.Module, g
     """In evaluation and in training: what the last layer gives, all that is returned, and where the generators are."""
     found: list[list[Any]] = []
     last: list[Tensor] = []
-    handle = row.register_forward_hook(lambda module, args, output: last.append(output))
+    handle = row.register_forward_hook(lambda _module, _args, output: last.append(output))
     try:
         for training in (False, True):
             block.train(training)
@@ -165,14 +171,18 @@ def _same(one: list[Tensor], other: list[Tensor], tolerance: float) -> bool:
     spread = (first - first.reshape(-1, first.shape[-1]).mean(0)).abs().max()
     if bool((first - second).abs().max() > tolerance * spread):
         return False
-    return all(bool((a - b).abs().max() <= tolerance * a.abs().max()) for a, b in zip(one, other, strict=True) if a.numel())
+    return all(
+        bool((a - b).abs().max() <= tolerance * a.abs().max()) for a, b in zip(one, other, strict=True) if a.numel()
+    )
 
 
 @contextmanager
 def _random_weights(layers: list[nn.Module]) -> Iterator[None]:
     locals_ = [_local(p) for layer in layers for p in layer.parameters(recurse=False)]
     kept = [one.clone() for one in locals_]
-    rank = next(p.device_mesh.get_local_rank() for layer in layers for p in layer.parameters() if isinstance(p, DTensor))
+    rank = next(
+        p.device_mesh.get_local_rank() for layer in layers for p in layer.parameters() if isinstance(p, DTensor)
+    )
     try:
         with torch.no_grad():
             number = 0
