@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from leyden.errors import LeydenWarning, MisconfigurationException
 from leyden.hooks import is_written
 from leyden.module import LightningModule
+from leyden.runtime.collective import copy_flat
 from leyden.runtime.ranks import rank_zero_warn
+from leyden.strategies.fully_sharded import come_apart, sharded_layers
 from leyden.strategies.mesh import DATA, TENSOR, MeshStrategy, is_spread
-from leyden.strategies.tensor_parallel import TensorParallelStrategy, checked_size
+from leyden.strategies.tensor_parallel import TensorParallelStrategy, bring, checked_size
 
 
 class ModelParallelStrategy(TensorParallelStrategy):
@@ -95,17 +99,29 @@ class ModelParallelStrategy(TensorParallelStrategy):
         return not is_spread(self.module)
 
     def distribute(self, fitting: bool) -> None:
-        fill(self.module, self.root_device)
+        module = self.module
+        fill(module, self.root_device)
+        plain = [tensor for tensor in (*module.parameters(), *module.buffers()) if not isinstance(tensor, DTensor)]
+        bring(plain, self.root_device)
+        if self.world_size > 1 and plain:
+            with torch.no_grad():
+                copy_flat([tensor.detach() for tensor in plain])
+        layers = sharded_layers(module)
+        if layers and layers[0] is not module:
+            # what the module has sharded of itself is then brought together and let go of as fsdp does it
+            rest = {parameter for parameter in module.parameters() if id(parameter) not in _sharded(layers)}
+            fully_shard(module, mesh=self.data_mesh(), ignored_params=rest)
         super().distribute(fitting)
 
     def spread(self, module: nn.Module, fitting: bool) -> None:
         """The module has not spread anything: it is whole on each process, as with ddp."""
 
-    def come_home(self) -> None:
-        if is_spread(self.module):
-            self._waits, self._held = False, None  # only its own code could split it anew
-        else:
-            super().come_home()
+    def unspread(self, module: nn.Module) -> None:
+        come_apart(module)  # only its own code could split it anew
+
+
+def _sharded(layers: list[Any]) -> set[int]:
+    return {id(parameter) for layer in layers for parameter in layer.parameters()}
 
 
 def fill(module: nn.Module, device: torch.device) -> None:

@@ -6,12 +6,13 @@ With fewer devices in such a group than there are, the groups share out the data
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from leyden.errors import MisconfigurationException
@@ -157,7 +158,7 @@ class TensorParallelStrategy(FSDPStrategy):
             layers.split(place.row, "rowwise_split", region)
         for name, word in found.single.items():
             layers.split(name, word)
-        _bring_to(module, self.root_device)
+        bring((*module.parameters(), *module.buffers()), self.root_device)
         outcomes = [try_out(module, place, region, size) for place, region in zip(found.places, regions, strict=True)]
         agreed = self.gather_objects([outcome for outcome in outcomes if isinstance(outcome, str)])
         alike = all(one == agreed[0] for one in agreed)
@@ -323,11 +324,12 @@ def _digest(tensor: Tensor) -> tuple[float, float]:
     return float(flat.sum()), float((flat * torch.arange(1, len(flat) + 1, dtype=torch.float64)).sum())
 
 
-def _bring_to(module: nn.Module, device: torch.device) -> None:
-    """Bring to the device what is not split, so that a trial can run."""
+def bring(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Bring plain tensors of a module to ``device``, in their place."""
     with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.data = tensor.data.to(device)
+        for tensor in tensors:
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(device)
 
 
 def _divisors(number: int) -> list[int]:
@@ -338,6 +340,7 @@ def _nothing_to_split(module: nn.Module, reasons: Mapping[str, str]) -> str:
     whys = "".join(f" {name}: {why}." for name, why in list(reasons.items())[:4])
     return (
         f"Nothing of {type(module).__name__} can be split over devices by itself: Linear layers one behind the other,"
-        f" attentions, embeddings with their head and single layers of more than a million weights are looked for.{whys} Give a plan, such"
-        " as TensorParallelStrategy(plan={'*.fc1': 'colwise', '*.fc2': 'rowwise'}), or use strategy='ddp' or 'fsdp'."
+        " attentions, embeddings with their head and single layers of more than a million weights are looked for."
+        f"{whys} Give a plan, such as TensorParallelStrategy(plan={{'*.fc1': 'colwise', '*.fc2': 'rowwise'}}), or use"
+        " strategy='ddp' or 'fsdp'."
     )
