@@ -126,6 +126,7 @@ class FSDPStrategy(MeshStrategy):
             "sharding_strategy", getattr(sharding_strategy, "name", sharding_strategy), STRATEGIES
         )
         self.state_dict_type = _one_of("state_dict_type", state_dict_type, STATE_DICT_TYPES)
+        self.saves_shards = self.state_dict_type == "sharded"
         self._given_mesh = _read_mesh(device_mesh, self.sharding_strategy)
         self._through: Through | None = None
         self._loop: Any = None
@@ -483,6 +484,7 @@ class FSDPStrategy(MeshStrategy):
         return found
 
     def load_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        gradients = self.read_gradients(gradients)
         if self._through is not None:
             names = {id(parameter): name for name, parameter in self.module.named_parameters()}
             for layer in fully_sharded.sharded_layers(self.module):
@@ -490,7 +492,7 @@ class FSDPStrategy(MeshStrategy):
                 layer.reshard()
             for part in fully_sharded.parts(self.module):
                 gradient = gradients.get(names.get(id(part.sharded_param), ""))
-                if gradient is None or gradient.shape != part.sharded_param.shape:
+                if gradient is None or isinstance(gradient, DTensor) or gradient.shape != part.sharded_param.shape:
                     continue
                 if gradient.shape != local(part.sharded_param).shape:
                     fully_sharded.let_wait(part, gradient)
