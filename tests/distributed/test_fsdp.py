@@ -73,7 +73,9 @@ class Deep(L.LightningModule):
         return torch.cat([self(batch[0]), batch[2][:, None]], 1)
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:
-        norm = self.trainer.strategy.clip_gradients(optimizer, gradient_clip_val or 1e9, gradient_clip_algorithm or "norm")
+        norm = self.trainer.strategy.clip_gradients(
+            optimizer, gradient_clip_val or 1e9, gradient_clip_algorithm or "norm"
+        )
         if norm is not None:
             assert not isinstance(norm, DTensor)
             self.norms.append(norm.item())
@@ -83,7 +85,9 @@ class Deep(L.LightningModule):
             optimizer: Any = torch.optim.Adam(self.parameters(), 0.01)
         else:
             optimizer = torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)
-        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.004, 50), "interval": "step"}]
+        return [optimizer], [
+            {"scheduler": torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.004, 50), "interval": "step"}
+        ]
 
 
 def by_blocks(**arguments: Any) -> FSDPStrategy:

@@ -28,7 +28,7 @@ from leyden.precision import Precision
 from leyden.precision.base import TruePrecision
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.strategies import fully_sharded, units
-from leyden.strategies.mesh import DATA, MeshStrategy, local
+from leyden.strategies.mesh import DATA, MeshStrategy, local, rebuilt
 from leyden.strategies.through import Through
 from leyden.tree import leaves, tree_map
 
@@ -480,7 +480,7 @@ class FSDPStrategy(MeshStrategy):
         for part in fully_sharded.parts(self.module):
             gradient = fully_sharded.waiting(part)
             if gradient is not None:
-                found[names[id(part.sharded_param)]] = gradient
+                found[names[id(part.sharded_param)]] = local(gradient)
         return found
 
     def load_gradients(self, gradients: Mapping[str, Tensor]) -> None:
@@ -492,10 +492,12 @@ class FSDPStrategy(MeshStrategy):
                 layer.reshard()
             for part in fully_sharded.parts(self.module):
                 gradient = gradients.get(names.get(id(part.sharded_param), ""))
-                if gradient is None or isinstance(gradient, DTensor) or gradient.shape != part.sharded_param.shape:
+                whole = fully_sharded.twin(part)
+                if gradient is None or isinstance(gradient, DTensor) or gradient.shape != local(whole).shape:
                     continue
                 if gradient.shape != local(part.sharded_param).shape:
-                    fully_sharded.let_wait(part, gradient)
+                    waits = rebuilt(gradient, whole) if isinstance(whole, DTensor) else gradient
+                    fully_sharded.let_wait(part, waits)
                     self._pending = True
         super().load_gradients(gradients)
 

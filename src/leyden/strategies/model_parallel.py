@@ -64,7 +64,7 @@ class ModelParallelStrategy(TensorParallelStrategy):
             timeout=timedelta(minutes=30) if timeout is None else timeout,
         )
         self.data_parallel_size = checked_size(type(self).__name__, "data_parallel_size", data_parallel_size)
-        self.save_distributed_checkpoint = save_distributed_checkpoint
+        self.save_distributed_checkpoint = self.saves_shards = bool(save_distributed_checkpoint)
 
     def assign(self, devices: list[torch.device], num_nodes: int) -> None:
         MeshStrategy.assign(self, devices, num_nodes)
