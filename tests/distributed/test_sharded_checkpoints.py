@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 import leyden as L
-from leyden import files, folders, shards
-from leyden.callbacks import ModelCheckpoint
-from leyden.checkpoint_io import AsyncCheckpointIO
+from leyden import files, folders
 from leyden.cli import ckpt
 from leyden.errors import CheckpointError
 from leyden.strategies.fsdp import FSDPStrategy

@@ -65,7 +65,10 @@ def _stage(path: Path, devices: int, strategy: Any, epochs: int, resumes: bool) 
     L.seed_everything(3, verbose=False)
     module = Perceptron()
     trainer = make_trainer(devices, strategy=strategy, max_epochs=epochs, num_sanity_val_steps=0)
-    loaders = DataLoader(numbers(24), 8 // trainer.strategy.data_size), DataLoader(numbers(5), 4 // trainer.strategy.data_size)
+    loaders = (
+        DataLoader(numbers(24), 8 // trainer.strategy.data_size),
+        DataLoader(numbers(5), 4 // trainer.strategy.data_size),
+    )
     trainer.fit(module, *loaders, ckpt_path=path if resumes else None)
     trainer.save_checkpoint(path)
     (tested,) = trainer.test(module, loaders[1], verbose=False)

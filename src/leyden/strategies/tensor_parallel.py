@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from leyden.errors import MisconfigurationException
+from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.precision import Precision
 from leyden.runtime.collective import average_flat
 from leyden.runtime.ranks import rank_zero_info
@@ -28,6 +28,10 @@ from leyden.strategies.tensor.plan import checked, described, resolved
 from leyden.strategies.tensor.trial import try_out
 from leyden.tree import leaves
 
+_SHARDING = (
+    "accelerator", "cluster_environment", "auto_wrap_policy", "mixed_precision", "cpu_offload",
+    "activation_checkpointing", "activation_checkpointing_policy", "state_dict_type", "ignored_modules", "ignored_states",
+)  # fmt: skip
 _MIXED = "got mixed torch.Tensor and DTensor"
 
 
@@ -73,12 +77,7 @@ class TensorParallelStrategy(FSDPStrategy):
         start_method: str = "popen",
         **kwargs: Any,
     ) -> None:
-        for name in ("sharding_strategy", "device_mesh"):
-            if name in kwargs:
-                raise MisconfigurationException(
-                    f"{type(self).__name__}({name}=...) is not possible: tensor_parallel_size says what the mesh is, and"
-                    " parameters are sharded over its other dimension."
-                )
+        _check_kwargs(type(self).__name__, kwargs)
         super().__init__(
             parallel_devices=parallel_devices, precision_plugin=precision_plugin, checkpoint_io=checkpoint_io,
             process_group_backend=process_group_backend, timeout=timeout, start_method=start_method, **kwargs,
@@ -91,6 +90,8 @@ class TensorParallelStrategy(FSDPStrategy):
         self._told: str | None = None
         self._metrics: list[Any] = []
         self._compared = True
+        self._all_words = False
+        """Whether all that is split computes with plain tensors outside of its layers."""
 
     # ------------------------------------------------------------------ who and where
 
@@ -144,6 +145,7 @@ class TensorParallelStrategy(FSDPStrategy):
             self.plan, reasons = self._find(module, layers, size)
         if not self.plan:
             raise MisconfigurationException(_nothing_to_split(module, reasons))
+        self._all_words = all(isinstance(style, str) for style in self.plan.values())
         if (text := described(self.plan, reasons, size)) != self._told:
             self._told = text
             rank_zero_info("%s", text)
@@ -208,14 +210,14 @@ class TensorParallelStrategy(FSDPStrategy):
         if not self._compared:
             self._compare(args[0] if args else None)
         try:
-            return super().training_step(*args)
+            output = super().training_step(*args)
         except RuntimeError as error:
             if _MIXED in str(error):
-                raise RuntimeError(
-                    f"{error}\nThe weight of a layer that is split was used outside of the layer (by its name, or in a loss)."
-                    " Leave that layer whole: TensorParallelStrategy(plan={..., 'its.name': 'replicate'})."
-                ) from error
+                raise _used_outside(f"{error}\n") from error
             raise
+        if self._all_words and isinstance(output["loss"] if isinstance(output, Mapping) else output, DTensor):
+            raise _used_outside("")
+        return output
 
     def _compare(self, batch: Any) -> None:
         """Once for each fit: those that work on one batch must have got the same.
@@ -224,6 +226,7 @@ class TensorParallelStrategy(FSDPStrategy):
             MisconfigurationException: if they have not; on all ranks.
         """
         self._compared = True
+        self._share_generators()  # a checkpoint of another strategy may have put back others
         size = self._size()
         looks = self.gather_objects(fingerprint(batch))
         for first in range(0, self.world_size, size):
@@ -273,6 +276,27 @@ def _dimensions(tensor: Any) -> tuple[str, ...]:
 def _is_whole_in_group(tensor: Any) -> bool:
     names = _dimensions(tensor)
     return TENSOR not in names or bool(tensor.placements[names.index(TENSOR)].is_replicate())
+
+
+def _used_outside(before: str) -> RuntimeError:
+    return RuntimeError(
+        f"{before}The weight of a layer that is split was used outside of the layer: by its name, or in the loss. Leave that layer"
+        " whole: TensorParallelStrategy(plan={..., 'its.name': 'replicate'})."
+    )
+
+
+def _check_kwargs(owner: str, kwargs: Mapping[str, Any]) -> None:
+    for name in kwargs:
+        if name in ("sharding_strategy", "device_mesh"):
+            raise MisconfigurationException(
+                f"{owner}({name}=...) is not possible: tensor_parallel_size says what the mesh is, and parameters are sharded"
+                " over its other dimension."
+            )
+        if name not in _SHARDING:
+            known = ("plan", "tensor_parallel_size", *_SHARDING)
+            raise MisconfigurationException(
+                f"{owner}({name}=...) is not known. It takes {', '.join(known)}.{did_you_mean(name, known)}"
+            )
 
 
 def checked_size(owner: str, name: str, size: Any) -> str | int:
