@@ -143,6 +143,10 @@ class TensorParallelStrategy(FSDPStrategy):
                 layers.split(name, style)
         else:
             self.plan, reasons = self._find(module, layers, size)
+        for name, encoder in module.named_modules():
+            if getattr(encoder, "use_nested_tensor", False) and any(key.startswith(f"{name}.") for key in self.plan):
+                layers.set_numbers(name, {"use_nested_tensor": False})
+                reasons[name] = "padded positions are computed in evaluation too, where nested tensors would give 0"
         if not self.plan:
             raise MisconfigurationException(_nothing_to_split(module, reasons))
         self._all_words = all(isinstance(style, str) for style in self.plan.values())
@@ -280,8 +284,8 @@ def _is_whole_in_group(tensor: Any) -> bool:
 
 def _used_outside(before: str) -> RuntimeError:
     return RuntimeError(
-        f"{before}The weight of a layer that is split was used outside of the layer: by its name, or in the loss. Leave that layer"
-        " whole: TensorParallelStrategy(plan={..., 'its.name': 'replicate'})."
+        f"{before}The weight of a layer that is split was used outside of the layer: by its name, or in the loss. Leave that"
+        " layer whole: TensorParallelStrategy(plan={..., 'its.name': 'replicate'})."
     )
 
 
