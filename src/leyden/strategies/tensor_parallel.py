@@ -196,17 +196,11 @@ class TensorParallelStrategy(FSDPStrategy):
         size = self._size()
         if size == 1:
             return
-        device, leads = self.root_device, self.global_rank % size == 0
-        mine: dict[str, Any] | None = None
-        if leads:
-            mine = rng_state(include_cuda=False)
-            if device.type == "cuda":
-                mine["own"] = torch.cuda.get_rng_state(device)
-        state = self.gather_objects(mine)[self.global_rank - self.global_rank % size]
+        leads = self.global_rank % size == 0
+        states = self.gather_objects(generators(self.root_device) if leads else None)
+        state = states[self.global_rank - self.global_rank % size]
         if not leads and state is not None:
-            set_rng_state(state)
-            if device.type == "cuda":
-                torch.cuda.set_rng_state(state["own"], device)
+            put_generators(state, self.root_device)
 
     # ------------------------------------------------------------------ steps
 
@@ -275,6 +269,21 @@ def _dimensions(tensor: Any) -> tuple[str, ...]:
     """The names of the dimensions of the mesh over which a tensor is spread; none for a plain one."""
     mesh = getattr(tensor, "device_mesh", None)
     return () if mesh is None else tuple(mesh.mesh_dim_names or ("",))
+
+
+def generators(device: torch.device) -> dict[str, Any]:
+    """Return the state of the generators that this process draws from."""
+    state = rng_state(include_cuda=False)
+    if device.type == "cuda":
+        state["own"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def put_generators(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put back what ``generators`` returned, also of a process with another device."""
+    set_rng_state(state)
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["own"], device)
 
 
 def _is_whole_in_group(tensor: Any) -> bool:
