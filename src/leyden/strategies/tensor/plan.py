@@ -171,11 +171,11 @@ def grouped(names: Iterable[str]) -> dict[str, int]:
 def described(plan: Mapping[str, Any], reasons: Mapping[str, str], size: int) -> str:
     """Return, for people, what is split and how, and what is not and why."""
     if not plan:
-        return f"Tensor parallel on {size} devices: nothing is split."
+        return f"Tensor parallel: nothing is split."
     kinds: dict[str, list[str]] = {}
     for name, style in plan.items():
         kinds.setdefault(style if isinstance(style, str) else type(style).__name__, []).append(name)
-    lines = [f"Tensor parallel on {size} devices:"]
+    lines = [f"Tensor parallel on {size} device{'s' * (size > 1)}:"]
     for word, names in kinds.items():
         shown = [name if count == 1 else f"{name} ({count})" for name, count in grouped(names).items()]
         meaning = f" ({WORDS[word]})" if word in WORDS else ""
