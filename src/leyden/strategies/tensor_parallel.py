@@ -135,7 +135,7 @@ class TensorParallelStrategy(FSDPStrategy):
             MisconfigurationException: where nothing can be split, or the plan names what is not there.
         """
         size = self._size()
-        self._split = layers = Layers(module, self.device_mesh[TENSOR])
+        self._split = layers = Layers(module, self.device_mesh[TENSOR], self.root_device)
         reasons: dict[str, str] = {}
         if self._given is not None:
             self.plan = resolved(self._given, module, size)
