@@ -296,7 +296,7 @@ def copy_to(given: Tensor, mesh: Any) -> Tensor:
 
 
 def add_up(part: Tensor, mesh: Any) -> Tensor:
-    """Return the sum of what the devices have computed; ``part`` is used up."""
+    """Return the sum of what the devices have computed."""
     return part if mesh.size() == 1 else _Sum.apply(part, mesh.get_group())  # type: ignore[no-untyped-call]
 
 
@@ -335,10 +335,8 @@ class _Copy(torch.autograd.Function):
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
-        total = part.contiguous()
-        if total is part:
-            ctx.mark_dirty(part)
+    def forward(_ctx: Any, part: Tensor, group: Any) -> Tensor:
+        total = part.clone(memory_format=torch.contiguous_format)  # torch.compile does not follow what is changed in place
         dist.all_reduce(total, group=group)
         return total
 
