@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -141,3 +142,477 @@ def test_f1_f2_f4_sc3_m1_m5_ddp_and_fsdp_give_the_numbers_of_one_process(kind: s
     assert len(one[0]) == 20
     for strategy in ("ddp", "fsdp", "blocks"):
         same(one, on_ranks(2, train, 2, strategy, kind, options))
+
+
+# ---------------------------------------------------------------------------------------------- what modules do
+
+
+class Twice(Deep):
+    """Runs forward twice for one loss."""
+
+    def loss(self, batch: Any) -> Tensor:
+        return (self(batch[0]) + self(-batch[0]) - batch[1]).square().mean()
+
+
+class Frozen(Deep):
+    """Trains the head and one block only."""
+
+    def __init__(self, optimizer: str = "sgd") -> None:
+        super().__init__(optimizer)
+        self.enter.requires_grad_(False)
+        self.blocks[0].requires_grad_(False)
+
+
+class Tied(Deep):
+    """Two blocks are one; two more share a weight, and so do the layers around the blocks."""
+
+    def __init__(self, optimizer: str = "sgd") -> None:
+        super().__init__(optimizer)
+        self.blocks.append(self.blocks[0])
+        self.blocks[1].first.weight = self.blocks[2].first.weight
+        self.back = nn.Linear(6, 4)
+        self.back.weight = nn.Parameter(self.enter.weight.detach().T.contiguous())
+        self.again = nn.Linear(4, 6)
+        self.again.weight = self.enter.weight
+
+    def loss(self, batch: Any) -> Tensor:
+        return (
+            super().loss(batch) + self.again(batch[0]).square().mean() + self.back(self.enter(batch[0])).square().mean()
+        )
+
+
+class Direct(Deep):
+    """Calls layers and uses weights in its steps, not in its forward."""
+
+    def loss(self, batch: Any) -> Tensor:
+        x = torch.nn.functional.linear(batch[0], self.enter.weight, self.enter.bias)
+        x = self.blocks[2](self.blocks[0](x)) + self.shift.mean()
+        return (self.leave(x) - batch[1]).square().mean()
+
+
+class Compiled(Deep):
+    """One block is compiled by the user."""
+
+    def __init__(self, optimizer: str = "sgd") -> None:
+        super().__init__(optimizer)
+        self.blocks[1] = torch.compile(self.blocks[1], backend="eager")  # type: ignore[call-overload]
+
+
+class Weighs(Deep):
+    """Says how much its batches weigh."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return {"loss": super().training_step(batch, batch_idx), "num_items": len(batch[0])}
+
+
+class Norms(Deep):
+    """With batch norms, whose statistics are those of all ranks."""
+
+    def __init__(self, optimizer: str = "sgd") -> None:
+        super().__init__(optimizer)
+        self.blocks.insert(1, nn.BatchNorm1d(6))
+
+
+class Saved(Deep):
+    """A hook calls a layer by itself, and the module for a summary, between batches."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        with torch.no_grad():
+            self.leave(self.blocks[1](self.enter(batch[0])))
+            self(batch[0])
+
+    def on_fit_start(self) -> None:
+        with torch.no_grad():
+            self.blocks[1](self.enter(torch.zeros(2, 4)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler asks every tensor for it
+@pytest.mark.parametrize("made", [Twice, Frozen, Tied, Direct, Compiled, Weighs, Norms, Saved])
+def test_f5_whatever_a_module_does_with_its_layers_the_numbers_are_those_of_one_process(made: Any) -> None:
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    if made is Norms:
+        options["sync_batchnorm"] = True
+    kind = "sgd" if made is Norms else "adam"  # Adam makes steps of rounding errors, where a norm makes a bias void
+    one = train(1, "auto", kind, options, made)
+    for strategy in ("fsdp", "blocks"):
+        same(one, on_ranks(2, train, 2, strategy, kind, options, made))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("strategy", ["fsdp", "blocks"])
+def test_f5_steps_that_the_trainer_compiles(strategy: str) -> None:
+    options: dict[str, Any] = {"compile": {"backend": "eager"}, "accumulate_grad_batches": 2}
+    one = train(1, "auto", "sgd", {"accumulate_grad_batches": 2})
+    same(one, on_ranks(2, train, 2, strategy, "sgd", options))
+
+
+class Gan(L.LightningModule):
+    """Two networks, two optimizers, by hand: with blocks, or without; with the users' usual calls."""
+
+    def __init__(self, kind: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.automatic_optimization = False
+        self.kind = kind
+        self.generator = nn.Sequential(nn.Linear(4, 6), Block(6), nn.Linear(6, 4))
+        self.critic = nn.Sequential(nn.Linear(4, 6), Block(6), nn.Linear(6, 1))
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, one, two = batch[0], *self.optimizers()
+        sigmoid = torch.nn.functional.binary_cross_entropy_with_logits
+        self.toggle_optimizer(one)
+        loss = sigmoid(self.critic(self.generator(x)), torch.ones(len(x), 1))
+        if self.kind == "direct":
+            loss.backward()
+        else:
+            self.manual_backward(loss)
+        assert all(p.grad is None for group in two.param_groups for p in group["params"]) or batch_idx
+        self.clip_gradients(one, 0.1)
+        one.step()
+        one.zero_grad()
+        self.untoggle_optimizer(one)
+        self.toggle_optimizer(two)
+        for part in (x, self.generator(x).detach()):  # two backwards for one step
+            wanted = torch.full((len(x), 1), float(part is x))
+            other = sigmoid(self.critic(part), wanted)
+            self.manual_backward(other)
+            self.losses.append(other.item())
+        two.step()
+        two.zero_grad()
+        self.untoggle_optimizer(two)
+        self.losses.append(loss.item())
+
+    def configure_optimizers(self) -> Any:
+        return (
+            torch.optim.Adam(self.generator.parameters(), 0.01),
+            torch.optim.SGD(self.critic.parameters(), 0.01, momentum=0.9),
+        )
+
+
+def train_gan(devices: int, strategy: str, kind: str) -> Any:
+    L.seed_everything(11, verbose=False)
+    module, named = Gan(kind), by_blocks() if strategy == "blocks" else strategy
+    trainer = make_trainer(devices, strategy=named, max_epochs=2)
+    trainer.fit(module, DataLoader(data(40), 8 // devices, shuffle=True))
+    return module.losses, weights(module), trainer.global_step
+
+
+@pytest.mark.parametrize(("strategy", "kind"), [("fsdp", ""), ("blocks", ""), ("fsdp", "direct"), ("blocks", "direct")])
+def test_f1_f5_z3_a_gan_by_hand(strategy: str, kind: str) -> None:
+    losses, values, steps = train_gan(1, "auto", kind)
+    ranks = on_ranks(2, train_gan, 2, strategy, kind)
+    assert [sum(pair) / 2 for pair in zip(ranks[0][0], ranks[1][0], strict=True)] == pytest.approx(losses, abs=1e-5)
+    for rank in ranks:
+        assert torch.allclose(rank[1], values, atol=1e-5)
+        assert rank[2] == steps
+
+
+class Several(Deep):
+    """Two optimizers, automatically: on one loss, a loss each, or a call each."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return (
+            [loss, loss * 0.5 + self.blocks[2](self.enter(batch[0])).square().mean()] if self.kind == "list" else loss
+        )
+
+    def configure_optimizers(self) -> Any:
+        own = [*self.blocks[1].parameters(), *self.leave.parameters()]
+        ids = {id(p) for p in own}
+        rest = [p for p in self.parameters() if id(p) not in ids]
+        return torch.optim.Adam(rest, 0.01), torch.optim.SGD(own, 0.001, momentum=0.9)
+
+
+class Indexed(Several):
+    """A call for each optimizer, which alone requires gradients."""
+
+    def training_step(self, batch: Any, batch_idx: int, optimizer_idx: int) -> Any:  # type: ignore[override]
+        return Deep.training_step(self, batch, batch_idx) * (1 + optimizer_idx)
+
+
+class Closure(Deep):
+    """Overrides optimizer_step, so that the step runs inside the optimizer's."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer.step(closure=optimizer_closure)
+
+
+@pytest.mark.parametrize(("made", "kind"), [(Several, "one"), (Several, "list"), (Indexed, "one"), (Closure, "adam")])
+def test_f1_f5_other_ways_to_train_a_batch(made: Any, kind: str) -> None:
+    options = {"accumulate_grad_batches": 2}
+    one = train(1, "auto", kind, options, made)
+    for strategy in ("fsdp", "blocks"):
+        same(one, on_ranks(2, train, 2, strategy, kind, options, made))
+
+
+class Skips(Deep):
+    """Rank 1 has nothing to learn in some steps: before, or after its forward."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        skips = self.trainer.global_rank == 1 and batch_idx in (1, 2)
+        if skips and self.kind == "before":
+            return None
+        loss = super().training_step(batch, batch_idx)
+        return None if skips and self.kind == "after" else loss
+
+
+def skip(strategy: str, kind: str) -> Any:
+    L.seed_everything(11, verbose=False)
+    module, named = Skips(kind), by_blocks() if strategy == "blocks" else strategy
+    make_trainer(2, strategy=named, max_epochs=1).fit(module, DataLoader(data(40), 4), DataLoader(data(3), 3))
+    return weights(module)
+
+
+@pytest.mark.filterwarnings("ignore:.*returned None")
+@pytest.mark.parametrize("kind", ["before", "after"])
+def test_d3_a_step_that_returns_none_on_one_rank_counts_with_gradients_of_zero(kind: str) -> None:
+    reference = on_ranks(2, skip, "ddp", kind)
+    for strategy in ("fsdp", "blocks"):
+        for rank in on_ranks(2, skip, strategy, kind):
+            assert torch.allclose(rank, reference[0], atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+class Looks(Deep):
+    """Counts, in the middle of a fit, what this process holds."""
+
+    def __init__(self, kind: str = "adam") -> None:
+        super().__init__(kind, 8)
+        self.held: list[tuple[int, int, int]] = []
+        self.types: set[type] = set()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        spread = [p for p in self.parameters() if isinstance(p, DTensor)]
+        states = [s for p, s in optimizer.state.items() if isinstance(p, DTensor)]
+        self.held.append(
+            (
+                sum(p.to_local().numel() for p in spread),
+                sum(p.grad.to_local().numel() for p in spread),  # type: ignore[union-attr]
+                sum(s["exp_avg"].to_local().numel() + s["exp_avg_sq"].to_local().numel() for s in states),
+            )
+        )
+        self.types = {type(p) for p in self.parameters() if p.dim()}
+
+
+def look(shape: dict[str, Any], devices: int) -> Any:
+    module = Looks()
+    total = sum(p.numel() for p in module.parameters() if p.dim())
+    strategy = by_blocks(**shape)
+    make_trainer(devices, strategy=strategy, max_epochs=1).fit(module, DataLoader(data(16), 2), DataLoader(data(3), 3))
+    return (
+        total,
+        module.held[-1],
+        module.types,
+        dict(zip(strategy.device_mesh.mesh_dim_names, strategy.device_mesh.shape, strict=True)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("devices", "shape", "copies"),
+    [
+        (2, {}, 1),
+        (2, {"sharding_strategy": "SHARD_GRAD_OP"}, 1),
+        (2, {"sharding_strategy": "NO_SHARD"}, 2),
+        (4, {"sharding_strategy": "HYBRID_SHARD", "device_mesh": (2, 2)}, 2),
+    ],
+    ids=["full", "grad op", "none", "hybrid"],
+)
+def test_f4_each_rank_holds_its_share_of_weights_gradients_and_optimizer_state(
+    devices: int, shape: dict[str, Any], copies: int
+) -> None:
+    for total, (held, gradients, states), types, mesh in on_ranks(devices, look, shape, devices):
+        share = total * copies / devices
+        assert share * 0.8 <= held <= share * 1.2  # what does not divide evenly is on the first ranks
+        assert gradients == held
+        assert states == 2 * held
+        assert types == {DTensor} or all(issubclass(kind, DTensor) for kind in types)
+        assert mesh["data_parallel"] == devices // copies
+
+
+@pytest.mark.parametrize(
+    ("devices", "shape"),
+    [
+        (2, {"sharding_strategy": "SHARD_GRAD_OP"}),
+        (2, {"sharding_strategy": "NO_SHARD"}),
+        (4, {"sharding_strategy": "HYBRID_SHARD", "device_mesh": (2, 2)}),
+        (2, {"cpu_offload": True}),
+        (2, {"activation_checkpointing_policy": {Block}}),
+        (2, {"activation_checkpointing_policy": {nn.Linear}, "sharding_strategy": "SHARD_GRAD_OP"}),
+        (1, {}),
+    ],
+    ids=["grad op", "none", "hybrid", "offload", "recomputed", "recomputed inside", "one process"],
+)
+def test_f1_every_way_to_shard_gives_the_numbers_of_one_process(devices: int, shape: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    one = train(1, "auto", "adam", options)
+    same(one, on_ranks(devices, train_by, devices, shape, options))
+
+
+def train_by(devices: int, shape: dict[str, Any], options: dict[str, Any]) -> Any:
+    return train(devices, by_blocks(**shape), "adam", options)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------- a run, and after it
+
+
+def lives(strategy: str) -> Any:
+    L.seed_everything(11, verbose=False)
+    module, loader = Deep("adam"), DataLoader(data(16), 2)
+    named: Any = by_blocks() if strategy == "blocks" else strategy
+    trainer = make_trainer(2, strategy=named, max_epochs=1)
+    x = torch.ones(2, 4)
+    found = []
+    trainer.fit(module, loader, DataLoader(data(3), 3))
+    assert type(module) is Deep
+    assert type(module.blocks[0]) is Block
+    if trainer.global_rank == 0:  # alone: the others do not wait
+        found.append(module(x).detach())
+        assert list(module.state_dict()) == list(Deep().state_dict())
+        copy.deepcopy(module)
+    state = trainer.optimizers[0].state_dict()["state"]
+    assert state[2]["exp_avg"].shape == module.enter.weight.shape
+    found.append(trainer.test(module, DataLoader(data(13), 3), verbose=False)[0]["val"])
+    predicted = trainer.predict(module, DataLoader(data(5), 2))
+    assert predicted is not None
+    found.append(torch.cat(list(predicted)) if predicted else torch.zeros(0, 5))
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader, DataLoader(data(3), 3))  # goes on
+    found.append(weights(module))
+    trainer.validate(module, DataLoader(data(7), 2), verbose=False)
+    found.append(trainer.callback_metrics["val"])
+    assert not [p for p in module.parameters() if p.is_inference()]
+    make_trainer(1, strategy="single_device", max_epochs=1).fit(module, loader, DataLoader(data(3), 3))
+    return found, trainer.global_step
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "blocks"])
+def test_t1_fit_test_predict_fit_and_a_plain_module_after_each(strategy: str) -> None:
+    ddp, sharded = on_ranks(2, lives, "ddp"), on_ranks(2, lives, strategy)
+    for (theirs, steps), (mine, my_steps) in zip(ddp, sharded, strict=True):
+        assert steps == my_steps == 8
+        for one, two in zip(theirs, mine, strict=True):
+            assert torch.allclose(torch.as_tensor(one), torch.as_tensor(two), atol=1e-5)
+
+
+class Listens(Deep):
+    """Looks at everything in its evaluation, of two loaders."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return super().predict_step(batch, batch_idx)
+
+
+def evaluate(shape: dict[str, Any]) -> Any:
+    found = []
+    for counts in ((1, 7), (3, 1), (13, 2), (12, 12)):
+        L.seed_everything(1, verbose=False)
+        module, trainer = Listens(), make_trainer(2, strategy=by_blocks(**shape))
+        loaders = [DataLoader(data(count), 2) for count in counts]
+        values = trainer.validate(module, loaders, verbose=False)
+        seen = list(module.evaluated)
+        module.evaluated.clear()
+        predicted = trainer.predict(module, loaders)
+        assert predicted is not None
+        found.append((values, seen, [row for loader in predicted for batch in loader for row in batch.tolist()]))
+    return found
+
+
+@pytest.mark.parametrize("shape", [{}, {"sharding_strategy": "SHARD_GRAD_OP"}], ids=["full", "grad op"])
+def test_m1_m5_u2_an_evaluation_of_which_a_rank_has_fewer_batches_or_none(shape: dict[str, Any]) -> None:
+    ranks = on_ranks(2, evaluate, shape)
+    for index, counts in enumerate(((1, 7), (3, 1), (13, 2), (12, 12))):
+        L.seed_everything(1, verbose=False)
+        expected = make_trainer(1).validate(Listens(), [DataLoader(data(c), 2) for c in counts], verbose=False)
+        zero, one = ranks[0][index], ranks[1][index]
+        assert sorted(zero[1] + one[1]) == sorted([*range(counts[0]), *range(counts[1])])
+        assert len(zero[2]) + len(one[2]) == sum(counts)
+        for rank in (zero, one):
+            for values, theirs in zip(expected, rank[0], strict=True):
+                assert theirs == pytest.approx(values, abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+class Records(Deep):
+    """Draws random numbers in its steps, and remembers the samples."""
+
+    def __init__(self, kind: str = "adam") -> None:
+        super().__init__(kind)
+        self.samples: list[list[int]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.samples.append(batch[2].tolist())
+        return super().training_step([batch[0] + 0.1 * torch.rand_like(batch[0]), *batch[1:]], batch_idx)
+
+
+def go_on(devices: int, strategy: str, path: str | None, save: str | None, options: dict[str, Any]) -> Any:
+    """Train up to batch ``options["stop"]``, or from ``path`` to the end; save where it stands."""
+    L.seed_everything(11, verbose=False)
+    options = dict(options)
+    stop, made = options.pop("stop", None), options.pop("made", Records)
+    module = made("adam")
+    named: Any = by_blocks() if strategy == "blocks" else strategy
+    callbacks = [] if stop is None else [_Saves(stop, save)]
+    trainer = make_trainer(devices, strategy=named, max_epochs=2, callbacks=callbacks, **options)
+    loader = DataLoader(data(40), 8 // devices, shuffle=True)
+    trainer.fit(module, loader, DataLoader(data(6), 6 // devices), ckpt_path=path)
+    return module.samples, module.losses, weights(module), trainer.global_step
+
+
+class _Saves(L.Callback):
+    """Saves after some batch, and goes on."""
+
+    def __init__(self, batch: int, path: str | None) -> None:
+        self.batch, self.path = batch, path
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.progress.batches == self.batch:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "blocks"])
+@pytest.mark.parametrize("stop", [3, 4])
+def test_r4_a_run_goes_on_exactly_also_inside_a_window_of_accumulation(tmp_path: Any, strategy: str, stop: int) -> None:
+    path, options = str(tmp_path / "a.ckpt"), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    whole = on_ranks(2, go_on, 2, strategy, None, path, {**options, "stop": stop})
+    again = on_ranks(2, go_on, 2, strategy, path, None, options)
+    for rank, resumed in zip(whole, again, strict=True):
+        assert resumed[0] == rank[0][stop:]
+        assert resumed[1] == rank[1][stop:]
+        assert torch.equal(resumed[2], rank[2])
+        assert resumed[3] == rank[3]
+
+
+@pytest.mark.filterwarnings("ignore:.*was written by")
+def test_f3_a_full_checkpoint_goes_on_under_every_strategy_and_back(tmp_path: Any) -> None:
+    path, options = str(tmp_path / "a.ckpt"), {"gradient_clip_val": 0.5, "made": Deep2}
+    written = on_ranks(2, go_on, 2, "blocks", None, path, {**options, "stop": 4})
+    state = torch.load(path, weights_only=True)
+    assert list(state["state_dict"]) == list(Deep2().state_dict())
+    assert not any(isinstance(value, DTensor) for value in state["state_dict"].values())
+    moments = state["optimizer_states"][0]["state"][2]
+    assert moments["exp_avg"].shape == (6, 4)
+    for devices, strategy in ((1, "auto"), (2, "ddp"), (2, "fsdp"), (1, "fsdp")):
+        other = str(tmp_path / f"{strategy}{devices}.ckpt")
+        for _, _, values, steps in on_ranks(devices, go_on, devices, strategy, path, None, options):
+            assert torch.allclose(values, written[0][2], atol=1e-5)
+            assert steps == written[0][3]
+        # and back: written by that one, gone on with by two
+        on_ranks(devices, go_on, devices, strategy, None, other, {**options, "stop": 5})
+        for _, _, values, _ in on_ranks(2, go_on, 2, "blocks", other, None, options):
+            assert torch.allclose(values, written[0][2], atol=1e-5)
+
+
+class Deep2(Records):
+    """Draws no random numbers, so that any number of processes gives the same."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.samples.append(batch[2].tolist())
+        return Deep.training_step(self, batch, batch_idx)

@@ -25,6 +25,7 @@ from leyden.loading import apply_state_dict, clean_names
 from leyden.precision.base import CLIP_ALGORITHMS
 from leyden.runtime.collective import average_flat, copy_flat
 from leyden.runtime.ranks import rank_zero_info
+from leyden.strategies.base import IDLE
 from leyden.strategies.spread import ShardedCheckpoints, local, rebuilt
 from leyden.tree import tree_map
 
@@ -34,6 +35,8 @@ DATA, TENSOR = "data_parallel", "tensor_parallel"
 """The dimensions of a mesh, as Lightning calls them: along one the data differ, along the other they are the same."""
 _MESHES: dict[tuple[Any, ...], DeviceMesh] = {}
 """The meshes of this process: each has groups of its own, and every run of a script wants the same."""
+_SHARE = " (share)"
+"""Follows the name of a parameter of whose gradient a process has its share only."""
 _CHUNK = 1 << 26
 """How many bytes are copied from rank 0 at a time."""
 
@@ -178,16 +181,16 @@ class MeshStrategy(ShardedCheckpoints):
         while True:
             item = next(batches, None)
             mine = math.inf if item is None else float(item[2])
-            while True:
+            first = -1.0
+            while first != mine:
                 turns = self.gather_numbers(torch.tensor([mine, float(self.knows_the_step())], dtype=torch.float64))
                 first = float(turns[:, 0].min())
                 if first == math.inf:
                     return
                 if bool(((turns[:, 0] > first) & (turns[:, 1] == 0)).any()):
                     self.hold_together()
-                if first == mine:
-                    break
-                self.keep_up()
+                if first != mine:
+                    yield IDLE, 0, int(first)
             assert item is not None
             yield item
 
@@ -197,9 +200,6 @@ class MeshStrategy(ShardedCheckpoints):
 
     def hold_together(self) -> None:
         """Make all exchanges of the next step now, the same on all ranks, so that it has none."""
-
-    def keep_up(self) -> None:
-        """Take part in the exchanges of a step that other ranks run, where this one has no batch."""
 
     def exchange_gradients(self, optimizer: Optimizer) -> None:
         """Average the gradients of parameters that are not spread; runs before each step of an optimizer."""
@@ -321,19 +321,21 @@ class MeshStrategy(ShardedCheckpoints):
         return tree_map(of, tree)
 
     def gradients(self) -> dict[str, Tensor]:
-        found = super().gradients()
-        return found if self.saves_shards else {name: local(gradient) for name, gradient in found.items()}
+        return {
+            name + _SHARE if isinstance(gradient, DTensor) else name: gradient if self.saves_shards else local(gradient)
+            for name, gradient in super().gradients().items()
+        }
 
     def load_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        owners = dict(self.module.named_parameters())
-        for name, gradient in self.read_gradients(gradients).items():
-            parameter = owners.get(name)
-            if parameter is None:
-                continue
-            part = local(parameter)
-            if isinstance(gradient, DTensor):  # it was written in shards
-                parameter.grad = rebuilt(local(gradient).to(part.device, part.dtype), parameter)
-            elif gradient.shape == part.shape and not gradient.is_meta:
+        owners: dict[str, Any] = {
+            name + _SHARE if isinstance(parameter, DTensor) else name: parameter
+            for name, parameter in self.module.named_parameters()
+        }
+        found = self.read_gradients(gradients, owners)
+        for name, parameter in owners.items():
+            part, gradient = local(parameter), found.get(name)
+            if gradient is not None and local(gradient).shape == part.shape:
+                gradient = local(gradient)  # where it was written in shards
                 moved = gradient.to(part.device, part.dtype)
                 parameter.grad = rebuilt(moved, parameter) if isinstance(parameter, DTensor) else moved
 
