@@ -3,16 +3,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffload, MixedPrecisionPolicy, ShardingStrategy
+from torch.distributed.fsdp import MixedPrecision as MixedPrecision1
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import leyden as L
+from leyden.errors import CheckpointError, MisconfigurationException
+from leyden.precision.mixed import MixedPrecision
+from leyden.strategies import mesh
 from leyden.strategies.fsdp import FSDPStrategy
 from ranks import data, make_trainer, on_ranks
 
@@ -424,13 +431,13 @@ def look(shape: dict[str, Any], devices: int) -> Any:
 def test_f4_each_rank_holds_its_share_of_weights_gradients_and_optimizer_state(
     devices: int, shape: dict[str, Any], copies: int
 ) -> None:
-    for total, (held, gradients, states), types, mesh in on_ranks(devices, look, shape, devices):
+    for total, (held, gradients, states), types, sizes in on_ranks(devices, look, shape, devices):
         share = total * copies / devices
         assert share * 0.8 <= held <= share * 1.2  # what does not divide evenly is on the first ranks
         assert gradients == held
         assert states == 2 * held
         assert types == {DTensor} or all(issubclass(kind, DTensor) for kind in types)
-        assert mesh["data_parallel"] == devices // copies
+        assert sizes["data_parallel"] == devices // copies
 
 
 @pytest.mark.parametrize(
@@ -616,3 +623,283 @@ class Deep2(Records):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.samples.append(batch[2].tolist())
         return Deep.training_step(self, batch, batch_idx)
+
+
+# ---------------------------------------------------------------------------------------------- how it is built
+
+
+class Later(L.LightningModule):
+    """Builds its layers in configure_model, on the meta device or not."""
+
+    kind = ""
+
+    def __init__(self, kind: str = "") -> None:
+        super().__init__()
+        self.kind = kind
+        self.held: list[int] = []
+        self.losses: list[float] = []
+
+    def configure_model(self) -> None:
+        if hasattr(self, "blocks"):
+            return
+        torch.manual_seed(9)
+        with torch.device("meta") if self.kind == "meta" else contextlib.nullcontext():
+            self.enter = nn.Linear(4, 6)
+            self.blocks = nn.Sequential(Block(6), nn.LayerNorm(6), Block(6))
+            self.leave = nn.Linear(6, 4)
+            self.again = nn.Linear(4, 6)
+            self.again.weight = self.enter.weight
+
+    def setup(self, stage: str) -> None:
+        assert self.device_mesh is None or tuple(self.device_mesh.mesh_dim_names) == ("data_parallel",)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = (self.leave(self.blocks(self.enter(batch[0])) + self.again(batch[0])) - batch[1]).square().mean()
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        assert self.again.weight is self.enter.weight
+        assert len(list(self.parameters())) == 15
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def build(devices: int, kind: str, strategy: str, path: str | None) -> Any:
+    L.seed_everything(3, verbose=False)
+    module = Later(kind)
+    named: Any = by_blocks() if strategy == "blocks" else strategy
+    trainer = make_trainer(devices, strategy=named, max_epochs=1 if path is None else 2)
+    trainer.fit(module, DataLoader(data(24), 8 // devices), ckpt_path=path)
+    return module.losses, weights(module)
+
+
+@pytest.mark.parametrize("kind", ["", "meta"])
+def test_f1_layers_that_are_built_in_configure_model_begin_with_the_values_of_one_process(kind: str) -> None:
+    losses, values = build(1, "", "auto", None)
+    for mine, theirs in on_ranks(2, build, 2, kind, "blocks", None):
+        assert len(mine) == len(losses)
+        assert torch.allclose(theirs, values, atol=1e-5)
+
+
+class Nameless(nn.Module):
+    """Has a parameter of its own, and does not say what its first values are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class LaterNameless(Deep):
+    """Builds one such layer on the meta device."""
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.extra = Nameless()
+
+
+def build_nameless(path: str | None) -> Any:
+    module = LaterNameless()
+    if path is None:
+        with pytest.raises(MisconfigurationException, match="Nameless was built on the meta device"):
+            make_trainer(1, strategy="fsdp", max_epochs=1).fit(module, DataLoader(data(8), 4), DataLoader(data(2), 2))
+        return None
+    make_trainer(1, strategy="fsdp").test(module, DataLoader(data(8), 4), ckpt_path=path, verbose=False)
+    return module.extra.factor.tolist()
+
+
+def test_f3_layers_on_the_meta_device_get_their_values_from_a_checkpoint(tmp_path: Any) -> None:
+    on_ranks(1, build_nameless, None)
+    module = LaterNameless()
+    module.extra = Nameless()
+    with torch.no_grad():
+        module.extra.factor.fill_(3.0)
+    torch.save({"state_dict": module.state_dict(), "epoch": 0, "global_step": 0}, tmp_path / "a.ckpt")
+    assert on_ranks(1, build_nameless, str(tmp_path / "a.ckpt")) == [[3.0] * 4]
+
+
+class Resizes(Deep):
+    """Changes its layers to what a checkpoint holds, before the weights come."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        width = checkpoint["state_dict"]["leave.weight"].shape[0]
+        self.leave = nn.Linear(6, width)
+
+
+def load_resized(path: str, strict: bool) -> Any:
+    module = Resizes() if strict else Deep()
+    trainer = make_trainer(2, strategy=by_blocks())
+    if strict:
+        trainer.test(module, DataLoader(data(8), 2), ckpt_path=path, verbose=False)
+        return module.leave.weight.shape
+    with pytest.raises(CheckpointError, match="leave.weight: \\(2, 6\\) in the file, \\(1, 6\\) in the model"):
+        trainer.test(module, DataLoader(data(8), 2), ckpt_path=path, verbose=False)
+    return None
+
+
+def test_f3_a_module_may_change_itself_to_fit_a_checkpoint_and_what_does_not_fit_is_listed(tmp_path: Any) -> None:
+    module = Deep()
+    module.leave = nn.Linear(6, 2)
+    torch.save({"state_dict": module.state_dict(), "epoch": 0, "global_step": 0}, tmp_path / "a.ckpt")
+    assert on_ranks(2, load_resized, str(tmp_path / "a.ckpt"), True) == [torch.Size([2, 6])] * 2
+    assert on_ranks(2, load_resized, str(tmp_path / "a.ckpt"), False) == [None, None]
+
+
+# ---------------------------------------------------------------------------------------------- number formats
+
+
+def train_in(devices: int, strategy: str, precision: str) -> Any:
+    L.seed_everything(11, verbose=False)
+    module = Deep("sgd")
+    named: Any = by_blocks() if strategy == "blocks" else strategy
+    if strategy == "given":
+        named = by_blocks(mixed_precision=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    trainer = make_trainer(devices, strategy=named, max_epochs=2, precision=precision, accumulate_grad_batches=2)
+    trainer.fit(module, DataLoader(data(40), 8 // devices, shuffle=True), DataLoader(data(3), 3))
+    return module.losses, weights(module), {p.dtype for p in module.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("precision", "strategy", "tolerance"),
+    [
+        ("bf16-mixed", "blocks", 1e-5),
+        ("64-true", "blocks", 1e-9),
+        ("bf16-true", "blocks", 2e-2),
+        ("32-true", "given", 2e-2),
+    ],
+)
+def test_f1_other_number_formats(precision: str, strategy: str, tolerance: float) -> None:
+    reference = on_ranks(2, train_in, 2, "ddp", precision)
+    for mine, theirs in zip(on_ranks(2, train_in, 2, strategy, precision), reference, strict=True):
+        assert mine[0] == pytest.approx(theirs[0], abs=tolerance * 10, rel=0.05 if tolerance > 1e-3 else 1e-5)
+        assert torch.allclose(mine[1], theirs[1], atol=tolerance)
+        assert mine[2] == theirs[2]
+
+
+def train_scaled(devices: int, strategy: str) -> Any:
+    """float16 with loss scaling, as on a GPU: with a scale that is too large at first."""
+    L.seed_everything(11, verbose=False)
+    module = Deep("sgd")
+    named: Any = by_blocks() if strategy == "blocks" else strategy
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**18))
+    trainer = make_trainer(devices, strategy=named, max_epochs=2, plugins=precision, gradient_clip_val=0.5)
+    trainer.fit(module, DataLoader(data(40), 8 // devices), DataLoader(data(3), 3))
+    return weights(module), trainer.global_step, precision.state_dict()
+
+
+def test_a1_a2_a_gradient_that_overflows_on_one_rank_skips_the_step_on_all() -> None:
+    values, steps, state = train_scaled(1, "auto")
+    assert 0 < steps < 10
+    for mine, my_steps, my_state in on_ranks(2, train_scaled, 2, "blocks"):
+        assert my_steps == steps
+        assert my_state["scale"] == state["scale"]
+        assert torch.allclose(mine, values, atol=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------- what is said of a mistake
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"shard_strategy": "FULL"}, "is not known.*Did you mean 'sharding_strategy'"),
+        ({"sharding_strategy": "FULLSHARD"}, "Did you mean 'FULL_SHARD'"),
+        ({"state_dict_type": "shards"}, "must be one of \\['full', 'sharded'\\]"),
+        ({"auto_wrap_policy": 3}, "set of classes"),
+        ({"auto_wrap_policy": {Block(2)}}, "which is no class of layers"),
+        ({"activation_checkpointing_policy": {3}}, "activation_checkpointing_policy=.*holds 3"),
+        ({"activation_checkpointing": [Block], "activation_checkpointing_policy": {Block}}, "both say the same"),
+        ({"mixed_precision": "bf16"}, "MixedPrecisionPolicy"),
+        ({"device_mesh": 4}, "how many copies"),
+        ({"device_mesh": (2, 2)}, "is for 'HYBRID_SHARD'"),
+        ({"use_orig_params": False}, "Leave it out"),
+        ({"start_method": "thread"}, "must be one of"),
+    ],
+)
+def test_arguments_that_cannot_be_are_errors_that_say_what_can(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(MisconfigurationException, match=says):
+        FSDPStrategy(**arguments)
+
+
+def test_arguments_of_torchs_first_fsdp_are_taken() -> None:
+    strategy = FSDPStrategy(
+        use_orig_params=True,
+        sync_module_states=True,
+        limit_all_gathers=True,
+        activation_checkpointing=[Block],
+        cpu_offload=CPUOffload(offload_params=True),
+        mixed_precision=MixedPrecision1(param_dtype=torch.bfloat16, cast_forward_inputs=True),
+        sharding_strategy=ShardingStrategy.SHARD_GRAD_OP,
+    )
+    assert strategy.cpu_offload
+    assert strategy.sharding_strategy == "SHARD_GRAD_OP"
+    assert strategy.mixed_precision == MixedPrecisionPolicy(torch.bfloat16, None, None, True)
+    assert make_trainer(1, strategy="fsdp_cpu_offload").strategy.cpu_offload
+    with pytest.raises(RuntimeError, match="from the beginning of a run"):
+        _ = strategy.device_mesh
+
+
+class Uncalled(Deep):
+    """Uses a layer that is sharded by itself without calling it."""
+
+    def loss(self, batch: Any) -> Tensor:
+        return self.blocks[0].first(self.enter(batch[0])).square().mean()
+
+
+def use_uncalled(shape: dict[str, Any], match: str) -> None:
+    module = Uncalled()
+    with pytest.raises((RuntimeError, MisconfigurationException), match=match):
+        make_trainer(2, strategy=by_blocks(**shape), max_epochs=1).fit(
+            module, DataLoader(data(8), 4), DataLoader(data(2), 1)
+        )
+
+
+@pytest.mark.parametrize(
+    ("shape", "match"),
+    [
+        ({}, "a layer that is sharded by itself must be called"),
+        ({"sharding_strategy": "HYBRID_SHARD", "device_mesh": (2, 2)}, "is 4 processes, but there are 2"),
+    ],
+)
+def test_a_mistake_that_shows_in_a_run_is_explained(shape: dict[str, Any], match: str) -> None:
+    on_ranks(2, use_uncalled, shape, match)
+
+
+class Large(Deep):
+    """Does not fit, says somebody."""
+
+
+def stays(strategy: str) -> Any:
+    mesh._free_memory = lambda: 1.0  # type: ignore[assignment]
+    module, loader = Large("adam"), DataLoader(data(16), 2)
+    trainer = make_trainer(2, strategy=by_blocks(), max_epochs=1)
+    trainer.fit(module, loader, DataLoader(data(3), 3))
+    assert all(isinstance(p, DTensor) for p in module.parameters() if p.dim())
+    x = torch.ones(2, 4)
+    alone = module(x).detach()  # on all ranks
+    trainer.test(module, loader, verbose=False)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader, DataLoader(data(3), 3))
+    mesh._free_memory = lambda: math.inf
+    make_trainer(2, strategy="fsdp").test(module, loader, verbose=False)  # another strategy takes it as it is
+    return weights(module), alone
+
+
+def test_a_module_that_memory_does_not_hold_for_each_process_stays_spread_between_runs() -> None:
+    ranks = on_ranks(2, stays, "")
+    reference = on_ranks(2, twice)
+    for values, alone in ranks:
+        assert torch.allclose(values, reference[0][0], atol=1e-5)
+        assert torch.allclose(alone, reference[0][1], atol=1e-5)
+
+
+def twice() -> Any:
+    module, loader = Large("adam"), DataLoader(data(16), 2)
+    trainer = make_trainer(2, strategy="ddp", max_epochs=1)
+    trainer.fit(module, loader, DataLoader(data(3), 3))
+    alone = module(torch.ones(2, 4)).detach()
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader, DataLoader(data(3), 3))
+    return weights(module), alone

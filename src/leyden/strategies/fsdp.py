@@ -148,7 +148,6 @@ class FSDPStrategy(MeshStrategy):
         """Whether the next step of an evaluation has all weights together already."""
         self._reshards = self.sharding_strategy in ("FULL_SHARD", "HYBRID_SHARD")
         """Whether the weights of a layer are let go of after its forward."""
-        self._handles: list[Any] = []
         self._recomputed: list[tuple[nn.Module, Any]] = []
 
     # ------------------------------------------------------------------ who and where
@@ -199,19 +198,21 @@ class FSDPStrategy(MeshStrategy):
             mp_policy=policy,
             offload_policy=CPUOffloadPolicy() if self.cpu_offload and self._on_gpu else OffloadPolicy(),
         )
+        _make_contiguous(module)
         ties = _Ties(module)
         for layer in units.inner_first(module):
             units.initialise(layer, self.root_device, filled=self._held is not None)
             ties.tie(layer)
             if id(layer) in chosen:
                 shard(layer, ignored_params=self._whole_on_each(module))
-        _make_contiguous(module)
         if any(True for _ in module.parameters()):
             # the batch is cast, if at all, before the call: what the loss is computed with as well
             root_policy = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, policy.output_dtype, False)
-            vars(module)[_ROOT] = shard(
-                _Root(module), mp_policy=root_policy, ignored_params=self._whole_on_each(module)
-            )
+            self.stand_around(module, partial(shard, mp_policy=root_policy), self._whole_on_each(module))
+
+    def stand_around(self, module: nn.Module, shard: Callable[..., Any], ignored: set[nn.Parameter]) -> None:
+        """Let steps run in what ``shard`` makes of a layer around ``module``."""
+        vars(module)[_ROOT] = shard(_Root(module), ignored_params=ignored)
 
     def _whole_on_each(self, module: nn.Module) -> set[nn.Parameter]:
         ignored: list[nn.Parameter] = []
@@ -237,16 +238,17 @@ class FSDPStrategy(MeshStrategy):
         self._root = root = vars(module).get(_ROOT)
         if root is None:
             return  # it has no parameters
+        root.let_be()
         untraced: Any = torch.compiler.disable  # like torch's own hooks, where steps are compiled
         note_call, note_output = untraced(self._note_call), untraced(self._note_output)
         self._gap = gap = _Gap(untraced(root.unshard))
         for layer in self._layers():
-            self._handles.append(layer.register_forward_pre_hook(note_call))
-            self._handles.append(layer.register_forward_hook(note_output))
+            root.handles.append(layer.register_forward_pre_hook(note_call))
+            root.handles.append(layer.register_forward_hook(note_output))
         # what is called by itself, in a hook or after a backward by hand, finds its weights as well
         owners = {part._module_info.module for part in fully_sharded.own_parts(root)}  # noqa: SLF001  # torch does not tell
         for owner in (module, *(owners - {module})):
-            self._handles.append(owner.register_forward_pre_hook(gap.before_call))
+            root.handles.append(owner.register_forward_pre_hook(gap.before_call))
         # the first call makes this the root: it must not be one of the layers, called in some hook
         with torch.no_grad():
             self._call(lambda: None)
@@ -260,6 +262,7 @@ class FSDPStrategy(MeshStrategy):
     def unspread(self, module: nn.Module) -> None:
         root = vars(module).pop(_ROOT, None)
         if root is not None:
+            root.let_be()
             fully_sharded.come_apart(root)
             fully_sharded.take_off(root)
         super().unspread(module)
@@ -270,11 +273,11 @@ class FSDPStrategy(MeshStrategy):
         self._recomputed = []
 
     def come_home(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._root, self._gap, self._loop, self._tape = [], None, None, None, None
-        self._order = []
         super().come_home()
+        self._loop, self._tape, self._order = None, None, []
+        self._by_hand = self._pending = False
+        if self._root is not None and vars(self.module).get(_ROOT) is None:
+            self._root = self._gap = None
 
     def _recompute(self, layers: list[nn.Module]) -> None:
         for layer in layers:
@@ -517,6 +520,14 @@ class _Root(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self.handles: list[Any] = []
+        """The hooks of the strategy that has it."""
+
+    def let_be(self) -> None:
+        """Take away the hooks of the strategy that had it."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
 
     def forward(self, step: Callable[[], Any]) -> Any:
         """Run a step."""

@@ -163,11 +163,28 @@ class MeshStrategy(ShardedCheckpoints):
             return  # the others do not take part any more
         elif self.reduce_boolean_decision(_fits(module, self.num_processes)):
             self.unspread(module)
+            for optimizer in self.optimizers if self.root_device.type != "cpu" else ():
+                for key, value in optimizer.state.items():
+                    optimizer.state[key] = tree_map(self.at_home, value)
         else:
             rank_zero_info(
                 f"{type(module).__name__} stays spread over {self.world_size} processes: the memory of this machine does not"
                 " hold it once for each of them. Call it on all ranks together; its weights are whole in checkpoints."
             )
+
+    def at_home(self, tensor: Tensor) -> Tensor:
+        """Return a tensor with what this process has of it in host memory."""
+        if not isinstance(tensor, DTensor):
+            return tensor.cpu()
+        mesh, whole = tensor.device_mesh, self.device_mesh
+        names, all_names = mesh.mesh_dim_names or (), whole.mesh_dim_names or ()
+        is_part = mesh != whole and bool(names) and set(names) < set(all_names)
+        made = whole if is_part else mesh  # all processes take part in making one
+        key = (os.getpid(), "home", id(made))
+        if key not in _MESHES:  # the same processes, whose tensors are elsewhere
+            _MESHES[key] = DeviceMesh("cpu", made.mesh, mesh_dim_names=made.mesh_dim_names)
+        home = _MESHES[key][names] if is_part else _MESHES[key]
+        return rebuilt(local(tensor).cpu(), tensor, home)
 
     # ------------------------------------------------------------------ steps
 
@@ -203,16 +220,19 @@ class MeshStrategy(ShardedCheckpoints):
 
     def exchange_gradients(self, optimizer: Optimizer) -> None:
         """Average the gradients of parameters that are not spread; runs before each step of an optimizer."""
-        plain = [p for group in optimizer.param_groups for p in group["params"] if not isinstance(p, DTensor)]
-        if not plain or self._alone or self.world_size == 1:
+        if self.world_size > 1 and not self._alone:
+            self.average([p for p in _parameters(optimizer) if not isinstance(p, DTensor)])
+
+    def average(self, parameters: list[Any], group: Any = None) -> None:
+        """Average the gradients of ``parameters`` over all processes, or those of a ``group``, in one exchange."""
+        if not parameters:
             return
-        there = torch.tensor([float(parameter.grad is not None) for parameter in plain])
-        for parameter, count in zip(plain, self.gather_numbers(there).sum(0).tolist(), strict=True):
-            if count and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        grads = [parameter.grad for parameter in plain if parameter.grad is not None]
-        if grads:
-            average_flat(grads)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        there = torch.tensor([float(p.grad is not None) for p in parameters]).to(self.root_device, non_blocking=True)
+        average_flat([*map(local, grads), there], group)
+        if any(p.grad is None for p in parameters):  # only then it is read, which waits for the device
+            for parameter, gradient, count in zip(parameters, grads, there.tolist(), strict=True):
+                parameter.grad = gradient if count else None
 
     def scale_gradients(self, optimizer: Optimizer, factor: Any) -> None:
         for together in by_kind(local(p.grad) for p in _parameters(optimizer) if p.grad is not None):

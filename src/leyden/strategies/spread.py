@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from leyden import archive, files, folders, shards
@@ -253,10 +254,10 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
-def rebuilt(part: Tensor, model: DTensor) -> DTensor:
-    """Return the DTensor of which each process has a ``part``, spread like ``model``."""
+def rebuilt(part: Tensor, model: DTensor, mesh: DeviceMesh | None = None) -> DTensor:
+    """Return the DTensor of which each process has a ``part``, spread like ``model``; on its mesh, or another."""
     return DTensor.from_local(
-        part, model.device_mesh, model.placements, run_check=False, shape=model.shape, stride=model.stride()
+        part, mesh or model.device_mesh, model.placements, run_check=False, shape=model.shape, stride=model.stride()
     )
 
 

@@ -336,7 +336,9 @@ class _Copy(torch.autograd.Function):
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(_ctx: Any, part: Tensor, group: Any) -> Tensor:
-        total = part.clone(memory_format=torch.contiguous_format)  # torch.compile does not follow what is changed in place
+        total = part.clone(
+            memory_format=torch.contiguous_format
+        )  # torch.compile does not follow what is changed in place
         dist.all_reduce(total, group=group)
         return total
 
