@@ -153,7 +153,7 @@ def test_layers_that_were_built_without_memory_are_filled_and_the_rest_is_told()
 
 def test_a_module_without_configure_model_is_told_what_to_use() -> None:
     def fit() -> None:
-        make_trainer(2, strategy="model_parallel").fit(Perceptron(), DataLoader(numbers(8), 2))
+        make_trainer(2, strategy="model_parallel", max_epochs=1).fit(Perceptron(), DataLoader(numbers(8), 2))
 
     with pytest.raises(AssertionError, match="required to override the `configure_model.*strategy='tensor_parallel'"):
         on_ranks(2, fit)

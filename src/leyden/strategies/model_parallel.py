@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from leyden.errors import LeydenWarning, MisconfigurationException
@@ -162,6 +163,34 @@ class ModelParallelStrategy(TensorParallelStrategy):
 
     def spread(self, module: nn.Module, fitting: bool) -> None:
         """The module has not spread anything: it is whole on each process, as with ddp."""
+
+    def _call(self, step: Callable[..., Any], *args: Any) -> Any:
+        module: Any = self.module
+        if self._root is None or not isinstance(module, FSDPModule):
+            return super()._call(step, *args)
+        former = vars(module).get("forward")
+
+        def restore() -> None:
+            vars(module).pop("forward", None)
+            if former is not None:
+                vars(module)["forward"] = former
+
+        def once(*args: Any) -> Any:
+            restore()
+            return step(*args)
+
+        def through(*args: Any) -> Any:
+            # a call of the module brings its own weights together, for a step that calls its layers one by one
+            vars(module)["forward"] = once
+            try:
+                return module(*args)
+            finally:
+                restore()
+
+        return super()._call(through, *args)
+
+    def knows_the_step(self) -> bool:
+        return super().knows_the_step() and not isinstance(self.module, FSDPModule)
 
     def unspread(self, module: nn.Module) -> None:
         come_apart(module)  # only its own code could split it anew
