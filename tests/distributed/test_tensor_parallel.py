@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.utils.data import DataLoader
 
 import leyden as L
@@ -187,6 +187,69 @@ def test_f1_f2_manual_optimization_gives_the_same() -> None:
     alone = _by_hand(1)
     for losses in on_ranks(2, _by_hand, 2):
         assert losses == pytest.approx(alone, abs=1e-5)
+
+
+class _Encoder(Perceptron):
+    """torch's own transformer, built without memory, with masks in evaluation."""
+
+    def __init__(self, meta: bool) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        with torch.device("meta" if meta else "cpu"):
+            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+            self.net = nn.ModuleDict(
+                {"encoder": nn.TransformerEncoder(layer, 1), "words": nn.Embedding(7, 8, padding_idx=2)}
+            )
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        tokens = (batch[0] * 3).long() % 7
+        masked = tokens == 1
+        masked[:, 0] = False
+        x = self.net["encoder"](self.net["words"](tokens), src_key_padding_mask=masked).masked_fill(
+            masked[..., None], 0.0
+        )
+        return (self.head(self.norm(x.mean(1))) - batch[1]).square().mean()
+
+
+def _library(devices: int, plan: Any = None, meta: bool = False) -> Any:
+    L.seed_everything(1, verbose=False)
+    module = _Encoder(meta)
+    torch.manual_seed(2)
+    strategy = TensorParallelStrategy(plan) if devices > 1 else "auto"
+    trainer = make_trainer(devices, strategy=strategy, max_epochs=1, num_sanity_val_steps=0)
+    trainer.fit(module, DataLoader(numbers(12), 4), DataLoader(numbers(5), 5))
+    weights = [p.detach().clone() for p in module.parameters()]
+    return module.losses, trainer.callback_metrics["val"].item(), weights, getattr(trainer.strategy, "plan", {})
+
+
+OWN = {
+    "*.linear1": ColwiseParallel(), "*.linear2": RowwiseParallel(), "*.self_attn": "gather", "*.norm1": "sequence",
+    "*.words": "colwise", "head": "rowwise_split",
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_f1_layers_of_torch_and_styles_of_a_plan_give_the_numbers_of_one_process() -> None:
+    losses, value, weights, _ = _library(1)
+
+    def both() -> Any:
+        return _library(2), _library(2, OWN)
+
+    for found, own in on_ranks(2, both):
+        assert found[3]["net.encoder.layers.0.linear1"] == "colwise"
+        assert found[3]["net.encoder.layers.0.self_attn"] == "gather"
+        assert found[3]["net.words"] == "colwise"  # 7 words cannot be shared out by rows
+        for their_losses, their_value, their_weights, _ in (found, own):
+            assert their_losses == pytest.approx(losses, abs=1e-5)
+            assert their_value == pytest.approx(value, abs=1e-5)
+            for one, other in zip(weights, their_weights, strict=True):
+                assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_layers_built_without_memory_are_filled_alike_on_all() -> None:
+    first, second = on_ranks(2, _library, 2, None, True)
+    assert first[0] == second[0]
+    assert all(torch.equal(one, other) and one.isfinite().all() for one, other in zip(first[2], second[2], strict=True))
 
 
 class _Metric(nn.Module):

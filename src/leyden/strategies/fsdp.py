@@ -199,7 +199,7 @@ class FSDPStrategy(MeshStrategy):
             offload_policy=CPUOffloadPolicy() if self.cpu_offload and self._on_gpu else OffloadPolicy(),
         )
         _make_contiguous(module)
-        ties = _Ties(module)
+        ties = units.Ties(module)
         for layer in units.inner_first(module):
             units.initialise(layer, self.root_device, filled=self._held is not None)
             ties.tie(layer)
@@ -551,25 +551,6 @@ class _Gap:
         if self.open:
             self.used = True
             self.bring_together()
-
-
-class _Ties:
-    """Remembers which layers share a parameter, where giving memory to each of them would part them."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.first: dict[int, nn.Parameter] = {}
-        self.names = {
-            id(layer): dict(layer.named_parameters(recurse=False))
-            for layer in module.modules()
-            if any(parameter.is_meta for parameter in layer.parameters(recurse=False))
-        }
-
-    def tie(self, layer: nn.Module) -> None:
-        """Let ``layer`` have the parameters that an earlier layer shares with it."""
-        for name, former in self.names.get(id(layer), {}).items():
-            known = self.first.setdefault(id(former), getattr(layer, name))
-            if known is not getattr(layer, name):
-                setattr(layer, name, known)
 
 
 def _recomputing(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -165,9 +165,9 @@ class ModelParallelStrategy(TensorParallelStrategy):
         """The module has not spread anything: it is whole on each process, as with ddp."""
 
     def _call(self, step: Callable[..., Any], *args: Any) -> Any:
-        module: Any = self.module
-        if self._root is None or not isinstance(module, FSDPModule):
+        if self._root is None or not isinstance(self.module, FSDPModule):
             return super()._call(step, *args)
+        module: Any = self.module
         former = vars(module).get("forward")
 
         def restore() -> None:

@@ -20,6 +20,7 @@ from leyden.precision import Precision
 from leyden.runtime.collective import average_flat
 from leyden.runtime.ranks import rank_zero_info
 from leyden.runtime.seed import rng_state, set_rng_state
+from leyden.strategies import units
 from leyden.strategies.fsdp import FSDPStrategy
 from leyden.strategies.mesh import DATA, TENSOR, local
 from leyden.strategies.tensor.automatic import find
@@ -124,6 +125,10 @@ class TensorParallelStrategy(FSDPStrategy):
         self._compared = not fitting or self._size() == 1
 
     def spread(self, module: nn.Module, fitting: bool) -> None:
+        ties = units.Ties(module)
+        for layer in units.inner_first(module):  # what was built without memory; all of a group draw the same
+            units.initialise(layer, torch.device("cpu"), filled=self._held is not None)
+            ties.tie(layer)
         self.split(module)
         if self.data_size > 1:
             super().spread(module, fitting)
