@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,6 +28,7 @@ from leyden.runtime.collective import average_flat, copy_flat
 from leyden.runtime.ranks import rank_zero_info
 from leyden.strategies.base import IDLE
 from leyden.strategies.parallel import ParallelStrategy
+from leyden.strategies.parts import Parts, steps_by_parts
 from leyden.tree import tree_map
 
 DATA, TENSOR = "data_parallel", "tensor_parallel"
@@ -57,6 +58,8 @@ class MeshStrategy(ParallelStrategy):
     """Whether the module of this run has still to be spread."""
     _held: tuple[dict[str, Any], bool, str] | None = None
     """Weights that came before the module was spread."""
+    _parts: dict[Optimizer, Parts] | None = None
+    """What the optimizers of this run step on."""
 
     # ------------------------------------------------------------------ who and where
 
@@ -112,7 +115,7 @@ class MeshStrategy(ParallelStrategy):
 
     def connect(self, module: nn.Module) -> None:
         super().connect(module)
-        self._waits, self._held = True, None
+        self._waits, self._held, self._parts = True, None, None
 
     def place(self) -> None:
         """Nothing yet: a device may hold a part of the module only, and gets it in ``spread``."""
@@ -154,7 +157,7 @@ class MeshStrategy(ParallelStrategy):
         module.to("cpu")
 
     def come_home(self) -> None:
-        self._waits, self._held = False, None
+        self._waits, self._held, self._parts = False, None, None
         module = self.module
         if not is_spread(module):
             module.to("cpu")
@@ -224,6 +227,17 @@ class MeshStrategy(ParallelStrategy):
         if any(p.grad is None for p in plain):  # only then it is read, which waits for the device
             for parameter, gradient, count in zip(plain, grads, there.tolist(), strict=True):
                 parameter.grad = gradient if count else None
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        if closure is not None or not steps_by_parts(optimizer):
+            return super().optimizer_step(optimizer, closure, **kwargs)
+        if self._parts is None:
+            self._parts = {}
+        parts = self._parts.get(optimizer)
+        if parts is None:
+            parts = self._parts[optimizer] = Parts(optimizer)
+        with parts.in_place():
+            return super().optimizer_step(optimizer, None, **kwargs)
 
     def scale_gradients(self, optimizer: Optimizer, factor: Any) -> None:
         for together in by_kind(local(p.grad) for p in _parameters(optimizer) if p.grad is not None):
