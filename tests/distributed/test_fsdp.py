@@ -99,7 +99,7 @@ class Deep(L.LightningModule):
 
 
 def by_blocks(**arguments: Any) -> FSDPStrategy:
-    return FSDPStrategy(auto_wrap_policy={Block}, **arguments)
+    return FSDPStrategy(**{"auto_wrap_policy": {Block}, **arguments})
 
 
 def weights(module: nn.Module) -> Tensor:
@@ -117,6 +117,17 @@ def train(devices: int, strategy: str, kind: str, options: dict[str, Any], made:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     rows = [dict(row) for row in trainer.history]
     return module.losses, module.norms, module.rates, weights(module), metrics, rows, float(module.seen)
+
+
+def train_each(devices: int, strategies: tuple[Any, ...], *rest: Any) -> Any:
+    """The same under several strategies, one after the other in the same processes."""
+    return [train(devices, by_blocks(**one) if isinstance(one, dict) else one, *rest) for one in strategies]
+
+
+def compare(one: Any, devices: int, strategies: tuple[Any, ...], *rest: Any) -> None:
+    """Compare the numbers of one process with those of several, under each of some strategies."""
+    for ranks in zip(*on_ranks(devices, train_each, devices, strategies, *rest), strict=True):
+        same(one, list(ranks))
 
 
 def same(one: Any, ranks: list[Any], tolerance: float = 1e-5) -> None:
@@ -147,8 +158,7 @@ CASES = [
 def test_f1_f2_f4_sc3_m1_m5_ddp_and_fsdp_give_the_numbers_of_one_process(kind: str, options: dict[str, Any]) -> None:
     one = train(1, "auto", kind, options)
     assert len(one[0]) == 20
-    for strategy in ("ddp", "fsdp", "blocks"):
-        same(one, on_ranks(2, train, 2, strategy, kind, options))
+    compare(one, 2, ("ddp", "fsdp", "blocks"), kind, options)
 
 
 # ---------------------------------------------------------------------------------------------- what modules do
@@ -241,16 +251,16 @@ def test_f5_whatever_a_module_does_with_its_layers_the_numbers_are_those_of_one_
         options["sync_batchnorm"] = True
     kind = "sgd" if made is Norms else "adam"  # Adam makes steps of rounding errors, where a norm makes a bias void
     one = train(1, "auto", kind, options, made)
-    for strategy in ("fsdp", "blocks"):
-        same(one, on_ranks(2, train, 2, strategy, kind, options, made))
+    compare(one, 2, ("fsdp", "blocks"), kind, options, made)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("strategy", ["fsdp", "blocks"])
 def test_f5_steps_that_the_trainer_compiles(strategy: str) -> None:
-    options: dict[str, Any] = {"compile": {"backend": "eager"}, "accumulate_grad_batches": 2}
-    one = train(1, "auto", "sgd", {"accumulate_grad_batches": 2})
-    same(one, on_ranks(2, train, 2, strategy, "sgd", options))
+    options: dict[str, Any] = {"accumulate_grad_batches": 2}
+    one = train(1, "auto", "sgd", options)
+    compare(one, 2, (strategy,), "sgd", {**options, "compile": {"backend": "eager"}})
 
 
 class Gan(L.LightningModule):
@@ -306,10 +316,20 @@ def train_gan(devices: int, strategy: str, kind: str) -> Any:
     return module.losses, weights(module), trainer.global_step
 
 
-@pytest.mark.parametrize(("strategy", "kind"), [("fsdp", ""), ("blocks", ""), ("fsdp", "direct"), ("blocks", "direct")])
-def test_f1_f5_z3_a_gan_by_hand(strategy: str, kind: str) -> None:
-    losses, values, steps = train_gan(1, "auto", kind)
-    ranks = on_ranks(2, train_gan, 2, strategy, kind)
+GANS = [("fsdp", ""), ("blocks", ""), ("fsdp", "direct"), ("blocks", "direct")]
+
+
+def train_gans() -> Any:
+    return [train_gan(2, *how) for how in GANS]
+
+
+def test_f1_f5_z3_a_gan_by_hand() -> None:
+    losses, values, steps = train_gan(1, "auto", "")
+    for ranks in zip(*on_ranks(2, train_gans), strict=True):
+        check_gan(losses, values, steps, ranks)
+
+
+def check_gan(losses: list[float], values: Tensor, steps: int, ranks: Any) -> None:
     assert [sum(pair) / 2 for pair in zip(ranks[0][0], ranks[1][0], strict=True)] == pytest.approx(losses, abs=1e-5)
     for rank in ranks:
         assert torch.allclose(rank[1], values, atol=1e-5)
@@ -350,8 +370,7 @@ class Closure(Deep):
 def test_f1_f5_other_ways_to_train_a_batch(made: Any, kind: str) -> None:
     options = {"accumulate_grad_batches": 2}
     one = train(1, "auto", kind, options, made)
-    for strategy in ("fsdp", "blocks"):
-        same(one, on_ranks(2, train, 2, strategy, kind, options, made))
+    compare(one, 2, ("fsdp", "blocks"), kind, options, made)
 
 
 class Skips(Deep):
@@ -375,10 +394,13 @@ def skip(strategy: str, kind: str) -> Any:
 @pytest.mark.filterwarnings("ignore:.*returned None")
 @pytest.mark.parametrize("kind", ["before", "after"])
 def test_d3_a_step_that_returns_none_on_one_rank_counts_with_gradients_of_zero(kind: str) -> None:
-    reference = on_ranks(2, skip, "ddp", kind)
-    for strategy in ("fsdp", "blocks"):
-        for rank in on_ranks(2, skip, strategy, kind):
-            assert torch.allclose(rank, reference[0], atol=1e-5)
+    for reference, *others in on_ranks(2, skip_each, kind):
+        for other in others:
+            assert torch.allclose(other, reference, atol=1e-5)
+
+
+def skip_each(kind: str) -> Any:
+    return [skip(strategy, kind) for strategy in ("ddp", "fsdp", "blocks")]
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -440,27 +462,25 @@ def test_f4_each_rank_holds_its_share_of_weights_gradients_and_optimizer_state(
         assert sizes["data_parallel"] == devices // copies
 
 
-@pytest.mark.parametrize(
-    ("devices", "shape"),
-    [
-        (2, {"sharding_strategy": "SHARD_GRAD_OP"}),
-        (2, {"sharding_strategy": "NO_SHARD"}),
-        (4, {"sharding_strategy": "HYBRID_SHARD", "device_mesh": (2, 2)}),
-        (2, {"cpu_offload": True}),
-        (2, {"activation_checkpointing_policy": {Block}}),
-        (2, {"activation_checkpointing_policy": {nn.Linear}, "sharding_strategy": "SHARD_GRAD_OP"}),
-        (1, {}),
-    ],
-    ids=["grad op", "none", "hybrid", "offload", "recomputed", "recomputed inside", "one process"],
-)
-def test_f1_every_way_to_shard_gives_the_numbers_of_one_process(devices: int, shape: dict[str, Any]) -> None:
+WAYS: dict[int, tuple[dict[str, Any], ...]] = {
+    1: ({}, {"sharding_strategy": "HYBRID_SHARD"}),
+    2: (
+        {"sharding_strategy": "SHARD_GRAD_OP"},
+        {"sharding_strategy": "NO_SHARD"},
+        {"cpu_offload": True},
+        {"activation_checkpointing_policy": {Block}},
+        {"activation_checkpointing_policy": {nn.Linear}, "sharding_strategy": "SHARD_GRAD_OP"},
+        {"auto_wrap_policy": lambda layer: isinstance(layer, nn.Linear)},
+        {"ignored_modules": []},
+    ),
+    4: ({"sharding_strategy": "HYBRID_SHARD", "device_mesh": (2, 2)},),
+}
+
+
+@pytest.mark.parametrize("devices", WAYS)
+def test_f1_every_way_to_shard_gives_the_numbers_of_one_process(devices: int) -> None:
     options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
-    one = train(1, "auto", "adam", options)
-    same(one, on_ranks(devices, train_by, devices, shape, options))
-
-
-def train_by(devices: int, shape: dict[str, Any], options: dict[str, Any]) -> Any:
-    return train(devices, by_blocks(**shape), "adam", options)  # type: ignore[arg-type]
+    compare(train(1, "auto", "adam", options), devices, WAYS[devices], "adam", options)
 
 
 # ---------------------------------------------------------------------------------------------- a run, and after it
@@ -496,10 +516,18 @@ def lives(strategy: str) -> Any:
     return found, trainer.global_step
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "blocks"])
-def test_t1_fit_test_predict_fit_and_a_plain_module_after_each(strategy: str) -> None:
-    ddp, sharded = on_ranks(2, lives, "ddp"), on_ranks(2, lives, strategy)
-    for (theirs, steps), (mine, my_steps) in zip(ddp, sharded, strict=True):
+def lives_each() -> Any:
+    return [lives(strategy) for strategy in ("ddp", "fsdp", "blocks")]
+
+
+def test_t1_fit_test_predict_fit_and_a_plain_module_after_each() -> None:
+    for rank in on_ranks(2, lives_each):
+        for strategy in rank[1:]:
+            check_lives(rank[0], strategy)
+
+
+def check_lives(ddp: Any, sharded: Any) -> None:
+    for (theirs, steps), (mine, my_steps) in zip([ddp], [sharded], strict=True):
         assert steps == my_steps == 8
         for one, two in zip(theirs, mine, strict=True):
             assert torch.allclose(torch.as_tensor(one), torch.as_tensor(two), atol=1e-5)
@@ -531,7 +559,7 @@ def evaluate(shape: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("shape", [{}, {"sharding_strategy": "SHARD_GRAD_OP"}], ids=["full", "grad op"])
-def test_m1_m5_u2_an_evaluation_of_which_a_rank_has_fewer_batches_or_none(shape: dict[str, Any]) -> None:
+def test_m1_m5_an_evaluation_of_which_a_rank_has_fewer_batches_or_none(shape: dict[str, Any]) -> None:
     ranks = on_ranks(2, evaluate, shape)
     for index, counts in enumerate(((1, 7), (3, 1), (13, 2), (12, 12))):
         L.seed_everything(1, verbose=False)
@@ -584,13 +612,15 @@ class _Saves(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "blocks"])
-@pytest.mark.parametrize("stop", [3, 4])
+def resume(strategy: str, folder: str, stop: int) -> Any:
+    path, options = f"{folder}/{strategy}.ckpt", {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    whole = go_on(2, strategy, None, path, {**options, "stop": stop})
+    return whole, go_on(2, strategy, path, None, options)
+
+
+@pytest.mark.parametrize(("strategy", "stop"), [("fsdp", 4), ("blocks", 3)])
 def test_r4_a_run_goes_on_exactly_also_inside_a_window_of_accumulation(tmp_path: Any, strategy: str, stop: int) -> None:
-    path, options = str(tmp_path / "a.ckpt"), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
-    whole = on_ranks(2, go_on, 2, strategy, None, path, {**options, "stop": stop})
-    again = on_ranks(2, go_on, 2, strategy, path, None, options)
-    for rank, resumed in zip(whole, again, strict=True):
+    for rank, resumed in on_ranks(2, resume, strategy, str(tmp_path), stop):
         assert resumed[0] == rank[0][stop:]
         assert resumed[1] == rank[1][stop:]
         assert torch.equal(resumed[2], rank[2])
@@ -606,15 +636,27 @@ def test_f3_a_full_checkpoint_goes_on_under_every_strategy_and_back(tmp_path: An
     assert not any(isinstance(value, DTensor) for value in state["state_dict"].values())
     moments = state["optimizer_states"][0]["state"][2]
     assert moments["exp_avg"].shape == (6, 4)
-    for devices, strategy in ((1, "auto"), (2, "ddp"), (2, "fsdp"), (1, "fsdp")):
-        other = str(tmp_path / f"{strategy}{devices}.ckpt")
-        for _, _, values, steps in on_ranks(devices, go_on, devices, strategy, path, None, options):
+    cases = ((1, ("auto", "fsdp")), (2, ("ddp", "fsdp")))
+    for devices, strategies in cases:
+        # gone on with by these, which write in their turn
+        for rank in on_ranks(devices, go_on_each, devices, strategies, path, str(tmp_path), options):
+            for _, _, values, steps in rank:
+                assert torch.allclose(values, written[0][2], atol=1e-5)
+                assert steps == written[0][3]
+    paths = [str(tmp_path / f"{strategy}{devices}.ckpt") for devices, strategies in cases for strategy in strategies]
+    for rank in on_ranks(2, go_on_from, paths, options):
+        for _, _, values, _ in rank:
             assert torch.allclose(values, written[0][2], atol=1e-5)
-            assert steps == written[0][3]
-        # and back: written by that one, gone on with by two
-        on_ranks(devices, go_on, devices, strategy, None, other, {**options, "stop": 5})
-        for _, _, values, _ in on_ranks(2, go_on, 2, "blocks", other, None, options):
-            assert torch.allclose(values, written[0][2], atol=1e-5)
+
+
+def go_on_each(devices: int, strategies: tuple[str, ...], path: str, folder: str, options: Any) -> Any:
+    for strategy in strategies:
+        go_on(devices, strategy, None, f"{folder}/{strategy}{devices}.ckpt", {**options, "stop": 5})
+    return [go_on(devices, strategy, path, None, options) for strategy in strategies]
+
+
+def go_on_from(paths: list[str], options: Any) -> Any:
+    return [go_on(2, "blocks", path, None, options) for path in paths]
 
 
 class Deep2(Records):
@@ -903,3 +945,59 @@ def twice() -> Any:
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, loader, DataLoader(data(3), 3))
     return weights(module), alone
+
+
+class Chooses(Deep):
+    """Each rank uses other parts of a layer."""
+
+    def loss(self, batch: Any) -> Tensor:
+        x = self.enter(batch[0])
+        for block in self.blocks:
+            x = block(x)
+        used = self.leave.weight if self.trainer.global_rank == 0 else self.leave.bias[:, None]
+        return (x.sum(1, keepdim=True) * used.sum() - batch[1]).square().mean()
+
+
+def choose(strategy: str) -> Any:
+    L.seed_everything(11, verbose=False)
+    module = Chooses()
+    named: Any = by_blocks(find_unused_parameters=True) if strategy == "blocks" else strategy
+    make_trainer(2, strategy=named, max_epochs=1).fit(module, DataLoader(data(40), 4), DataLoader(data(4), 2))
+    return weights(module)
+
+
+def choose_each() -> Any:
+    return choose("ddp_find_unused_parameters_true"), choose("blocks")
+
+
+def test_d4_parameters_that_take_part_on_one_rank_only() -> None:
+    for theirs, mine in on_ranks(2, choose_each):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+class Fails(Deep):
+    """Raises in the middle of a step, between layers that are together and layers that are not."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 2 and self.kind == "adam":
+            self.blocks[0](self.enter(batch[0]))
+            raise ValueError("in the middle")
+        return super().training_step(batch, batch_idx)
+
+
+def fail() -> Any:
+    module, loader = Fails("adam"), DataLoader(data(16), 4)
+    trainer = make_trainer(1, strategy=by_blocks(), max_epochs=1, fused_optimizers=True)
+    with pytest.raises(ValueError, match="in the middle"):
+        trainer.fit(module, loader, DataLoader(data(3), 3))
+    found = module(torch.ones(1, 4)).item(), type(module.blocks[0])
+    module.kind = "sgd"
+    trainer.fit(module, loader, DataLoader(data(3), 3))
+    return *found, weights(module).isfinite().all().item()
+
+
+def test_a_module_is_plain_again_after_a_step_that_raised() -> None:
+    ((value, kind, finite),) = on_ranks(1, fail)
+    assert math.isfinite(value)
+    assert kind is Block
+    assert finite

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
@@ -40,7 +40,7 @@ _ALWAYS = ("use_orig_params", "sync_module_states", "limit_all_gathers", "forwar
 _OURS = (
     "cpu_offload", "mixed_precision", "auto_wrap_policy", "activation_checkpointing",
     "activation_checkpointing_policy", "sharding_strategy", "state_dict_type", "device_mesh", "timeout",
-    "process_group_backend", "ignored_modules", "ignored_states", "start_method",
+    "process_group_backend", "ignored_modules", "ignored_states", "start_method", "find_unused_parameters",
 )  # fmt: skip
 
 
@@ -76,6 +76,8 @@ class FSDPStrategy(MeshStrategy):
         device_mesh: For ``"HYBRID_SHARD"``, how many copies and over how many processes each is spread, as in ``(2, 4)``;
             or a DeviceMesh of two dimensions.
         start_method: As for DDPStrategy.
+        find_unused_parameters: Parameters may take part in the loss on some ranks only; where they do not, they count with
+            gradients of 0. Needs torch 2.10.
         **kwargs: ``ignored_modules`` or ``ignored_states``: layers, or parameters, that every process keeps whole.
 
     Raises:
@@ -102,15 +104,22 @@ class FSDPStrategy(MeshStrategy):
         state_dict_type: str = "full",
         device_mesh: Any = None,
         start_method: str = "popen",
+        find_unused_parameters: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(
             parallel_devices, precision_plugin, checkpoint_io, process_group_backend, timeout, start_method
         )
         self._ignored = _read_kwargs(kwargs)
+        self.find_unused_parameters = find_unused_parameters
         self.cpu_offload = bool(getattr(cpu_offload, "offload_params", cpu_offload))
         self.mixed_precision = _read_mixed_precision(mixed_precision)
         self.auto_wrap_policy = auto_wrap_policy
+        if find_unused_parameters and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+            raise MisconfigurationException(
+                f"FSDPStrategy(find_unused_parameters=True) needs a newer torch than {torch.__version__}: leave it out, and let"
+                " all parameters take part in the loss on all ranks, or on none."
+            )
         units.find(nn.Module(), auto_wrap_policy)  # says what is wrong with it
         if activation_checkpointing is not None and activation_checkpointing_policy is not None:
             raise MisconfigurationException(
@@ -245,6 +254,8 @@ class FSDPStrategy(MeshStrategy):
         for layer in self._layers():
             root.handles.append(layer.register_forward_pre_hook(note_call))
             root.handles.append(layer.register_forward_hook(note_output))
+        if self.find_unused_parameters:
+            root.set_reduce_scatter_unused_params(True)
         # what is called by itself, in a hook or after a backward by hand, finds its weights as well
         owners = {part._module_info.module for part in fully_sharded.own_parts(root)}  # noqa: SLF001  # torch does not tell
         for owner in (module, *(owners - {module})):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,6 +26,7 @@ from leyden.precision.base import CLIP_ALGORITHMS
 from leyden.runtime.collective import average_flat, copy_flat
 from leyden.runtime.ranks import rank_zero_info
 from leyden.strategies.base import IDLE
+from leyden.strategies.parts import Parts, steps_by_parts
 from leyden.strategies.spread import ShardedCheckpoints, local, rebuilt
 from leyden.tree import tree_map
 
@@ -58,6 +59,8 @@ class MeshStrategy(ShardedCheckpoints):
     """Whether the module of this run has still to be spread."""
     _held: tuple[dict[str, Any], bool, str] | None = None
     """Weights that came before the module was spread."""
+    _parts: dict[Optimizer, Parts] | None = None
+    """What the optimizers of this run step on."""
 
     # ------------------------------------------------------------------ who and where
 
@@ -113,7 +116,7 @@ class MeshStrategy(ShardedCheckpoints):
 
     def connect(self, module: nn.Module) -> None:
         super().connect(module)
-        self._waits, self._held = True, None
+        self._waits, self._held, self._parts = True, None, None
 
     def place(self) -> None:
         """Nothing yet: a device may hold a part of the module only, and gets it in ``spread``."""
@@ -155,7 +158,7 @@ class MeshStrategy(ShardedCheckpoints):
         module.to("cpu")
 
     def come_home(self) -> None:
-        self._waits, self._held = False, None
+        self._waits, self._held, self._parts = False, None, None
         module = self.module
         if not is_spread(module):
             module.to("cpu")
@@ -233,6 +236,17 @@ class MeshStrategy(ShardedCheckpoints):
         if any(p.grad is None for p in parameters):  # only then it is read, which waits for the device
             for parameter, gradient, count in zip(parameters, grads, there.tolist(), strict=True):
                 parameter.grad = gradient if count else None
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        if closure is not None or not steps_by_parts(optimizer):
+            return super().optimizer_step(optimizer, closure, **kwargs)
+        if self._parts is None:
+            self._parts = {}
+        parts = self._parts.get(optimizer)
+        if parts is None:
+            parts = self._parts[optimizer] = Parts(optimizer)
+        with parts.in_place():
+            return super().optimizer_step(optimizer, None, **kwargs)
 
     def scale_gradients(self, optimizer: Optimizer, factor: Any) -> None:
         for together in by_kind(local(p.grad) for p in _parameters(optimizer) if p.grad is not None):

@@ -48,7 +48,7 @@ def find(root: nn.Module, policy: Policy = None) -> list[nn.Module]:
         for layer in inner_first(root)
         if id(layer) in chosen
         and layer is not root
-        and type(layer).forward is not nn.Module.forward  # a list of layers, which nobody calls
+        and _is_called(layer)
         and any(True for _ in layer.parameters())
         and not _shares(layer, shared)
     ]
@@ -161,6 +161,11 @@ def _inner(layer: nn.Module) -> Any:
     return getattr(layer, "_orig_mod", layer)
 
 
+def _is_called(layer: nn.Module) -> bool:
+    """Whether it is no mere list of layers, which nobody calls."""
+    return type(_inner(layer)).forward is not nn.Module.forward
+
+
 def _count(layer: nn.Module) -> int:
     return sum(parameter.numel() for parameter in layer.parameters())
 
@@ -173,7 +178,7 @@ def _repeated(root: nn.Module) -> set[int]:
         kinds: dict[type, list[nn.Module]] = {}
         if isinstance(layer, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
             for child in children:
-                if _count(child) >= BLOCK and type(child).forward is not nn.Module.forward:
+                if _count(child) >= BLOCK and _is_called(child):
                     kinds.setdefault(type(_inner(child)), []).append(child)
         blocks = {id(child) for alike in kinds.values() if len(alike) > 1 for child in alike}
         chosen.update(blocks)
@@ -211,8 +216,7 @@ def _by_question(
         if id(layer) in taken:
             return count
         inside = sum(walk(child) for child in layer.children()) if enters(layer, count) else 0
-        callable_ = type(layer).forward is not nn.Module.forward
-        if layer is not root and callable_ and wanted(layer, count - inside):
+        if layer is not root and _is_called(layer) and wanted(layer, count - inside):
             chosen.add(id(layer))
             return count
         return inside
