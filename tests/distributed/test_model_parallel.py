@@ -63,7 +63,9 @@ def _run(devices: int, size: int, shards: str, path: Path | None = None, distrib
     return module.losses, module.norms, tested, weights, getattr(module, "configured", 1), numbers_seen
 
 
-@pytest.mark.parametrize(("devices", "shards"), [(2, ""), (4, "all"), (4, "part"), (4, "")])
+@pytest.mark.parametrize(
+    ("devices", "shards"), [(2, ""), (4, "all"), (4, ""), pytest.param(4, "part", marks=pytest.mark.slow)]
+)
 def test_f1_f2_u1_a_module_that_splits_itself_has_the_numbers_of_one_process(devices: int, shards: str) -> None:
     losses, norms, tested, weights, _, seen = _run(1, 1, "")
     ranks = on_ranks(devices, _run, devices, 2, shards)

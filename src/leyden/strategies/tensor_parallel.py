@@ -24,7 +24,7 @@ from leyden.strategies import units
 from leyden.strategies.fsdp import FSDPStrategy
 from leyden.strategies.mesh import DATA, TENSOR, local
 from leyden.strategies.tensor.automatic import find
-from leyden.strategies.tensor.layers import Layers, Region
+from leyden.strategies.tensor.layers import WORDS, Layers, Region
 from leyden.strategies.tensor.plan import checked, described, resolved
 from leyden.strategies.tensor.trial import try_out
 from leyden.tree import leaves
@@ -91,6 +91,8 @@ class TensorParallelStrategy(FSDPStrategy):
         self._told: str | None = None
         self._metrics: list[Any] = []
         self._compared = True
+        self._adds_up = True
+        """Whether a gradient may be the sum of what devices have of it: of layers that see a part of the sequence each."""
         self._all_words = False
         """Whether all that is split computes with plain tensors outside of its layers."""
 
@@ -154,6 +156,7 @@ class TensorParallelStrategy(FSDPStrategy):
                 reasons[name] = "padded positions are computed in evaluation too, where nested tensors would give 0"
         if not self.plan:
             raise MisconfigurationException(_nothing_to_split(module, reasons))
+        self._adds_up = any(style not in WORDS or style == "sequence" for style in self.plan.values())
         self._all_words = all(isinstance(style, str) for style in self.plan.values())
         if (text := described(self.plan, reasons, size)) != self._told:
             self._told = text
@@ -250,6 +253,10 @@ class TensorParallelStrategy(FSDPStrategy):
         if self._alone or self.world_size == 1:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for parameter in parameters if self._adds_up else ():
+            gradient = parameter.grad
+            if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+                parameter.grad = gradient.redistribute(placements=parameter.placements)
         if self.data_size > 1:
             alike = [p for p in parameters if _dimensions(p) in ((), (TENSOR,))]
             self.average(alike, self.device_mesh.get_group(DATA))
