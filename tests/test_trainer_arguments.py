@@ -25,7 +25,7 @@ from leyden.strategies import SingleDeviceStrategy
 
 OURS = {
     "semantics": None, "compile": False, "cuda_graphs": False, "fused_optimizers": False, "fast_data": True,
-    "num_workers": None,
+    "num_workers": None, "keep_global_batch": True,
 }  # fmt: skip
 DEFAULTS = {
     "accelerator": "auto", "strategy": "auto", "devices": "auto", "num_nodes": 1, "precision": None, "logger": None,
@@ -187,6 +187,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"benchmark": "yes"}, "benchmark='yes'"),
     ({"inference_mode": "no"}, "inference_mode='no'"),
     ({"use_distributed_sampler": 3}, "use_distributed_sampler=3"),
+    ({"keep_global_batch": "no"}, "keep_global_batch='no'"),
     ({"detect_anomaly": "x"}, "detect_anomaly='x'"),
     ({"enable_progress_bar": "x"}, "enable_progress_bar='x'"),
     ({"profiler": "simpel"}, "profiler='simpel'.*Did you mean 'simple'"),

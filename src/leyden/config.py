@@ -112,6 +112,7 @@ class TrainerConfig:
     fast_data: bool = True
     num_workers: int | str | None = None
     use_distributed_sampler: bool = True
+    keep_global_batch: bool = True
 
     def __post_init__(self) -> None:
         _check_counts(self)
@@ -150,7 +151,7 @@ class TrainerConfig:
 
 _SWITCHES = (
     "benchmark", "inference_mode", "detect_anomaly", "enable_autolog_hparams", "barebones", "cuda_graphs",
-    "fused_optimizers", "fast_data",
+    "fused_optimizers", "fast_data", "keep_global_batch",
 )  # fmt: skip
 
 

@@ -39,6 +39,10 @@ class Progress:
     last_train_reload: int = 0
     """The epoch in which the training loaders were last reloaded; a resumed fit keeps to the same schedule."""
     last_val_reload: int = 0
+    resized: bool = False
+    """Whether updates are made of other numbers of samples than when the run began, so that there are more or fewer."""
+    update: dict[str, Any] = field(default_factory=dict)
+    """What one update was made of when the run began: ``shares`` of the data, ``accumulate``, ``batch_sizes``."""
 
     def end_epoch(self, last: bool) -> None:
         """Count an epoch whose end has been dealt with; ``last`` tells whether it ran up to its last batch."""

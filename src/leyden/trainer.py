@@ -85,6 +85,7 @@ class Trainer(TrainerFace):
         benchmark: Let cuDNN search for the fastest algorithms.
         inference_mode: Evaluate under ``torch.inference_mode`` rather than ``no_grad``.
         use_distributed_sampler: Share samples out between several devices.
+        keep_global_batch: Where fewer processes go on with a run, accumulate gradients so that an update keeps its samples.
         profiler: ``"simple"`` or a Profiler.
         detect_anomaly: Find the operation that made a NaN; slow.
         barebones: Everything off that costs time.
@@ -146,6 +147,7 @@ class Trainer(TrainerFace):
         benchmark: bool | None = None,
         inference_mode: bool = True,
         use_distributed_sampler: bool = True,
+        keep_global_batch: bool = True,
         profiler: Any = None,
         detect_anomaly: bool = False,
         barebones: bool = False,
@@ -192,14 +194,12 @@ class Trainer(TrainerFace):
             explicit=given,
         )
         self._given: Any = None
-        self._datamodule: Any = None
         self._session: Session | None = None
         self._interrupt = Interrupt()
         self._cluster = hardware.cluster(plugins)
-        self._ckpt_path: Any = None
+        self._datamodule = self._ckpt_path = self._recorder = None
         self._dated = False
         self._told_semantics = semantics is not None
-        self._recorder: Any = None
 
     # ------------------------------------------------------------------ entry points
 

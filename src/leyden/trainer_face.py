@@ -231,11 +231,11 @@ class TrainerFace(VintageTrainer):
         batches = self.fit_loop.num_batches
         if batches == math.inf:
             return math.inf if max_steps == -1 else max_steps
-        factors = [self.config.accumulate_grad_batches] * max_epochs
+        factors = [self.batches_per_update] * max_epochs
         for callback in self._callbacks:
             scheduled = getattr(callback, "get_accumulate_grad_batches", None)
             if scheduled is not None:
-                factors = [scheduled(epoch) for epoch in range(max_epochs)]
+                factors = [scheduled(epoch) * self.fit_loop.turns for epoch in range(max_epochs)]
         total = sum(max(math.ceil(batches / factor), 1) for factor in factors)
         return total if max_steps == -1 else min(total, max_steps)
 
@@ -244,6 +244,11 @@ class TrainerFace(VintageTrainer):
         return self._session is not None and self.fit_loop.validation_is_due(self._session)
 
     # ------------------------------------------------------------------ data
+
+    @property
+    def batches_per_update(self) -> int:
+        """Batches of this process in one update: more than ``accumulate_grad_batches`` where it stands in for others."""
+        return self.config.accumulate_grad_batches * self.fit_loop.turns
 
     @property
     def num_training_batches(self) -> int | float:

@@ -164,7 +164,7 @@ def test_nothing_to_run_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_is_ours_only_where_no_program_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--help"]) == main(["run", "-h"]) == 0
-    assert capsys.readouterr().out.count("leyden run -m package.module [arguments]") == 2
+    assert capsys.readouterr().out.count("leyden run [options] -m package.module [arguments]") == 2
 
 
 @pytest.mark.parametrize("flag", ["ignore_environment", "no_site"])

@@ -14,7 +14,6 @@ from typing import Any
 from leyden import atomic
 from leyden.errors import CheckpointError
 from leyden.runtime.ranks import rank_zero_warn
-from leyden.shards import META
 from leyden.types import PathLike, TrainerView
 
 
@@ -198,6 +197,8 @@ def bears(path: str, mark: str) -> bool:
     """
     name = os.path.basename(path if is_url(path) else os.path.realpath(path))  # a link is judged by its target
     if not is_url(path) and os.path.isdir(path):
+        from leyden.shards import META  # noqa: PLC0415  # only for checkpoints of several processes
+
         path = os.path.join(path, META)
     try:
         with open_path(path, "rb") as stream, zipfile.ZipFile(stream) as archive:

@@ -237,7 +237,7 @@ class ThroughputMonitor(Callback):
             self._spent += now - self._ended
         self._ended = now
         # in the middle of a window of accumulation there is no update whose time would be whole
-        steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        steps = (batch_idx + 1) % trainer.batches_per_update == 0 or trainer.is_last_batch
         if steps and is_row_due(trainer):
             self._log(trainer, RunningStage.TRAINING, trainer.batches_that_stepped)
             self._waited = self._spent = 0.0

@@ -18,6 +18,7 @@ from leyden.version import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "compat": ("leyden.cli.compat", "what of Lightning a code base uses, and what of it Leyden lacks"),
     "run": ("leyden.cli.run", "run a script written for Lightning, or for 2019, on Leyden, unchanged"),
+    "fabric": ("leyden.cli.fabric", "run a script written for Fabric in several processes: fabric run"),
     "ckpt": ("leyden.cli.ckpt", "look into checkpoints, check them, compare two"),
     "advise": ("leyden.cli.advise", "measure what would make the fit of a script faster"),
     "verify-resume": ("leyden.cli.verify_resume", "prove that the fit of a script can be killed and resumed"),

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from leyden.data.generators import Streams, differs, digest, find, plain, raw
 from leyden.data.samplers import attributes, draws_often, only, parts
+from leyden.data.sharding import Sharded
 from leyden.data.whole import Plan, Whole
 from leyden.runtime.ranks import rank_zero_only, rank_zero_warn
 from leyden.types import Stateful
@@ -55,6 +56,8 @@ class Pass:
     """Which iteration over this loader it is in its epoch."""
     mark: int | None = None
     """A fingerprint of the first indices, to notice an order that is not the same."""
+    share: dict[str, Any] | None = None
+    """State of what shares the samples out, as plain data; None where nothing does."""
 
     def plain(self, changed: list[set[str]]) -> dict[str, Any]:
         """Return it as plain data, with those attributes of samplers that ``changed``."""
@@ -63,7 +66,7 @@ class Pass:
             "parts": [only(state, names) for state, names in zip(self.parts, changed, strict=True)],
             "first": None if self.first is None else plain(self.first),
             "journal": {number: plain(state) for number, state in self.journal.items()},
-            **{name: getattr(self, name) for name in ("forgotten", "warm", "seed", "number", "mark")},
+            **{name: getattr(self, name) for name in ("forgotten", "warm", "seed", "number", "mark", "share")},
         }
 
     @staticmethod
@@ -126,6 +129,8 @@ class Feed:
     def __init__(self, loader: Any, seeding: str = "torch", seed: int = 0, keep: bool = False) -> None:
         self.loader, self.seeding, self.seed = loader, seeding, seed
         self.how = _how(loader)
+        shares = (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+        self.share: Sharded | None = next((each for each in shares if isinstance(each, Sharded)), None)
         self.key: tuple[Any, ...] = ()
         self.share: int | None = None
         """Which share of the data this is: processes that work on one batch draw the same. None: each process has its own."""
@@ -136,7 +141,7 @@ class Feed:
         self.parts = parts(loader, self.how)
         self.changed: list[set[str]] = [set() for _ in self.parts]
         self._former = [attributes(part) for part in self.parts]
-        ordering = {name: getattr(loader, name, None) for name in ("generator", "sampler", "batch_sampler")}
+        ordering = {name: _unwrapped(getattr(loader, name, None)) for name in ("generator", "sampler", "batch_sampler")}
         using = {name: getattr(loader, name, None) for name in ("dataset", "collate_fn")}
         self.streams = Streams(find({**ordering, **using}))
         self._journals = self.how == "indices" and draws_often(loader)
@@ -177,11 +182,13 @@ class Feed:
         live = None
         if run.begin is None:
             run.begin, run.parts = self.streams.now(), self.states()
+            run.share = None if self.share is None else self.share.state_dict()
             run.seed = self._seed(run.begin, run.number)
         else:
             live = self.streams.now()
             self.streams.put(run.begin)
             self.put_states(run.parts)
+            self._put_share(run.share)
         self.run, self._skip, self._first, self._live = run, done, run.first, None
         self._used, self._undo = False, None
         # workers that are kept from one pass to the next cost a random number when they are started. Those of a resumed
@@ -456,6 +463,7 @@ class Feed:
         return {
             "held": plain(self.streams.of_held()),
             "parts": [only(state, names) for state, names in zip(parts, self.changed, strict=True)],
+            "share": None if self.share is None else self.share.state_dict(),
             "warm": self.warm or (kept and getattr(self.loader, "_iterator", None) is not None),
         }
 
@@ -463,7 +471,12 @@ class Feed:
         """Put back what ``now`` returned."""
         self.streams.put(state["held"])
         self.put_states(state["parts"])
+        self._put_share(state.get("share"))
         self.warm = bool(state["warm"])
+
+    def _put_share(self, state: Mapping[str, Any] | None) -> None:
+        if self.share is not None and state is not None:
+            self.share.load_state_dict(state)
 
     def why_not(self) -> str | None:
         """Say why a resume cannot go on where this pass stands without loading what is done, and what it does instead."""
@@ -502,6 +515,13 @@ class Feed:
 
 _DRESS = ("sampler", "batch_sampler", "worker_init_fn", "collate_fn")
 """What is ours on the copy of a loader."""
+
+
+def _unwrapped(part: Any) -> Any:
+    """Return the user's own sampler: what is in it has the same name whether its samples are shared out or not."""
+    while vars(type(part)).get("draws_apart"):
+        part = part.sampler
+    return part
 
 
 def _how(loader: Any) -> str:

@@ -106,7 +106,7 @@ def set_epoch(loader: Any, epoch: int) -> None:
         batch_sampler,
         getattr(loader, "dataset", None),
     ):
-        if vars(type(part)).get("draws_apart"):
+        while vars(type(part)).get("draws_apart"):
             part = part.sampler  # type: ignore[union-attr]  # the user's, which somebody has wrapped
         if callable(getattr(part, "set_epoch", None)) and not any(part is other for other in told):
             told.append(part)

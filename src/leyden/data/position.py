@@ -13,13 +13,13 @@ from leyden.data.combined import CombinedLoader
 from leyden.data.feed import Feed, Pass
 from leyden.data.generators import Streams, plain, raw
 from leyden.data.loaders import length, set_epoch
-from leyden.data.sharding import share_of
 from leyden.data.whole import Whole
 from leyden.errors import CheckpointError
 from leyden.runtime.cores import cores
 from leyden.runtime.ranks import rank_zero_warn
 
 if TYPE_CHECKING:
+    from leyden.data.reshare import Move
     from leyden.data.resident import Shelf
 
 
@@ -69,6 +69,8 @@ class Supply:
         self.streams = Streams(held)
         self.agree: Callable[[], None] | None = None
         """Lets all ranks draw from one random state; None for one process."""
+        self._since = 0
+        """The batch of the epoch at which the pass over a single loader was begun: not 0 where others had begun it."""
 
     @property
     def keeps_state(self) -> bool:
@@ -86,6 +88,7 @@ class Supply:
 
     def iterate(self, place: Place | None = None) -> Iterator[Any]:
         """Begin an epoch, or go on at ``place``; yields batches of a single loader, else triples as CombinedLoader does."""
+        self._since = place.drawn - place.done[0] if place is not None and self.single else 0
         if place is not None:
             for feed, run, done, own in zip(self.feeds, place.passes, place.done, place.own, strict=True):
                 feed.put_own(own)
@@ -104,7 +107,7 @@ class Supply:
     def place(self, drawn: int) -> Place:
         """Return where the loaders stand when ``drawn`` batches of the epoch are done."""
         combined = {} if self.single else self.combined.place()
-        starts = [min(start, drawn) for start in combined.get("starts", [0] * len(self.feeds))]
+        starts = [min(start, drawn) for start in combined.get("starts", [self._since] * len(self.feeds))]
         passes = [feed.run or Pass() for feed in self.feeds]
         return Place(drawn, passes, [drawn - start for start in starts], [feed.own() for feed in self.feeds], combined)
 
@@ -142,8 +145,21 @@ class Supply:
         }
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any], what: str) -> Place | None:
+    def left(self, place: Place, limits: list[int | float]) -> int | float:
+        """Return how many batches of the epoch are left at ``place``, with at most ``limits`` of each loader in all."""
+        from leyden.data.reshare import left_of  # noqa: PLC0415  # where another number of processes goes on
+
+        counts = [left_of(*each) for each in zip(self.feeds, place.done, limits, strict=True)]
+        if self.combined.mode == "min_size":
+            return min(counts)
+        # one that was exhausted before has started again, and is not waited for
+        consumed = place.combined.get("consumed", [False] * len(counts))
+        return max((count for count, over in zip(counts, consumed, strict=True) if not over), default=0)
+
+    def load_state_dict(self, state: Mapping[str, Any], what: str, move: Move | None = None) -> Place | None:
         """Put back what holds wherever the loaders stand; return the place in the epoch, None for between two epochs.
+
+        ``move`` is how other processes go on with it than those that were at it; None where they are as many.
 
         Raises:
             CheckpointError: where the loaders are not those that the state was taken from.
@@ -158,7 +174,8 @@ class Supply:
             feed.put_now(saved)
         place = state["place"]
         drawn = None if place is None else place["drawn"]
-        changed = [_compare(feed, saved["about"], drawn, what) for feed, saved in zip(self.feeds, loaders, strict=True)]
+        pairs = list(zip(self.feeds, loaders, strict=True))
+        changed = [_compare(feed, saved["about"], drawn, what, move is not None) for feed, saved in pairs]
         if place is None:
             for feed, own in zip(self.feeds, state["own"], strict=True):
                 feed.put_end(own)
@@ -166,20 +183,23 @@ class Supply:
         found = Place(
             **{**place, "passes": [Pass.of(run) for run in place["passes"]], "ahead": [raw(s) for s in place["ahead"]]}
         )
-        if any(changed) and not self.single:
+        if move is not None:
+            runs = zip(self.feeds, found.passes, found.done, loaders, strict=True)
+            found.done = [move.go_on(feed, run, done, saved["about"], what) for feed, run, done, saved in runs]
+            found.drawn, found.ahead = move.batches(found.drawn), []
+            if found.combined:
+                found.combined["starts"] = [found.drawn - done for done in found.done]
+        elif any(changed) and not self.single:
             raise CheckpointError(
                 "The batch size of a loader has changed inside an epoch that draws from several loaders together: their"
                 " places cannot be matched. Go on with the former batch size until the epoch has ended, or resume from a"
                 " checkpoint that was written at the end of an epoch."
             )
-        if changed[0] is not None:
+        elif changed[0] is not None:
             found.drawn = found.done[0] = changed[0]
             found.passes[0].mark = None
         for run, feed, saved in zip(found.passes, self.feeds, loaders, strict=True):
-            about = _about(feed)
-            if any(
-                saved["about"].get(key, default) != about.get(key) for key, default in (("samples", None), ("ranks", 1))
-            ):
+            if saved["about"].get("samples") != _about(feed).get("samples"):
                 run.mark = None  # another order was announced
         return found
 
@@ -189,6 +209,8 @@ def _about(feed: Feed) -> dict[str, Any]:
     loader = feed.loader
     if not isinstance(loader, DataLoader):
         return {"batches": _count(loader)}
+    from leyden.data.reshare import items_of, replicas_of  # noqa: PLC0415  # when a checkpoint is written or read
+
     sized = feed.how == "indices"
     size = getattr(loader.batch_sampler, "batch_size", None) if sized else loader.batch_size
     return {
@@ -196,7 +218,8 @@ def _about(feed: Feed) -> dict[str, Any]:
         "workers": loader.num_workers,
         "samples": _count(loader.dataset) if sized else None,
         "seeding": feed.seeding,
-        "ranks": getattr(share_of(loader), "size", 1),
+        "items": items_of(loader) if sized else 0,
+        "replicas": replicas_of(loader) if sized else None,
     }
 
 
@@ -205,8 +228,11 @@ def _count(sized: Any) -> int | None:
     return count if isinstance(count, int) else None
 
 
-def _compare(feed: Feed, then: Mapping[str, Any], drawn: int | None, what: str) -> int | None:
-    """Say what has changed since the checkpoint; return how many batches are done, if that is another number now."""
+def _compare(feed: Feed, then: Mapping[str, Any], drawn: int | None, what: str, moves: bool) -> int | None:
+    """Say what has changed since the checkpoint; return how many batches are done, if that is another number now.
+
+    ``moves`` says that other processes go on, of which each finds its place by the samples that are done.
+    """
     now, name = _about(feed), f"the {what} {type(feed.loader).__name__}"
     done = None
     if then.get("samples") != now.get("samples"):
@@ -221,11 +247,7 @@ def _compare(feed: Feed, then: Mapping[str, Any], drawn: int | None, what: str) 
             f" {now.get('samples')} now: {goes_on}."
         )
     before, after = then.get("batch_size"), now.get("batch_size")
-    if before and after and then.get("ranks", 1) != now.get("ranks", 1):
-        # together, the ranks draw from one order: what counts is how many samples of it a batch of all of them takes
-        before, after = before * then.get("ranks", 1), after * now.get("ranks", 1)
-        name = f"{name}, over all processes,"
-    if before != after and before and after:
+    if before != after and before and after and not moves:
         if drawn:
             done, rest = divmod(drawn * before, after)
             twice = f" The first {rest} samples of the next batch come a second time." if rest else ""

@@ -30,7 +30,10 @@ def parts(loader: Any, how: str) -> list[Any]:
     if how != "indices":
         return []
     subclass = [loader] if type(loader) is not DataLoader else []
-    return [part for part in [*samplers(loader), *subclass] if not _torchs(part)]
+    # not those that share samples out: the feed keeps their state apart, since another number of processes has others
+    return [
+        part for part in [*samplers(loader), *subclass] if not _torchs(part) and not vars(type(part)).get("draws_apart")
+    ]
 
 
 def draws_often(loader: Any) -> bool:

@@ -44,18 +44,26 @@ class Sharded:
         size: How many ranks there are.
         pads: Whether all ranks get as many items.
         loader: The loader; its generator is one that the sampler may draw from.
+        turns: Of how many ranks each takes the place, one after the other: what is padded is padded for all of them.
     """
 
     draws_apart = True
     """What it draws leaves no trace in the generators that others use too."""
 
-    def __init__(self, sampler: Any, rank: int, size: int, pads: bool, loader: Any) -> None:
+    def __init__(self, sampler: Any, rank: int, size: int, pads: bool, loader: Any, turns: int = 1) -> None:
         self.sampler, self.rank, self.size, self.pads = sampler, rank, size, pads
-        self.streams = Streams(find({"sampler": sampler, "generator": loader.generator}))
+        self.whole = size * turns
+        # by the names that these generators have where the samples of a loader are not shared out
+        name = "batch_sampler" if sampler is loader.batch_sampler else "sampler"
+        self.streams = Streams(find({name: sampler, "generator": loader.generator}))
+        self.base = 0
+        """How many items of the order the next pass leaves out, since other processes have had them."""
         self._generator = loader.generator
         self._keeps_workers = loader.num_workers > 0 and loader.persistent_workers
         self._passes = 0
         self._state: dict[str, Any] | None = None
+        self._seeded = False
+        """Whether the number that the loader draws for its workers is drawn already, in this state."""
 
     def now(self) -> dict[str, Any]:
         """Return the random state of this rank, as plain data."""
@@ -63,36 +71,42 @@ class Sharded:
 
     def begin(self, state: Mapping[str, Any]) -> None:
         """Let the next pass draw from ``state``, which is rank 0's."""
-        self._state = raw(state)
+        self._state, self._seeded, self.base = raw(state), False, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next pass draws from, as plain data."""
-        return {"state": None if self._state is None else plain(self._state), "passes": self._passes}
+        state = None if self._state is None else plain(self._state)
+        return {"state": state, "passes": self._passes, "base": self.base, "seeded": self._seeded}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what ``state_dict`` returned."""
         self._state = None if state["state"] is None else raw(state["state"])
-        self._passes = state["passes"]
+        self._passes, self.base, self._seeded = state["passes"], state.get("base", 0), state.get("seeded", False)
 
     def __iter__(self) -> Iterator[Any]:
+        return islice(self.items(), self.rank, None, self.size)
+
+    def items(self) -> Iterator[Any]:
+        """Yield what all ranks share out in this pass, with what comes once more at its end."""
+        base, self.base = self.base, 0
         place, first = 0, list[Any]()
         for item in self._drawn():
-            if len(first) < self.size:
+            if len(first) < self.whole:
                 first.append(item)
-            if place % self.size == self.rank:
-                yield item
             place += 1
-        if self.pads and place % self.size:
-            own = self.rank - place % self.size
-            if own >= 0:
-                yield first[own % len(first)]
+            if place > base:
+                yield item
+        if self.pads and place > base:
+            for extra in range(-(place - base) % self.whole):
+                yield first[extra % len(first)]
 
     def _drawn(self) -> Iterator[Any]:
         """Yield what the sampler draws from the state that all ranks share, a piece at a time."""
         streams, sampler = self.streams, self.sampler
         # the loader draws a random number for its workers before the first index, unless it keeps them
-        seeds = not (self._keeps_workers and self._passes)
+        seeds = not (self._keeps_workers and self._passes) and not self._seeded
         self._passes += 1
+        self._seeded = False
         if _torchs(sampler):
             next(iter(sampler), None)  # so that this rank's own generators go on as those of a single process would
         drawn: Iterator[Any] | None = None
@@ -117,10 +131,10 @@ class Sharded:
                 return
 
     def __len__(self) -> int:
-        whole = len(self.sampler)
+        left = max(len(self.sampler) - self.base, 0)
         if self.pads:
-            return -(-whole // self.size)
-        return len(range(self.rank, whole, self.size))
+            return -(-left // self.whole) * self.whole // self.size
+        return len(range(self.rank, left, self.size))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "sampler" not in vars(self):
@@ -128,7 +142,36 @@ class Sharded:
         return getattr(self.sampler, name)
 
 
-def share(loader: Any, rank: int, size: int, pads: bool) -> Any:
+class Turns(BatchSampler):
+    """The batches of a rank that takes the places of several, one after the other: each as that rank would have had it.
+
+    Args:
+        batches: The loader's own.
+        samples: The share of the rank in what its sampler draws.
+    """
+
+    draws_apart = True
+
+    def __init__(self, batches: BatchSampler, samples: Sharded) -> None:
+        self.sampler: Any = samples
+        self.batch_size, self.drop_last = batches.batch_size, batches.drop_last
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        samples, size = self.sampler, self.batch_size
+        items = samples.items()
+        while together := list(islice(items, size * samples.whole)):
+            for place in range(samples.rank, samples.whole, samples.size):
+                batch = together[place :: samples.whole]
+                if len(batch) == size or not self.drop_last:
+                    yield batch
+
+    def __len__(self) -> int:
+        turns = self.sampler.whole // self.sampler.size
+        samples = len(self.sampler) // turns
+        return int(turns * (samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)))
+
+
+def share(loader: Any, rank: int, size: int, pads: bool, turns: int = 1) -> Any:
     """Return the share of ``rank`` in a loader: a copy of it; the loader itself where it cannot or must not be shared out.
 
     Left alone are loaders whose sampler knows ranks already (it has ``num_replicas`` and ``rank``), data sets that are
@@ -139,39 +182,42 @@ def share(loader: Any, rank: int, size: int, pads: bool) -> Any:
         rank: Whose share.
         size: How many ranks there are.
         pads: Whether all ranks get as many samples (training), or each sample comes once (evaluation).
+        turns: Of how many ranks each takes the place; only where it ``pads``.
     """
-    if not can_be_shared(loader):
-        return loader
+    return _shared(loader, rank, size, pads, turns) if can_be_shared(loader) else loader
+
+
+def _shared(loader: Any, rank: int, size: int, pads: bool, turns: int) -> Any:
     copied = copy.copy(loader)
     # past DataLoader's guard, which would have the user build the loader anew; the copy starts workers of its own
     object.__setattr__(copied, "_iterator", None)
     batches = loader.batch_sampler
     if batches is None:
-        object.__setattr__(copied, "sampler", Sharded(loader.sampler, rank, size, pads, loader))
+        object.__setattr__(copied, "sampler", Sharded(loader.sampler, rank, size, pads, loader, turns))
     elif type(batches) is BatchSampler:
-        own = copy.copy(batches)
-        own.sampler = Sharded(batches.sampler, rank, size, pads, loader)
-        object.__setattr__(copied, "sampler", own.sampler)
-        object.__setattr__(copied, "batch_sampler", own)
+        own, samples = copy.copy(batches), Sharded(batches.sampler, rank, size, pads, loader, turns)
+        own.sampler = samples
+        object.__setattr__(copied, "sampler", samples)
+        object.__setattr__(copied, "batch_sampler", own if turns == 1 else Turns(batches, samples))
     else:
-        object.__setattr__(copied, "batch_sampler", Sharded(batches, rank, size, pads, loader))
+        # whole batches: the next ones in the order are those of the ranks whose places are taken
+        object.__setattr__(copied, "batch_sampler", Sharded(batches, rank, size, pads, loader, turns))
     return copied
 
 
-def share_shuffled(loader: Any, rank: int, size: int, seed: int) -> Any:
+def share_shuffled(loader: Any, rank: int, size: int, seed: int, turns: int = 1) -> Any:
     """Return the share of ``rank`` in a loader as Lightning's: shuffled by ``seed`` and the epoch, also where it was not.
 
     A loader whose sampler is none of torch's plain two is shared out like any other.
     """
     batches, sampler = loader.batch_sampler, loader.sampler
-    if type(batches) is not BatchSampler or type(sampler) not in (SequentialSampler, RandomSampler):
-        return share(loader, rank, size, pads=True)
-    copied, own = copy.copy(loader), copy.copy(batches)
-    object.__setattr__(copied, "_iterator", None)
-    own.sampler = DistributedSampler(loader.dataset, size, rank, seed=seed)
-    object.__setattr__(copied, "sampler", own.sampler)
-    object.__setattr__(copied, "batch_sampler", own)
-    return copied
+    if type(batches) is BatchSampler and type(sampler) in (SequentialSampler, RandomSampler):
+        loader, own = copy.copy(loader), copy.copy(batches)
+        own.sampler = DistributedSampler(loader.dataset, 1, 0, seed=seed)  # for one: the whole order of an epoch
+        object.__setattr__(loader, "sampler", own.sampler)
+        object.__setattr__(loader, "batch_sampler", own)
+        return _shared(loader, rank, size, True, turns)
+    return share(loader, rank, size, pads=True, turns=turns)
 
 
 def share_of(loader: Any) -> Sharded | None:
@@ -202,4 +248,4 @@ def _torchs(sampler: Any) -> bool:
     return type(sampler).__module__.startswith("torch.utils.data.")
 
 
-__all__ = ["AHEAD", "Sharded", "agree", "can_be_shared", "share", "share_of", "share_shuffled"]
+__all__ = ["AHEAD", "Sharded", "Turns", "agree", "can_be_shared", "share", "share_of", "share_shuffled"]

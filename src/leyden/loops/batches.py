@@ -194,6 +194,8 @@ def request(session: Session, prefix: str, mode: str) -> CombinedLoader:
     Raises:
         TypeError: for a loader that cannot be iterated.
     """
+    from leyden.loops import elastic  # noqa: PLC0415  # when a run begins, not when a script imports names
+
     name = f"{prefix}_dataloader"
     given = session.sources.get(prefix)
     if given is not None:
@@ -217,9 +219,10 @@ def request(session: Session, prefix: str, mode: str) -> CombinedLoader:
     overfit = session.config.overfit_batches
     if overfit > 0 and fn == "fit":
         combined.flattened = [without_shuffle(loader) for loader in combined.flattened]
-    if session.strategy.world_size > 1 and session.config.use_distributed_sampler:
-        return shared(session, combined, prefix)
-    return combined
+    if prefix == "train":
+        elastic.decide(session, combined)
+    several = session.strategy.world_size > 1 or elastic.is_shared(session, prefix)
+    return shared(session, combined, prefix) if several and session.config.use_distributed_sampler else combined
 
 
 def shared(session: Session, combined: CombinedLoader, prefix: str) -> CombinedLoader:
@@ -227,13 +230,14 @@ def shared(session: Session, combined: CombinedLoader, prefix: str) -> CombinedL
     from leyden.data import sharding  # noqa: PLC0415  # only for several processes
 
     rank, size = session.strategy.data_rank, session.strategy.data_size
+    turns = session.turns if prefix == "train" else 1
     mine = copy.copy(combined)
     shuffled = session.config.rule("shared_order") == "shuffled" and prefix == "train"
     padded = session.config.rule("shared_evaluation") == "padded" and prefix != "predict"
     mine.flattened = [
-        sharding.share_shuffled(loader, rank, size, given_seed())
+        sharding.share_shuffled(loader, rank, size, given_seed(), turns)
         if shuffled and not session.config.overfit_batches and sharding.can_be_shared(loader)
-        else sharding.share(loader, rank, size, pads=prefix == "train" or padded)
+        else sharding.share(loader, rank, size, pads=prefix == "train" or padded, turns=turns)
         for loader in combined.flattened
     ]
     return mine
@@ -309,14 +313,25 @@ def supply(session: Session, combined: CombinedLoader, prefix: str, step: Callab
         loaders = chosen(session, combined, prefix)
     shelf, keep = session.shelf(takes(step, "dataloader_iter")), fast and session.trainer.state.fn is TrainerFn.FITTING
     made = session.supplies[prefix] = Supply(combined, seeding, seed, fast, shelf, keep, loaders)
-    if session.strategy.world_size > 1:
+    shares = [feed.share for feed in made.feeds if feed.share is not None]
+    if shares or session.strategy.world_size > 1:
         from leyden.data import sharding  # noqa: PLC0415  # only for several processes
 
-        shares = [share for loader in combined.flattened if (share := sharding.share_of(loader)) is not None]
         made.agree = partial(sharding.agree, shares, session.strategy.broadcast)
         for feed in made.feeds:
             feed.share = session.strategy.data_rank
     return made
+
+
+def _of_turns(loader: Any, limit: int | float, turns: int) -> int | float:
+    """How many batches of a training loader an epoch takes; ``limit`` counts batches of all turns of a process as one."""
+    count, argument = length(loader), "limit_train_batches"
+    if isinstance(limit, int):
+        return num_batches("train", count, limit * turns, argument)
+    even = turns > 1 and count < math.inf and count % turns == 0
+    return num_batches("train", count // turns, limit, argument) * turns if even else num_batches(
+        "train", count, limit, argument
+    )  # fmt: skip
 
 
 def total(combined: CombinedLoader) -> int | float:
@@ -335,6 +350,8 @@ class TrainingData:
         supply: What batches are drawn from: the loaders, with the memory of how their order came about.
         num_batches: How many batches an epoch has; infinity if that is not known.
         sized: Whether the loaders have a length.
+        layout: Among how many the data are shared out.
+        epoch_batches: How many batches the epoch has that runs now: others, where other processes have begun it.
         load_rng: State of the random generators when the loaders were asked for.
         iterator: Over the batches of an epoch that has not begun; None otherwise.
         ahead: What tells when the end is reached, where the loaders do not.
@@ -344,6 +361,8 @@ class TrainingData:
     """
 
     def __init__(self, session: Session) -> None:
+        from leyden.data.reshare import Layout  # noqa: PLC0415  # when a run begins, not when a script imports names
+
         limit = session.config.limit_train_batches
         self.load_rng = rng_state()
         self.loader = loader = request(session, "train", "max_size_cycle")
@@ -352,16 +371,18 @@ class TrainingData:
                 "CombinedLoader(mode='sequential') cannot train: use 'min_size', 'max_size' or 'max_size_cycle'."
             )
         self.sized = total(loader) < math.inf
-        counts = [num_batches("train", length(x), limit, "limit_train_batches") for x in loader.flattened]
-        loader.limits = same_on_all_ranks(session, counts)
-        self.num_batches = total(loader)
+        self.layout = Layout(session.strategy.data_size, session.turns, session.config.accumulate_grad_batches)
+        loader.limits = same_on_all_ranks(session, [_of_turns(x, limit, session.turns) for x in loader.flattened])
+        self.num_batches = self.epoch_batches = total(loader)
         self.supply = supply(session, loader, "train", session.module.training_step)
         self.iterator: Iterator[Any] | None = None
         self.ahead: Ahead = None
 
     def begin(self, session: Session, place: Place | None = None) -> None:
         """Begin an epoch, or go on at ``place``."""
-        data, limit = self.supply, self.num_batches
+        if place is None:
+            self.epoch_batches = self.num_batches
+        data, limit = self.supply, self.epoch_batches
         draws = takes(session.module.training_step, "dataloader_iter")
         iterator = data.iterate(place)
         if not self.sized and session.strategy.world_size > 1:
@@ -440,9 +461,9 @@ def check_end(data: TrainingData | None, count: int, epoch: int) -> None:
             f"The training data ({kinds}) gave no batch in epoch {epoch}. A generator can be gone through only once: pass"
             " an iterable that begins anew each time, such as a DataLoader or a list."
         )
-    if data.sized and not isinstance(data.ahead, DataLoaderIter):
+    if data.sized and count != data.epoch_batches and not isinstance(data.ahead, DataLoaderIter):
         rank_zero_warn(
-            f"The training data ({kinds}) announced {data.num_batches} batches but gave {count}. Correct its __len__, so"
+            f"The training data ({kinds}) announced {data.epoch_batches} batches but gave {count}. Correct its __len__, so"
             " that windows of accumulation and the progress bar fit."
         )
 

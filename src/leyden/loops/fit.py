@@ -29,7 +29,7 @@ from leyden.config import ValInterval, parse_val_check_interval
 from leyden.data.combined import CombinedLoader
 from leyden.loops import batches, when
 from leyden.loops.evaluate import EvaluationLoop
-from leyden.loops.optimize import Optimization, check_loss, detached, read_loss, step_losses, weighted
+from leyden.loops.optimize import Optimization, check_loss, detached, divisor_of, read_loss, step_losses, weighted
 from leyden.loops.paths import choose
 from leyden.loops.schedule import step_schedules
 from leyden.loops.session import Session
@@ -49,6 +49,8 @@ class FitLoop:
         self.validation = EvaluationLoop(RunningStage.VALIDATING)
         self.data: batches.TrainingData | None = None
         self.num_batches: int | float = math.inf
+        self.turns = 1
+        """How many batches of this process stand for one that the user counts, in a window and between validations."""
         self.interval = ValInterval("epoch", 1.0)
         self.val_every: float = math.inf
         self.val_across = False
@@ -88,7 +90,7 @@ class FitLoop:
             # a run that was resumed inside the tail of a batch finishes that tail first
             open_epoch = not progress.tail or self.finish_batch(session)
             while open_epoch and (batch := next(iterator, _END)) is not _END:
-                batch_idx, accumulate = progress.batch_idx, trainer.config.accumulate_grad_batches
+                batch_idx, accumulate = progress.batch_idx, trainer.config.accumulate_grad_batches * self.turns
                 self.last = last = batch_idx + 1 == self.num_batches or (ahead is not None and ahead.last)
                 self.steps = steps = last or (batch_idx + 1) % accumulate == 0
                 if transfer is not None:
@@ -110,7 +112,7 @@ class FitLoop:
                     args = (batch, batch_idx) if num_args > 1 else (batch,)
                     output = train(
                         session, optimization, args, batch_idx, batch_idx % accumulate == 0, steps,
-                        1 if accumulate == 1 else self.divisor(session, batch_idx, last, optimization),
+                        1 if accumulate == 1 else divisor_of(self, session, batch_idx, last),
                     )  # fmt: skip
                 progress.batch_idx += 1
                 progress.batches += 1
@@ -218,14 +220,18 @@ class FitLoop:
         if self.data is not None and not due:
             return self.data
         self.data = data = batches.TrainingData(session)
-        self.num_batches = data.num_batches
+        self.turns, progress.update = session.turns, dict(session.update or {})
         if due:
             progress.last_train_reload = progress.epoch
-        self.interval = parse_val_check_interval(config.val_check_interval)
-        self.val_every, self.val_across = when.validation_batches(
-            self.interval, self.num_batches, config.check_val_every_n_epoch is None
-        )
+        self.measure(session, data.num_batches)
         return data
+
+    def measure(self, session: Session, num_batches: int | float) -> None:
+        """Take the number of batches of the coming epoch, and work out what depends on it."""
+        config, self.num_batches = session.config, num_batches
+        self.interval = parse_val_check_interval(config.val_check_interval)
+        across = config.check_val_every_n_epoch is None
+        self.val_every, self.val_across = when.validation_batches(self.interval, num_batches, across, self.turns)
 
     # ------------------------------------------------------------------ around an epoch
 
@@ -235,7 +241,7 @@ class FitLoop:
         if resumed is None:
             progress.batch_idx, progress.tail, progress.cut = 0, "", False
         begun = progress.batch_idx > 0 or bool(progress.tail) or (resumed is not None and resumed.opened)
-        place = None if resumed is None else resumed.arrive(self, progress, begun)
+        place = None if resumed is None else resumed.arrive(self, session, begun)
         data = self.load_data(session)
         if data.iterator is None:
             data.supply.start_epoch("train", progress.epoch)
@@ -277,6 +283,8 @@ class FitLoop:
         session.rows.write(row, progress.batches_that_stepped - 1, progress.epoch)
         results.train.reset()
         progress.end_epoch(self.last)
+        if self.data is not None and self.num_batches != self.data.num_batches:
+            self.measure(session, self.data.num_batches)  # other processes had begun that epoch
 
     def finished(self, session: Session) -> bool:
         """Whether no further epoch runs; says why."""
@@ -299,27 +307,15 @@ class FitLoop:
 
     # ------------------------------------------------------------------ the tail of a batch
 
-    def divisor(self, session: Session, batch_idx: int, last: bool, opt: Optimization) -> int:
-        """By how much the loss of a batch is divided: the number of batches in its window of accumulation."""
-        accumulate = session.trainer.accumulate_grad_batches
-        if session.config.rule("short_window") == "constant":
-            return accumulate
-        length = when.window_length(batch_idx, accumulate, self.num_batches)
-        actual = batch_idx % accumulate + 1
-        if last and actual < length:
-            # only now it is known that the window is short; the gradients are put right before the step
-            opt.rescale = length / actual
-        return length
-
     def ran_out(self, session: Session) -> None:
         """Deal with an epoch that ended before its loader said it would: all that belongs to its end still happens."""
         progress, optimization = session.progress, session.optimization
         batches.check_end(self.data, progress.batch_idx, progress.epoch)
         validated = self.validation_is_due(session)
         self.last, optimization.stepped = True, 0
-        self.steps = bool(progress.batch_idx % session.trainer.accumulate_grad_batches) and optimization.automatic
+        self.steps = bool(progress.batch_idx % session.trainer.batches_per_update) and optimization.automatic
         if self.steps:
-            self.divisor(session, progress.batch_idx - 1, True, optimization)
+            divisor_of(self, session, progress.batch_idx - 1, True)
             optimization.update()
             step_schedules(session, "step", False, progress.batch_idx)
         if optimization.automatic:

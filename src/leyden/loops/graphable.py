@@ -58,8 +58,8 @@ def obstacle(session: Session) -> str | None:
     module, hooks, strategy, config = session.module, session.hooks, session.strategy, session.config
     if strategy.world_size > 1:
         return "several devices train together"
-    if config.accumulate_grad_batches != 1:
-        return f"an update takes {config.accumulate_grad_batches} batches (accumulate_grad_batches)"
+    if (count := session.trainer.batches_per_update) != 1:
+        return f"an update takes {count} batches (accumulate_grad_batches)"
     if session.compilation is not None:
         # what is compiled takes numbers in and out past all that is watched here
         return "the run is compiled; compile={'mode': 'reduce-overhead'} makes torch's compiler record graphs itself"

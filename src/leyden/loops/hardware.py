@@ -119,7 +119,8 @@ def _devices(backend: Accelerator, devices: Any, num_nodes: int, several: bool) 
     from leyden.runtime.world import joined  # noqa: PLC0415  # when a Trainer is made, not when its name is imported
 
     world = joined()
-    if world is not None and world.size > 1 and (several or world.starter != "leyden"):
+    several_there = world is not None and (world.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ)
+    if world is not None and several_there and (several or world.starter != "leyden"):
         return parse_devices(backend, world.local_size), world.nodes
     chosen = parse_devices(backend, devices)
     if len(chosen) > 1 and not several:

@@ -148,7 +148,7 @@ def _beside_it(trainer: Any, cluster: Any, path: str) -> str:
         new = _take_name(temporary, root, max(former, default=0) + 1) if trainer.is_global_zero else ""
     if trainer.is_global_zero:
         for old in former.values():
-            if _peek(old).get("job") == cluster.name_of_fit:
+            if peek(old).get("job") == cluster.name_of_fit:
                 files.remove(old)
     return str(trainer.strategy.broadcast(new))
 
@@ -218,7 +218,7 @@ def resume_point(trainer: Any, given: Any, cluster: Any) -> Any:
             rank_zero_info(f"The job {cluster.job_id()} was started anew: it goes on from {own}.")
             return own
     if given == "hpc":
-        newest = _first_good([found[number] for number in sorted(found, reverse=True)])
+        newest = first_good([found[number] for number in sorted(found, reverse=True)])
         if newest is None:
             raise CheckpointNotFoundError(
                 f"Trainer.{trainer.state.fn}(ckpt_path='hpc'): there is no good hpc_ckpt_<n>.ckpt in {root!r}, where a job"
@@ -227,7 +227,7 @@ def resume_point(trainer: Any, given: Any, cluster: Any) -> Any:
         return newest
     if given is None and found:
         newest = found[max(found)]
-        facts = _peek(newest)
+        facts = peek(newest)
         if facts and "job" not in facts:  # Lightning's do not say of which job they are
             return newest
         rank_zero_info(f"{newest} is of another job, and is not used. To go on from it, pass ckpt_path='hpc'.")
@@ -242,16 +242,16 @@ def _own(trainer: Any, name: str, found: dict[int, str]) -> str | None:
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":  # a node may fail before any signal comes
         if not is_url(trainer.default_root_dir):
             folders += map(str, Path(trainer.default_root_dir).glob("*/version_*/checkpoints"))
-        candidates |= dict.fromkeys(_checkpoints(folder for folder in folders if folder))
+        candidates |= dict.fromkeys(checkpoints_in(folder for folder in folders if folder))
     own: list[tuple[int, bool, str]] = []
     for path in candidates:
-        facts = _peek(path, warns=path in found.values())
+        facts = peek(path, warns=path in found.values())
         if facts.get("job") == name and facts["resumes"]:
             own.append((facts["step"], path in found.values(), path))
-    return _first_good([path for *_, path in sorted(own, reverse=True)])
+    return first_good([path for *_, path in sorted(own, reverse=True)])
 
 
-def _first_good(paths: Iterable[str]) -> str | None:
+def first_good(paths: Iterable[str]) -> str | None:
     """The first of ``paths`` that is what was written; says which ones are not."""
     for path in paths:
         try:
@@ -263,18 +263,19 @@ def _first_good(paths: Iterable[str]) -> str | None:
     return None
 
 
-def _checkpoints(folders: Iterable[str]) -> list[str]:
+def checkpoints_in(folders: Iterable[str]) -> list[str]:
+    """Return the checkpoints in some folders, those that are no URLs."""
     names = [path for folder in folders if not is_url(folder) for path in paths_in(folder)]
     return [path for path in names if path.endswith(_SUFFIX) and not os.path.basename(path).startswith(".")]
 
 
 def _resumes_at(path: str, step: int) -> bool:
     """Whether a local file is a complete checkpoint of ``step`` that training can go on from."""
-    facts = _peek(path)
+    facts = peek(path)
     return bool(facts.get("resumes")) and facts["step"] == step
 
 
-def _peek(path: str, warns: bool = False) -> dict[str, Any]:
+def peek(path: str, warns: bool = False) -> dict[str, Any]:
     """What a checkpoint says of itself, without its tensors; nothing, if it cannot be read."""
     try:
         checkpoint = files.look(path)
@@ -286,4 +287,5 @@ def _peek(path: str, warns: bool = False) -> dict[str, Any]:
         return {}
     facts = {"step": checkpoint["global_step"], "resumes": "optimizer_states" in checkpoint}
     ours = checkpoint.get("leyden", {})
-    return {**facts, "job": ours["job"]} if "job" in ours else facts
+    facts["batches"] = ours.get("progress", {}).get("batches", 0)
+    return {**facts, **{key: ours[key] for key in ("job", "launch") if key in ours}}

@@ -98,7 +98,8 @@ class Evaluation:
         if self.runs and self.clear is None:
             raise MisconfigurationException(
                 "The optimizer called its closure more than once for a step, but the gradients hold those of earlier"
-                " batches too, which it cannot compute again. Use Trainer(accumulate_grad_batches=1) with this optimizer."
+                " batches too, which it cannot compute again. Use Trainer(accumulate_grad_batches=1) with this optimizer"
+                " (and keep_global_batch=False, where fewer processes go on with a run)."
             )
         self.runs += 1
         if self.clear is not None:

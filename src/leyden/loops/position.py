@@ -8,15 +8,17 @@ from typing import Any
 
 from leyden.data.feed import Pass
 from leyden.data.position import Place, Supply
+from leyden.data.reshare import Layout, Move
+from leyden.loops.batches import same_on_all_ranks
 from leyden.loops.evaluate import Before
 from leyden.loops.fit import FitLoop
 from leyden.loops.session import Session
 from leyden.progress import Progress
-from leyden.runtime.ranks import rank_zero_warn
+from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
 from leyden.runtime.seed import rng_state, set_rng_state
 
 
-def gather(loop: FitLoop, progress: Progress) -> dict[str, Any]:
+def gather(loop: FitLoop, progress: Progress, accumulate: int = 1) -> dict[str, Any]:
     """Return the state of the loaders of a fit, training and validation, as plain data; warns, once, of those without."""
     before, validation = unfinished(loop, progress), loop.validation
     state: dict[str, Any] = {"load_rng": None, "val_load_rng": validation.load_rng}
@@ -27,6 +29,7 @@ def gather(loop: FitLoop, progress: Progress) -> dict[str, Any]:
         state["opened"] = opened and not progress.batch_idx
         place = loop.data.place(progress.batch_idx, inside)
         state["load_rng"] = loop.data.load_rng
+        state["layout"] = {"shares": loop.data.layout.shares, "turns": loop.turns, "accumulate": accumulate}
         state["train"] = loop.data.supply.state_dict(place, cut=getattr(loop.data.ahead, "cut", False))
         if place is not None and not loop.told:
             for why in loop.data.supply.why_not():
@@ -125,11 +128,19 @@ class Position:
             _ask(loop, session)
         self._put(self.data.get("val_load_rng"))
 
-    def arrive(self, loop: FitLoop, progress: Progress, begun: bool) -> Place | None:
+    def arrive(self, loop: FitLoop, session: Session, begun: bool) -> Place | None:
         """Put back, before an iterator is made, all that holds wherever the loaders stand; return their place, if any."""
         assert loop.data is not None
-        supply, validation = loop.data.supply, loop.validation.supply
-        if "train" in self.data:
+        supply, validation, progress = loop.data.supply, loop.validation.supply, session.progress
+        progress.update = dict(session.update or {})  # as it is now, not as it was saved
+        progress.resized = progress.resized or session.resized
+        moved = self._move(loop, session)
+        if moved is not None:
+            place = supply.load_state_dict(self.data["train"], "training", moved)
+            self._count_anew(moved, place, loop, session)
+            if moved.back:
+                self._begin_window_anew(session)
+        elif "train" in self.data:
             place = supply.load_state_dict(self.data["train"], "training")
             if place is not None and place.drawn != self.data["train"]["place"]["drawn"]:
                 progress.batch_idx = place.drawn  # batches have another size now
@@ -139,6 +150,43 @@ class Position:
             validation.load_state_dict(self.data["val"], "validation")
         self._put(self.rng)
         return place
+
+    def _move(self, loop: FitLoop, session: Session) -> Move | None:
+        """How this process goes on with the data of those that were at it; None where they are as many."""
+        assert loop.data is not None
+        if "train" not in self.data:
+            return None
+        former, now = Layout(**self.data.get("layout", {})), loop.data.layout
+        redo = bool(self.data.get("redo"))
+        if (former.shares, former.turns) == (now.shares, now.turns) and not redo:
+            return None
+        return Move(former, now, session.strategy.data_rank, session.progress.batch_idx, redo)
+
+    def _count_anew(self, moved: Move, place: Place | None, loop: FitLoop, session: Session) -> None:
+        """Let the counters of batches, and the end of the epoch, be those of the processes that go on."""
+        progress, data = session.progress, loop.data
+        assert data is not None
+        progress.batches = moved.batches(progress.batches)
+        progress.batch_idx = moved.batches(progress.batch_idx)
+        if moved.kept or not data.sized:
+            return
+        if place is not None and data.loader.limits is not None:
+            (left,) = same_on_all_ranks(session, [data.supply.left(place, data.loader.limits)])
+            data.epoch_batches = place.drawn + left
+            loop.measure(session, data.epoch_batches)
+        elif self.last and progress.batch_idx:
+            progress.batch_idx = int(loop.num_batches)  # what is due after the last batch is due now
+
+    def _begin_window_anew(self, session: Session) -> None:
+        """Compute an update once more that was open, and that these processes cannot share out evenly."""
+        session.module.zero_grad()
+        session.optimization.end_window()
+        session.optimization.window_weights, self.steps = {}, True
+        rank_zero_info(
+            "The checkpoint is inside an update that other processes cannot go on with: not all had had their turn, or each"
+            " has a part of its gradients. It is computed anew from its first batch. No gradient is lost or counted twice;"
+            " what was logged of its batches is counted once more."
+        )
 
     def _lightning(self, supply: Supply, progress: Progress, begun: bool) -> Place | None:
         """The place by a file that knows only how many batches are done, and the states of loaders that keep one."""

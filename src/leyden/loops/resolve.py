@@ -286,7 +286,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 _SWITCHES = (
     "benchmark", "inference_mode", "use_distributed_sampler", "detect_anomaly", "barebones", "sync_batchnorm",
-    "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "enable_autolog_hparams",
+    "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "enable_autolog_hparams", "keep_global_batch",
 )  # fmt: skip
 _FORMER = {
     # arguments that Lightning's Trainer had before 2.0, and how the same is said today

@@ -37,8 +37,10 @@ def find_checkpoint(given: Any, trainer: TrainerCore) -> Any:
     if given != "last":
         return given  # a file that is not there is an error when it is read
     places = _Places(trainer)
-    # on one process: it may mean to read all of a checkpoint, and only one sees what is there at one moment
-    found = trainer.strategy.on_rank_zero(places.newest)
+    if trainer.world_size == 1:
+        found = places.newest()
+    else:  # on one of them: it may mean to read all of a checkpoint, and only one sees what is there at one moment
+        found = trainer.strategy.on_rank_zero(places.newest, str(places))
     fn = str(trainer.state.fn)
     if found is None:
         rank_zero_warn(

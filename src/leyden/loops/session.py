@@ -81,6 +81,12 @@ class Session:
     """Where a resumed fit stood in its data; None once it is there."""
     supplies: dict[str, Any] = field(default_factory=dict)
     """What the loops draw from, by prefix."""
+    turns: int = 1
+    """How many batches each process takes where it took one: the places of as many that are gone."""
+    resized: bool = False
+    """Whether updates have another number of samples than in the run that goes on."""
+    update: dict[str, Any] | None = None
+    """Of what an update is made, once the training loaders are known."""
     workers: dict[str, list[int | None]] = field(default_factory=dict)
     """How many workers were chosen for each loader, by prefix; None for one that has those that its owner gave it."""
     waits: Any = None

@@ -28,7 +28,6 @@ from leyden.progress import Progress
 from leyden.results import Results
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.runtime.seed import rng_state
-from leyden.shards import is_spread
 from leyden.strategies.base import Strategy
 from leyden.tree import move_to
 
@@ -67,10 +66,11 @@ def gather(
         name: That of the file, by which whoever marks its files knows it again.
     """
     from leyden.loops import position  # noqa: PLC0415  # where a checkpoint is written
+    from leyden.runtime import agent  # noqa: PLC0415  # as above
 
     module: LightningModule = strategy.module
     callbacks = list(callbacks)
-    data = {} if weights_only else position.gather(fit_loop, progress)
+    data = {} if weights_only else position.gather(fit_loop, progress, trainer.accumulate_grad_batches)
     loaders = position.lightning_states(data.get("train"), fit_loop.data.supply if fit_loop.data is not None else None)
     checkpoint: dict[str, Any] = {
         "epoch": progress.epoch,
@@ -108,7 +108,10 @@ def gather(
             ours["window"] = optimization.state_dict()
     checkpoint["leyden"] = ours
     if strategy.world_size > 1 and not weights_only:
-        ours["ranks"] = _of_all_ranks(ours, strategy)
+        ours["ranks"] = _of_all_ranks(ours, strategy, agent.name())
+    if (name_here := agent.name()) is not None:
+        agents = {each["agent"] for each in ours.get("ranks", ())} | {name_here}
+        ours["launch"] = {"fit": agent.fit(), "agents": sorted(each for each in agents if each is not None)}
     for owner in (module, datamodule):
         if owner is not None and owner.hparams:
             _add_hparams(checkpoint, owner)
@@ -125,14 +128,16 @@ _OF_EACH_RANK = ("rng", "data", "results", "metrics", "window")
 """What each rank has its own of: random generators, the place in its share of the data, what it has counted so far."""
 
 
-def _of_all_ranks(ours: dict[str, Any], strategy: Strategy) -> list[dict[str, Any]]:
-    """Return what each rank has its own of.
+def _of_all_ranks(ours: dict[str, Any], strategy: Strategy, agent: str | None) -> list[dict[str, Any]]:
+    """Return what each rank has its own of, and which share of the data and which launcher's agent it has.
 
     Where checkpoints are written in shards, gradients of an open window do not travel: every rank writes what it has of
     them, and of those of the others it has empty ones.
     """
     own, mine = {key: ours[key] for key in _OF_EACH_RANK if key in ours}, {}
     if in_shards := strategy.saves_shards and "window" in own:
+        from leyden.shards import is_spread  # noqa: PLC0415  # only for checkpoints of several processes
+
         gradients = own["window"]["gradients"]
         spread = {name: gradient for name, gradient in gradients.items() if is_spread(gradient)}
         mine = {name: gradient for name, gradient in gradients.items() if name not in spread}
@@ -144,23 +149,34 @@ def _of_all_ranks(ours: dict[str, Any], strategy: Strategy) -> list[dict[str, An
         own["window"]["and_spread"] = True
     if buffers := strategy.own_buffers():
         own["buffers"] = move_to(buffers, torch.device("cpu"))
-    ranks = strategy.gather_objects(own)
+    ranks: list[dict[str, Any]] = strategy.gather_objects({**own, "share": strategy.data_rank, "agent": agent})
     if in_shards:
         ranks[strategy.global_rank]["window"]["gradients"] = mine
     return ranks
 
 
 def _of_this_rank(checkpoint: dict[str, Any], strategy: Strategy) -> dict[str, Any]:
-    """Put in the place of what rank 0 has written about itself what this rank has written."""
+    """Put in the place of what rank 0 has written about itself what this rank has written, or goes on with."""
     ours = checkpoint.get("leyden") or {}
-    ranks = ours.pop("ranks", None)
-    if ranks is not None and len(ranks) == strategy.world_size:
+    if "rng" not in ours:
+        ours.pop("ranks", None)
+        return checkpoint
+    ranks = ours.pop("ranks", None) or [{key: ours[key] for key in _OF_EACH_RANK if key in ours}]
+    rank, share, size = strategy.global_rank, strategy.data_rank, strategy.data_size
+    former = [each.get("share", number) for number, each in enumerate(ranks)]
+    if len(ranks) == strategy.world_size and former[rank] == share and len(set(former)) == size:
         shared = (ours.get("window") or {}).get("gradients", {})
-        ours.update(ranks[strategy.global_rank])
+        ours.update(ranks[rank])
         if (ours.get("window") or {}).get("and_spread"):
             ours["window"] = {**ours["window"], "gradients": {**shared, **ours["window"]["gradients"]}}
-    if ours:
-        ours["written_by"] = 1 if ranks is None else len(ranks)
+    else:
+        from leyden.loops import merge  # noqa: PLC0415  # where another number of processes goes on
+
+        ours.pop("window", None)
+        ours.update(merge.of_rank(ranks, rank, share, size, checkpoint.get("state_dict") or {}))
+        ours.pop("buffers", None)  # all go on with those of rank 0
+        ours["metrics"] = [each.get("metrics", {}) for each in merge.one_of_each_share(ranks)]
+    ours.pop("share", None)
     return checkpoint
 
 
@@ -264,19 +280,18 @@ def restore_training(
     )
     ours = checkpoint.get("leyden")
     if ours is not None:
-        if ours["written_by"] != strategy.world_size:
-            rank_zero_warn(
-                f"{source} was written by {ours['written_by']} processes, and {strategy.world_size} go on from it. Weights,"
-                " optimizers and counters are exact; random generators, and what was logged so far in the epoch, are those"
-                " of rank 0."
-            )
         progress.load_state_dict(ours["progress"])
         last, steps = ours.get("last", False), ours.get("steps", True)
         strategy.load_own_buffers(ours.get("buffers", {}))
         if "results" in ours:
             metrics = metrics_of(strategy.module)
             results.load_state_dict(ours["results"], metrics)
-            restore_metrics(metrics, ours["metrics"], strategy.root_device)
+            if isinstance(ours["metrics"], list):
+                from leyden.loops import merge  # noqa: PLC0415  # where another number of processes goes on
+
+                merge.put_metrics(metrics, ours["metrics"], strategy.data_rank == 0, strategy.root_device)
+            else:
+                restore_metrics(metrics, ours["metrics"], strategy.root_device)
     else:
         last, steps = from_lightning(checkpoint, progress)
         ours = {}

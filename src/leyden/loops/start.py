@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -245,6 +246,10 @@ def checkpoint_path(trainer: Any, given: Any, provided: bool, cluster: Any, date
     fitting = fn is TrainerFn.FITTING
     if given is None and fitting:
         given = vintage.earlier_session(trainer, dated)
+    if fitting and os.environ.get("TORCHELASTIC_RUN_ID"):
+        from leyden.loops import restarted  # noqa: PLC0415  # only under torchrun
+
+        given = restarted.resume_point(trainer, given)
     if given == "hpc" or (cluster is not None and fitting):
         from leyden.loops import leave  # noqa: PLC0415  # only for jobs of a cluster
 

@@ -27,17 +27,20 @@ def row_due(batches_that_stepped: int, every: int) -> bool:
     return every > 0 and (batches_that_stepped + 1) % every == 0
 
 
-def validation_batches(interval: ValInterval, num_batches: int | float, across_epochs: bool) -> tuple[float, bool]:
+def validation_batches(
+    interval: ValInterval, num_batches: int | float, across_epochs: bool, turns: int = 1
+) -> tuple[float, bool]:
     """Return ``(n, across)``: validate after every n batches, counted over epochs if ``across``.
 
-    n is infinity when validation runs at the end of the epoch only, or goes by another unit.
+    n is infinity when validation runs at the end of the epoch only, or goes by another unit. ``interval`` counts ``turns``
+    batches as one.
 
     Raises:
         MisconfigurationException: for a fraction of an epoch whose length is not known.
     """
     if interval.unit == "batch":
         # more batches than an epoch has: the count simply goes on over epochs
-        return interval.value, across_epochs or interval.value > num_batches
+        return interval.value * turns, across_epochs or interval.value * turns > num_batches
     if interval.unit == "epoch":
         if num_batches == math.inf:
             if interval.value == 1.0:
@@ -46,7 +49,7 @@ def validation_batches(interval: ValInterval, num_batches: int | float, across_e
                 f"Trainer(val_check_interval={interval.value}) is a fraction of an epoch, but the training loader has no"
                 " length. Give a number of batches (int), '500 steps', a duration, or 1.0 for the end of the epoch."
             )
-        return max(1, int(num_batches * interval.value)), False
+        return max(1, int(num_batches // turns * interval.value)) * turns, False
     return math.inf, False
 
 

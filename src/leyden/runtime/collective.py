@@ -78,8 +78,9 @@ def store_of(world: World, timeout: timedelta = timedelta(seconds=30)) -> Store:
         store = _STORES[os.getpid()] = TCPStore(
             world.address, world.port, None, is_master=serves, timeout=timeout, wait_for_workers=False
         )
-    # the store of torchrun outlives the processes, which it may start anew
-    return PrefixStore(f"leyden/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # the store of torchrun outlives the processes, which it may start anew: after a failure, which it counts, or since
+    # there are more of them, which it does not
+    return PrefixStore(f"leyden/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world.size}", store)
 
 
 def part() -> None:

@@ -77,7 +77,7 @@ class ProgressBar(Callback):
         trainer = self.trainer
         if trainer.max_epochs in (None, -1) and trainer.max_steps > 0:
             remaining_steps = trainer.max_steps - trainer.global_step
-            return min(trainer.num_training_batches, remaining_steps * trainer.accumulate_grad_batches)
+            return min(trainer.num_training_batches, remaining_steps * trainer.batches_per_update)
         return trainer.num_training_batches
 
     @property

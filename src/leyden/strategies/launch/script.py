@@ -24,8 +24,9 @@ GRACE = 5.0
 """Seconds that rank 0 has to leave a run by itself, when another process has failed."""
 
 # Runs in front of the script: on Linux the kernel ends the process when the one that started it is gone, however it went.
-# It is set here, not between fork and exec, where a process with threads can do little.
-_FIRST = (
+# It is set here, not between fork and exec, where a process with threads can do little. Its arguments: the process that
+# must be there, 0 for any, and the command.
+FIRST = (
     "import ctypes, os, signal, sys\n"
     "if sys.argv[1] != '0' and sys.platform == 'linux':\n"
     "    ctypes.CDLL(None).prctl(1, signal.SIGKILL)\n"
@@ -116,7 +117,7 @@ def start_others(world: World) -> int:
     for local_rank in range(1, world.local_size):
         environment = {**os.environ, **complete.environment(local_rank)}
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // world.local_size, 1)))
-        processes.append(subprocess.Popen([sys.executable, "-c", _FIRST, parent, *command], env=environment))
+        processes.append(subprocess.Popen([sys.executable, "-c", FIRST, parent, *command], env=environment))
     _OTHERS.append(Others(processes))
     return port
 
