@@ -23,25 +23,17 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from leyden.errors import MisconfigurationException, did_you_mean
+from leyden.errors import MisconfigurationException
 from leyden.precision import Precision
 from leyden.precision.base import TruePrecision
 from leyden.runtime.ranks import rank_zero_warn
+from leyden.strategies import fsdp_arguments as arguments
 from leyden.strategies import fully_sharded, units
 from leyden.strategies.mesh import DATA, MeshStrategy, local, rebuilt
 from leyden.tree import leaves, tree_map
 
-STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2", "NO_SHARD")
-STATE_DICT_TYPES = ("full", "sharded")
 REPLICATE = "replicate"
 _ROOT = "_leyden_root"
-_ALWAYS = ("use_orig_params", "sync_module_states", "limit_all_gathers", "forward_prefetch", "backward_prefetch")
-"""Arguments of torch's first FSDP about what is always so here, or what torch now decides itself."""
-_OURS = (
-    "cpu_offload", "mixed_precision", "auto_wrap_policy", "activation_checkpointing",
-    "activation_checkpointing_policy", "sharding_strategy", "state_dict_type", "device_mesh", "timeout",
-    "process_group_backend", "ignored_modules", "ignored_states", "start_method", "find_unused_parameters",
-)  # fmt: skip
 
 
 class FSDPStrategy(MeshStrategy):
@@ -110,10 +102,10 @@ class FSDPStrategy(MeshStrategy):
         super().__init__(
             parallel_devices, precision_plugin, checkpoint_io, process_group_backend, timeout, start_method
         )
-        self._ignored = _read_kwargs(kwargs)
+        self._ignored = arguments.read_kwargs(kwargs)
         self.find_unused_parameters = find_unused_parameters
         self.cpu_offload = bool(getattr(cpu_offload, "offload_params", cpu_offload))
-        self.mixed_precision = _read_mixed_precision(mixed_precision)
+        self.mixed_precision = arguments.read_mixed_precision(mixed_precision)
         self.auto_wrap_policy = auto_wrap_policy
         if find_unused_parameters and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
             raise MisconfigurationException(
@@ -131,12 +123,12 @@ class FSDPStrategy(MeshStrategy):
         )
         if self.activation_checkpointing_policy is not None:
             units.matching(nn.Module(), self.activation_checkpointing_policy, "activation_checkpointing_policy")
-        self.sharding_strategy = _one_of(
-            "sharding_strategy", getattr(sharding_strategy, "name", sharding_strategy), STRATEGIES
+        self.sharding_strategy = arguments.one_of(
+            "sharding_strategy", getattr(sharding_strategy, "name", sharding_strategy), arguments.STRATEGIES
         )
-        self.state_dict_type = _one_of("state_dict_type", state_dict_type, STATE_DICT_TYPES)
+        self.state_dict_type = arguments.one_of("state_dict_type", state_dict_type, arguments.STATE_DICT_TYPES)
         self.saves_shards = self.state_dict_type == "sharded"
-        self._given_mesh = _read_mesh(device_mesh, self.sharding_strategy)
+        self._given_mesh = arguments.read_mesh(device_mesh, self.sharding_strategy)
         self._root: Any = None
         """What a step runs in, which brings the weights together that belong to no sharded layer."""
         self._gap: _Gap | None = None
@@ -609,60 +601,3 @@ def _uncalled(error: RuntimeError) -> RuntimeError:
         " its weights whole. Call it, leave it out with FSDPStrategy(auto_wrap_policy=...), or keep it whole with"
         " FSDPStrategy(ignored_modules=[...])."
     )
-
-
-def _read_kwargs(kwargs: dict[str, Any]) -> list[Any]:
-    """Return what every process keeps whole.
-
-    Raises:
-        MisconfigurationException: for an argument that is not known, or that asks for what is not there any more.
-    """
-    known = (*_OURS, *_ALWAYS)
-    unknown = next((name for name in kwargs if name not in known), None)
-    if unknown is not None:
-        raise MisconfigurationException(
-            f"FSDPStrategy({unknown}=...) is not known. It takes {', '.join(_OURS)}.{did_you_mean(unknown, known)}"
-        )
-    if kwargs.get("use_orig_params") is False:
-        raise MisconfigurationException(
-            "FSDPStrategy(use_orig_params=False): parameters always keep their names and shapes here. Leave it out."
-        )
-    return [*(kwargs.get("ignored_modules") or []), *(kwargs.get("ignored_states") or [])]
-
-
-def _read_mixed_precision(given: Any) -> MixedPrecisionPolicy | None:
-    if given is None or isinstance(given, MixedPrecisionPolicy):
-        return given
-    if hasattr(given, "param_dtype") and hasattr(given, "reduce_dtype"):  # of torch's first FSDP
-        return MixedPrecisionPolicy(given.param_dtype, given.reduce_dtype, None, bool(given.cast_forward_inputs))
-    raise MisconfigurationException(
-        f"FSDPStrategy(mixed_precision={given!r}) is not valid: give torch.distributed.fsdp.MixedPrecisionPolicy(...), or"
-        " say Trainer(precision='bf16-mixed')."
-    )
-
-
-def _one_of(argument: str, given: Any, allowed: tuple[str, ...]) -> str:
-    if given not in allowed:
-        raise MisconfigurationException(
-            f"FSDPStrategy({argument}={given!r}) is not valid: it must be one of {list(allowed)}."
-            f"{did_you_mean(str(given), allowed)}"
-        )
-    return str(given)
-
-
-def _read_mesh(given: Any, sharding: str) -> tuple[int, int] | DeviceMesh | None:
-    if given is None:
-        return None
-    dimensions = given.ndim if isinstance(given, DeviceMesh) else len(given) if isinstance(given, tuple) else 0
-    sizes = isinstance(given, DeviceMesh) or (dimensions and all(isinstance(n, int) and n > 0 for n in given))
-    if not sizes or dimensions not in ((1, 2) if isinstance(given, DeviceMesh) else (2,)):
-        raise MisconfigurationException(
-            f"FSDPStrategy(device_mesh={given!r}) is not valid: give how many copies and over how many processes each is"
-            " spread, as in (2, 4), or a DeviceMesh."
-        )
-    if dimensions == 2 and "HYBRID" not in sharding:
-        raise MisconfigurationException(
-            f"FSDPStrategy(device_mesh={given!r}, sharding_strategy={sharding!r}): a mesh of two dimensions is for"
-            " 'HYBRID_SHARD'. Say that, or leave the mesh out."
-        )
-    return given  # type: ignore[no-any-return]
