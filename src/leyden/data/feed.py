@@ -132,7 +132,7 @@ class Feed:
         shares = (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
         self.share: Sharded | None = next((each for each in shares if isinstance(each, Sharded)), None)
         self.key: tuple[Any, ...] = ()
-        self.share: int | None = None
+        self.data_rank: int | None = None
         """Which share of the data this is: processes that work on one batch draw the same. None: each process has its own."""
         self.run: Pass | None = None
         self.passes = 0
@@ -281,7 +281,7 @@ class Feed:
         return Start(own, self._rank() if self.seeding == "worker" and own is None else None)
 
     def _rank(self) -> int:
-        return rank_zero_only.rank if self.share is None else self.share
+        return rank_zero_only.rank if self.data_rank is None else self.data_rank
 
     def settle(self) -> None:
         """Bring home what iterating has changed on the copy: the workers that are kept, attributes of a subclass."""

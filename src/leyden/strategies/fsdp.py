@@ -7,12 +7,10 @@ out while they are computed; the optimizer works on this process's share. The mo
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -185,7 +183,7 @@ class FSDPStrategy(MeshStrategy):
         self._begin()
 
     def spread(self, module: nn.Module, fitting: bool) -> None:
-        _import_compiler()
+        fully_sharded.import_compiler()
         chosen = {id(layer) for layer in units.find(module, self.auto_wrap_policy)}
         if self.activation_checkpointing_policy is not None:
             self._recompute(
@@ -586,13 +584,6 @@ def _make_contiguous(module: nn.Module) -> None:
     for parameter in module.parameters():
         if not isinstance(parameter, DTensor) and not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
-
-
-def _import_compiler() -> None:
-    """Let torch import its compiler, as fully_shard does, in a thread: that import keeps the frames that it runs in."""
-    thread = threading.Thread(target=import_module, args=("torch._dynamo",))
-    thread.start()
-    thread.join()
 
 
 def _uncalled(error: RuntimeError) -> RuntimeError:
