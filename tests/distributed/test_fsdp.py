@@ -973,3 +973,31 @@ def choose_each() -> Any:
 def test_d4_parameters_that_take_part_on_one_rank_only() -> None:
     for theirs, mine in on_ranks(2, choose_each):
         assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+class Fails(Deep):
+    """Raises in the middle of a step, between layers that are together and layers that are not."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 2 and self.kind == "adam":
+            self.blocks[0](self.enter(batch[0]))
+            raise ValueError("in the middle")
+        return super().training_step(batch, batch_idx)
+
+
+def fail() -> Any:
+    module, loader = Fails("adam"), DataLoader(data(16), 4)
+    trainer = make_trainer(1, strategy=by_blocks(), max_epochs=1, fused_optimizers=True)
+    with pytest.raises(ValueError, match="in the middle"):
+        trainer.fit(module, loader, DataLoader(data(3), 3))
+    found = module(torch.ones(1, 4)).item(), type(module.blocks[0])
+    module.kind = "sgd"
+    trainer.fit(module, loader, DataLoader(data(3), 3))
+    return *found, weights(module).isfinite().all().item()
+
+
+def test_a_module_is_plain_again_after_a_step_that_raised() -> None:
+    ((value, kind, finite),) = on_ranks(1, fail)
+    assert math.isfinite(value)
+    assert kind is Block
+    assert finite

@@ -318,6 +318,9 @@ def supply(session: Session, combined: CombinedLoader, prefix: str, step: Callab
         from leyden.data import sharding  # noqa: PLC0415  # only for several processes
 
         made.agree = partial(sharding.agree, shares, session.strategy.broadcast)
+        if session.strategy.world_size > 1:
+            for feed in made.feeds:
+                feed.data_rank = session.strategy.data_rank
     return made
 
 

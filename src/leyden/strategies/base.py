@@ -132,6 +132,10 @@ class Strategy:
         """Take the module of the coming run."""
         self.module = module
 
+    def builds(self) -> bool:
+        """Whether ``configure_model`` is to be called in the coming run; not for a module that is as it left it."""
+        return True
+
     def setup(self) -> None:
         """Bring the module to its device and number format."""
         self.module = self.precision.convert_module(self.module)

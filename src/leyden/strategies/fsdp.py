@@ -7,12 +7,10 @@ out while they are computed; the optimizer works on this process's share. The mo
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,25 +21,17 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from leyden.errors import MisconfigurationException, did_you_mean
+from leyden.errors import MisconfigurationException
 from leyden.precision import Precision
 from leyden.precision.base import TruePrecision
 from leyden.runtime.ranks import rank_zero_warn
+from leyden.strategies import fsdp_arguments as arguments
 from leyden.strategies import fully_sharded, units
-from leyden.strategies.mesh import DATA, MeshStrategy
+from leyden.strategies.mesh import DATA, MeshStrategy, local, rebuilt
 from leyden.tree import leaves, tree_map
 
-STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2", "NO_SHARD")
-STATE_DICT_TYPES = ("full", "sharded")
 REPLICATE = "replicate"
 _ROOT = "_leyden_root"
-_ALWAYS = ("use_orig_params", "sync_module_states", "limit_all_gathers", "forward_prefetch", "backward_prefetch")
-"""Arguments of torch's first FSDP about what is always so here, or what torch now decides itself."""
-_OURS = (
-    "cpu_offload", "mixed_precision", "auto_wrap_policy", "activation_checkpointing",
-    "activation_checkpointing_policy", "sharding_strategy", "state_dict_type", "device_mesh", "timeout",
-    "process_group_backend", "ignored_modules", "ignored_states", "start_method", "find_unused_parameters",
-)  # fmt: skip
 
 
 class FSDPStrategy(MeshStrategy):
@@ -110,10 +100,10 @@ class FSDPStrategy(MeshStrategy):
         super().__init__(
             parallel_devices, precision_plugin, checkpoint_io, process_group_backend, timeout, start_method
         )
-        self._ignored = _read_kwargs(kwargs)
+        self._ignored = arguments.read_kwargs(kwargs)
         self.find_unused_parameters = find_unused_parameters
         self.cpu_offload = bool(getattr(cpu_offload, "offload_params", cpu_offload))
-        self.mixed_precision = _read_mixed_precision(mixed_precision)
+        self.mixed_precision = arguments.read_mixed_precision(mixed_precision)
         self.auto_wrap_policy = auto_wrap_policy
         if find_unused_parameters and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
             raise MisconfigurationException(
@@ -131,12 +121,12 @@ class FSDPStrategy(MeshStrategy):
         )
         if self.activation_checkpointing_policy is not None:
             units.matching(nn.Module(), self.activation_checkpointing_policy, "activation_checkpointing_policy")
-        self.sharding_strategy = _one_of(
-            "sharding_strategy", getattr(sharding_strategy, "name", sharding_strategy), STRATEGIES
+        self.sharding_strategy = arguments.one_of(
+            "sharding_strategy", getattr(sharding_strategy, "name", sharding_strategy), arguments.STRATEGIES
         )
-        self.state_dict_type = _one_of("state_dict_type", state_dict_type, STATE_DICT_TYPES)
+        self.state_dict_type = arguments.one_of("state_dict_type", state_dict_type, arguments.STATE_DICT_TYPES)
         self.saves_shards = self.state_dict_type == "sharded"
-        self._given_mesh = _read_mesh(device_mesh, self.sharding_strategy)
+        self._given_mesh = arguments.read_mesh(device_mesh, self.sharding_strategy)
         self._root: Any = None
         """What a step runs in, which brings the weights together that belong to no sharded layer."""
         self._gap: _Gap | None = None
@@ -174,6 +164,10 @@ class FSDPStrategy(MeshStrategy):
     def make_mesh(self) -> DeviceMesh:
         return self._given_mesh if isinstance(self._given_mesh, DeviceMesh) else super().make_mesh()
 
+    def data_mesh(self) -> DeviceMesh:
+        """The dimensions of the mesh over which parameters are sharded, or have a copy."""
+        return self.device_mesh
+
     # ------------------------------------------------------------------ the life of a module
 
     def setup(self) -> None:
@@ -189,7 +183,7 @@ class FSDPStrategy(MeshStrategy):
         self._begin()
 
     def spread(self, module: nn.Module, fitting: bool) -> None:
-        _import_compiler()
+        fully_sharded.import_compiler()
         chosen = {id(layer) for layer in units.find(module, self.auto_wrap_policy)}
         if self.activation_checkpointing_policy is not None:
             self._recompute(
@@ -198,13 +192,13 @@ class FSDPStrategy(MeshStrategy):
         policy = self._numbers()
         shard = partial(
             fully_shard,
-            mesh=self.device_mesh,
+            mesh=self.data_mesh(),
             reshard_after_forward=None if self._reshards else False,
             mp_policy=policy,
             offload_policy=CPUOffloadPolicy() if self.cpu_offload and self._on_gpu else OffloadPolicy(),
         )
         _make_contiguous(module)
-        ties = _Ties(module)
+        ties = units.Ties(module)
         for layer in units.inner_first(module):
             units.initialise(layer, self.root_device, filled=self._held is not None)
             ties.tie(layer)
@@ -213,9 +207,11 @@ class FSDPStrategy(MeshStrategy):
         if any(True for _ in module.parameters()):
             # the batch is cast, if at all, before the call: what the loss is computed with as well
             root_policy = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, policy.output_dtype, False)
-            vars(module)[_ROOT] = shard(
-                _Root(module), mp_policy=root_policy, ignored_params=self._whole_on_each(module)
-            )
+            self.stand_around(module, partial(shard, mp_policy=root_policy), self._whole_on_each(module))
+
+    def stand_around(self, module: nn.Module, shard: Callable[..., Any], ignored: set[nn.Parameter]) -> None:
+        """Let steps run in what ``shard`` makes of a layer around ``module``."""
+        vars(module)[_ROOT] = shard(_Root(module), ignored_params=ignored)
 
     def _whole_on_each(self, module: nn.Module) -> set[nn.Parameter]:
         ignored: list[nn.Parameter] = []
@@ -399,10 +395,14 @@ class FSDPStrategy(MeshStrategy):
         super().backward(loss, *args, **kwargs)
 
     def exchange_gradients(self, optimizer: Optimizer) -> None:
+        self.flush()
+        super().exchange_gradients(optimizer)
+
+    def flush(self) -> None:
+        """Exchange the gradients that a window of accumulation, or a backward by hand, has left waiting."""
         waits = self._pending or (self._by_hand and self._root is not None and self._left_over())
         if waits and not self._alone:
             self._flush()
-        super().exchange_gradients(optimizer)
 
     def _left_over(self) -> bool:
         """Whether backward was called in a way that the module has not noticed."""
@@ -496,7 +496,7 @@ class FSDPStrategy(MeshStrategy):
         for part in fully_sharded.parts(self._root):
             gradient = fully_sharded.waiting(part)
             if gradient is not None:
-                found[names[id(part.sharded_param)]] = gradient
+                found[names[id(part.sharded_param)]] = local(gradient)
         return found
 
     def load_gradients(self, gradients: Mapping[str, Tensor]) -> None:
@@ -507,8 +507,10 @@ class FSDPStrategy(MeshStrategy):
                 layer.reshard()
             for part in fully_sharded.parts(self._root):
                 gradient = gradients.get(names.get(id(part.sharded_param), ""))
-                if gradient is not None and gradient.shape == part.sharded_param.shape:
-                    fully_sharded.let_wait(part, gradient)
+                whole = fully_sharded.twin(part)
+                if gradient is not None and gradient.shape == local(whole).shape:
+                    waits = rebuilt(gradient, whole) if isinstance(whole, DTensor) else gradient
+                    fully_sharded.let_wait(part, waits)
                     self._pending = True
         super().load_gradients(gradients)
 
@@ -552,25 +554,6 @@ class _Gap:
             self.bring_together()
 
 
-class _Ties:
-    """Remembers which layers share a parameter, where giving memory to each of them would part them."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.first: dict[int, nn.Parameter] = {}
-        self.names = {
-            id(layer): dict(layer.named_parameters(recurse=False))
-            for layer in module.modules()
-            if any(parameter.is_meta for parameter in layer.parameters(recurse=False))
-        }
-
-    def tie(self, layer: nn.Module) -> None:
-        """Let ``layer`` have the parameters that an earlier layer shares with it."""
-        for name, former in self.names.get(id(layer), {}).items():
-            known = self.first.setdefault(id(former), getattr(layer, name))
-            if known is not getattr(layer, name):
-                setattr(layer, name, known)
-
-
 def _recomputing(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
@@ -603,73 +586,9 @@ def _make_contiguous(module: nn.Module) -> None:
             parameter.data = parameter.data.contiguous()
 
 
-def _import_compiler() -> None:
-    """Let torch import its compiler, as fully_shard does, in a thread: that import keeps the frames that it runs in."""
-    thread = threading.Thread(target=import_module, args=("torch._dynamo",))
-    thread.start()
-    thread.join()
-
-
 def _uncalled(error: RuntimeError) -> RuntimeError:
     return RuntimeError(
         f"{error}\nUnder strategy='fsdp' a layer that is sharded by itself must be called, as in self.layer(x): only then are"
         " its weights whole. Call it, leave it out with FSDPStrategy(auto_wrap_policy=...), or keep it whole with"
         " FSDPStrategy(ignored_modules=[...])."
     )
-
-
-def _read_kwargs(kwargs: dict[str, Any]) -> list[Any]:
-    """Return what every process keeps whole.
-
-    Raises:
-        MisconfigurationException: for an argument that is not known, or that asks for what is not there any more.
-    """
-    known = (*_OURS, *_ALWAYS)
-    unknown = next((name for name in kwargs if name not in known), None)
-    if unknown is not None:
-        raise MisconfigurationException(
-            f"FSDPStrategy({unknown}=...) is not known. It takes {', '.join(_OURS)}.{did_you_mean(unknown, known)}"
-        )
-    if kwargs.get("use_orig_params") is False:
-        raise MisconfigurationException(
-            "FSDPStrategy(use_orig_params=False): parameters always keep their names and shapes here. Leave it out."
-        )
-    return [*(kwargs.get("ignored_modules") or []), *(kwargs.get("ignored_states") or [])]
-
-
-def _read_mixed_precision(given: Any) -> MixedPrecisionPolicy | None:
-    if given is None or isinstance(given, MixedPrecisionPolicy):
-        return given
-    if hasattr(given, "param_dtype") and hasattr(given, "reduce_dtype"):  # of torch's first FSDP
-        return MixedPrecisionPolicy(given.param_dtype, given.reduce_dtype, None, bool(given.cast_forward_inputs))
-    raise MisconfigurationException(
-        f"FSDPStrategy(mixed_precision={given!r}) is not valid: give torch.distributed.fsdp.MixedPrecisionPolicy(...), or"
-        " say Trainer(precision='bf16-mixed')."
-    )
-
-
-def _one_of(argument: str, given: Any, allowed: tuple[str, ...]) -> str:
-    if given not in allowed:
-        raise MisconfigurationException(
-            f"FSDPStrategy({argument}={given!r}) is not valid: it must be one of {list(allowed)}."
-            f"{did_you_mean(str(given), allowed)}"
-        )
-    return str(given)
-
-
-def _read_mesh(given: Any, sharding: str) -> tuple[int, int] | DeviceMesh | None:
-    if given is None:
-        return None
-    dimensions = given.ndim if isinstance(given, DeviceMesh) else len(given) if isinstance(given, tuple) else 0
-    sizes = isinstance(given, DeviceMesh) or (dimensions and all(isinstance(n, int) and n > 0 for n in given))
-    if not sizes or dimensions not in ((1, 2) if isinstance(given, DeviceMesh) else (2,)):
-        raise MisconfigurationException(
-            f"FSDPStrategy(device_mesh={given!r}) is not valid: give how many copies and over how many processes each is"
-            " spread, as in (2, 4), or a DeviceMesh."
-        )
-    if dimensions == 2 and "HYBRID" not in sharding:
-        raise MisconfigurationException(
-            f"FSDPStrategy(device_mesh={given!r}, sharding_strategy={sharding!r}): a mesh of two dimensions is for"
-            " 'HYBRID_SHARD'. Say that, or leave the mesh out."
-        )
-    return given  # type: ignore[no-any-return]

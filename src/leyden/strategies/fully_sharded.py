@@ -7,7 +7,9 @@ Everything here reaches into ``torch.distributed.fsdp``; nothing else does.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -100,3 +102,10 @@ def take_off(module: nn.Module) -> None:
     for layer in module.modules():
         for name in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
             vars(layer).pop(name, None)
+
+
+def import_compiler() -> None:
+    """Let torch import its compiler, as fully_shard does, in a thread: that import keeps the frames that it runs in."""
+    thread = threading.Thread(target=import_module, args=("torch._dynamo",))
+    thread.start()
+    thread.join()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,6 +26,7 @@ from leyden.precision.base import CLIP_ALGORITHMS
 from leyden.runtime.collective import average_flat, copy_flat
 from leyden.runtime.ranks import rank_zero_info
 from leyden.strategies.base import IDLE
+from leyden.strategies.parts import Parts, steps_by_parts
 from leyden.strategies.spread import ShardedCheckpoints, local, rebuilt
 from leyden.tree import tree_map
 
@@ -58,6 +59,8 @@ class MeshStrategy(ShardedCheckpoints):
     """Whether the module of this run has still to be spread."""
     _held: tuple[dict[str, Any], bool, str] | None = None
     """Weights that came before the module was spread."""
+    _parts: dict[Optimizer, Parts] | None = None
+    """What the optimizers of this run step on."""
 
     # ------------------------------------------------------------------ who and where
 
@@ -113,7 +116,7 @@ class MeshStrategy(ShardedCheckpoints):
 
     def connect(self, module: nn.Module) -> None:
         super().connect(module)
-        self._waits, self._held = True, None
+        self._waits, self._held, self._parts = True, None, None
 
     def place(self) -> None:
         """Nothing yet: a device may hold a part of the module only, and gets it in ``spread``."""
@@ -155,7 +158,7 @@ class MeshStrategy(ShardedCheckpoints):
         module.to("cpu")
 
     def come_home(self) -> None:
-        self._waits, self._held = False, None
+        self._waits, self._held, self._parts = False, None, None
         module = self.module
         if not is_spread(module):
             module.to("cpu")
@@ -176,11 +179,15 @@ class MeshStrategy(ShardedCheckpoints):
         """Return a tensor with what this process has of it in host memory."""
         if not isinstance(tensor, DTensor):
             return tensor.cpu()
-        mesh = tensor.device_mesh
-        key = (os.getpid(), "home", id(mesh))
+        mesh, whole = tensor.device_mesh, self.device_mesh
+        names, all_names = mesh.mesh_dim_names or (), whole.mesh_dim_names or ()
+        is_part = mesh != whole and bool(names) and set(names) < set(all_names)
+        made = whole if is_part else mesh  # all processes take part in making one
+        key = (os.getpid(), "home", id(made))
         if key not in _MESHES:  # the same processes, whose tensors are elsewhere
-            _MESHES[key] = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
-        return rebuilt(local(tensor).cpu(), tensor, _MESHES[key])
+            _MESHES[key] = DeviceMesh("cpu", made.mesh, mesh_dim_names=made.mesh_dim_names)
+        home = _MESHES[key][names] if is_part else _MESHES[key]
+        return rebuilt(local(tensor).cpu(), tensor, home)
 
     # ------------------------------------------------------------------ steps
 
@@ -216,15 +223,30 @@ class MeshStrategy(ShardedCheckpoints):
 
     def exchange_gradients(self, optimizer: Optimizer) -> None:
         """Average the gradients of parameters that are not spread; runs before each step of an optimizer."""
-        plain = [p for group in optimizer.param_groups for p in group["params"] if not isinstance(p, DTensor)]
-        if not plain or self._alone or self.world_size == 1:
+        if self.world_size > 1 and not self._alone:
+            self.average([p for p in _parameters(optimizer) if not isinstance(p, DTensor)])
+
+    def average(self, parameters: list[Any], group: Any = None) -> None:
+        """Average the gradients of ``parameters`` over all processes, or those of a ``group``, in one exchange."""
+        if not parameters:
             return
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in plain]
-        there = torch.tensor([float(p.grad is not None) for p in plain]).to(self.root_device, non_blocking=True)
-        average_flat([*grads, there])
-        if any(p.grad is None for p in plain):  # only then it is read, which waits for the device
-            for parameter, gradient, count in zip(plain, grads, there.tolist(), strict=True):
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        there = torch.tensor([float(p.grad is not None) for p in parameters]).to(self.root_device, non_blocking=True)
+        average_flat([*map(local, grads), there], group)
+        if any(p.grad is None for p in parameters):  # only then it is read, which waits for the device
+            for parameter, gradient, count in zip(parameters, grads, there.tolist(), strict=True):
                 parameter.grad = gradient if count else None
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        if closure is not None or not steps_by_parts(optimizer):
+            return super().optimizer_step(optimizer, closure, **kwargs)
+        if self._parts is None:
+            self._parts = {}
+        parts = self._parts.get(optimizer)
+        if parts is None:
+            parts = self._parts[optimizer] = Parts(optimizer)
+        with parts.in_place():
+            return super().optimizer_step(optimizer, None, **kwargs)
 
     def scale_gradients(self, optimizer: Optimizer, factor: Any) -> None:
         for together in by_kind(local(p.grad) for p in _parameters(optimizer) if p.grad is not None):
@@ -371,6 +393,10 @@ def _parameters(optimizer: Optimizer) -> list[Any]:
 
 def _whole(tensor: DTensor) -> Tensor:
     with torch.no_grad():
+        placements = list(tensor.placements)
+        for dim in range(len(placements)):  # torch warns of all dimensions in one go
+            placements[dim] = Replicate()
+            tensor = tensor.redistribute(placements=placements)
         return tensor.full_tensor()
 
 

@@ -137,6 +137,25 @@ def initialise(layer: nn.Module, device: torch.device, filled: bool) -> None:
         )
 
 
+class Ties:
+    """Remembers which layers share a parameter, where giving memory to each of them would part them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.first: dict[int, nn.Parameter] = {}
+        self.names = {
+            id(layer): dict(layer.named_parameters(recurse=False))
+            for layer in module.modules()
+            if any(parameter.is_meta for parameter in layer.parameters(recurse=False))
+        }
+
+    def tie(self, layer: nn.Module) -> None:
+        """Let ``layer`` have the parameters that an earlier layer shares with it."""
+        for name, former in self.names.get(id(layer), {}).items():
+            known = self.first.setdefault(id(former), getattr(layer, name))
+            if known is not getattr(layer, name):
+                setattr(layer, name, known)
+
+
 def _inner(layer: nn.Module) -> Any:
     """The layer itself where torch.compile has wrapped it."""
     return getattr(layer, "_orig_mod", layer)
