@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import warnings
 import weakref
@@ -19,7 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
+from leyden.data.combined import CombinedLoader
+from leyden.datamodule import LightningDataModule
 from leyden.errors import MisconfigurationException
 from leyden.hooks import is_written
 from leyden.loops.batches import positional
@@ -29,6 +33,8 @@ from leyden.optim import NoOptimizer, needs_closure, normalize
 from leyden.runtime.seed import isolate_rng
 from leyden.tree import leaves, tree_map
 
+_READS = "aten._local_scalar_dense.default"
+"""The operation that reads a number from a tensor."""
 _GUESSES = (1, 0)
 """What stands for a number that a step reads from a tensor, by turns until one of them lets the step run to its end."""
 
@@ -140,6 +146,26 @@ def measure(trainer: Any, module: nn.Module, batch: Any = None) -> tuple[Footpri
     return found, skeleton
 
 
+def first_batch(given: Any, set_up: bool = False) -> Any:
+    """Return a batch: ``given`` itself, or the first of a loader, of several, or of a data module.
+
+    Args:
+        given: Data that are drawn from stay as they are, but for what their own code does.
+        set_up: Whether a data module is yet to be set up.
+    """
+    if isinstance(given, LightningDataModule):
+        if set_up:
+            given.prepare_data()
+            given.setup("fit")
+        given = given.train_dataloader()
+    if isinstance(given, (DataLoader, CombinedLoader)) or any(isinstance(leaf, DataLoader) for leaf in leaves(given)):
+        combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given)
+        with isolate_rng():
+            drawn = next(iter(combined), None)
+        return None if drawn is None else drawn[0]
+    return given
+
+
 class Stand:
     """Stands in for the Trainer of a copy that is measured, since no fit runs: what only a fit knows is played."""
 
@@ -148,7 +174,7 @@ class Stand:
         self.optimizers: list[Any] = []
         self.lr_scheduler_configs: list[Any] = []
         if isinstance(module, LightningModule):
-            module.trainer = self  # type: ignore[assignment]
+            module.trainer = self
         for part in module.modules():
             if isinstance(part, LightningModule):
                 vars(part).update(log=_nothing, log_dict=_nothing)
@@ -185,8 +211,6 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep to ourselves what is warned of on the way: it will be warned of in the fit."""
-    import logging  # noqa: PLC0415  # see above
-
     logger = logging.getLogger("leyden")
     disabled, logger.disabled = logger.disabled, True
     try:
@@ -209,8 +233,7 @@ class _OnMeta(TorchFunctionMode):
             if id(tensor) not in memo:
                 memo[id(tensor)] = _meta(tensor)
             return memo[id(tensor)]
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def _meta(tensor: Tensor) -> Tensor:
@@ -234,7 +257,9 @@ def _skeleton(trainer: Any, module: nn.Module) -> nn.Module:
     precision = trainer.strategy.precision
     stand = Stand(trainer, found)
     hooks = ("configure_sharded_model", "configure_model")
-    written = [name for name in hooks if isinstance(found, LightningModule) and is_written(found, name, LightningModule)]
+    written = [
+        name for name in hooks if isinstance(found, LightningModule) and is_written(found, name, LightningModule)
+    ]
     if not any(True for _ in found.parameters()) and isinstance(found, LightningModule):
         written = (["setup"] if is_written(found, "setup", LightningModule) else []) + written
     for name in written:
@@ -252,7 +277,7 @@ def _skeleton(trainer: Any, module: nn.Module) -> nn.Module:
             f"plan: {type(module).__name__} has parameters without a shape yet ({', '.join(lazy[:3])}). Run it once on a"
             " batch before."
         )
-    converted = precision.convert_module(found)
+    converted: nn.Module = precision.convert_module(found)
     stand.release()
     return converted
 
@@ -295,7 +320,7 @@ def _bytes(tensor: Tensor) -> int:
 # ------------------------------------------------------------------------------------------ forward and backward
 
 
-class Live(TorchDispatchMode):
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
     """Counts the bytes of the storages that operations make, as long as they live; works with real tensors as well.
 
     Args:
@@ -309,7 +334,7 @@ class Live(TorchDispatchMode):
     """
 
     def __init__(self, known: Any = (), guess: int | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._outside: list[Any] = [tensor.untyped_storage() for tensor in known]
         for storage in self._outside:
@@ -319,10 +344,16 @@ class Live(TorchDispatchMode):
         self.guessed = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._guess is not None and func is torch.ops.aten._local_scalar_dense.default:
+        if self._guess is not None and str(func) == _READS:
             self.guessed = True
             kind = args[0].dtype
-            return bool(self._guess) if kind is torch.bool else float(self._guess) if kind.is_floating_point else self._guess
+            return (
+                bool(self._guess)
+                if kind is torch.bool
+                else float(self._guess)
+                if kind.is_floating_point
+                else self._guess
+            )
         found = func(*args, **(kwargs or {}))
         for tensor in leaves(found):
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
@@ -366,6 +397,7 @@ def _measure_step(found: Footprint, trainer: Any, module: Any, batch: Any) -> No
         found.unknown["activations"] = f"{name} optimizes by hand: what it holds at a time is up to its training_step"
         return
     module.train()
+    why: str | None = None
     for guess in _GUESSES:
         for parameter in module.parameters():
             parameter.grad = None
@@ -408,7 +440,7 @@ def _try_step(found: Footprint, trainer: Any, module: Any, batch: Any, guess: in
                 return "training_step returned no loss for this batch"
             del output
             saved = live.now
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         found.saved, found.activations = saved, live.most
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0][:160]
@@ -420,7 +452,7 @@ def _try_step(found: Footprint, trainer: Any, module: Any, batch: Any, guess: in
     return None
 
 
-def _note_layer(layers: dict[str, tuple[int, int]], name: str, part: Any, inputs: Any, output: Any) -> None:
+def _note_layer(layers: dict[str, tuple[int, int]], name: str, _: Any, inputs: Any, output: Any) -> None:
     first = next((leaf for leaf in leaves(inputs) if isinstance(leaf, Tensor)), None)
     last = next((leaf for leaf in leaves(output) if isinstance(leaf, Tensor)), None)
     before = layers.get(name, (0, 0))

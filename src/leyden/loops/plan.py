@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each strategy would need for a module, on paper: bytes on each device, and what travels for each update."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from leyden.errors import MisconfigurationException
+from leyden.loops.footprint import Footprint, Piece, first_batch, measure
+from leyden.loops.start import uncompiled
+from leyden.runtime.ranks import say
+from leyden.summary import human_count
+from leyden.tree import batch_sizes
+
+ROOM = 0.9
+"""The share of a device's memory that a plan may fill: the rest is for the device's own context, and for gaps."""
+_FIRST_BUCKET, _BUCKET = 1 << 20, 25 << 20
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_MOST_DEVICES = 1 << 16
+
+
+class Plan:
+    """What the strategies would need. ``str()`` of it is the table.
+
+    Attributes:
+        rows: One dict of plain data for each strategy. ``strategy`` and ``write`` (what to write for it) are text, ``reason``
+            too: why it is not possible, else empty. In bytes on each device: ``weights`` (with buffers), ``gradients``,
+            ``optimizer``, ``activations`` (None if unknown), ``transit`` (buckets of gradients, or layers that are gathered
+            from all), ``largest`` (the largest layer that is gathered at a time), ``total`` (the most of all at a time;
+            without activations, where these are unknown) and ``host`` (in the memory of the host, for each device).
+            ``traffic`` is what each device sends for an update, in bytes, and ``collectives`` how many exchanges of each
+            kind that takes. ``fits`` is True, False, or None where the device's memory or the activations are not known.
+        recommended: The name of the strategy that is best, None if none fits.
+        sentence: What is recommended, and why; or what would fit.
+        arguments: The arguments of the Trainer for it; empty if none fits.
+        unknown: By name (``"activations"``, ``"optimizer"``), why something is not known.
+        memory: Bytes of the device's memory; None if not known.
+        footprint: What was measured.
+    """
+
+    def __init__(
+        self, about: str, found: Footprint, rows: list[dict[str, Any]], memory: int | None, batch: int
+    ) -> None:
+        self.about, self.footprint, self.rows, self.memory = about, found, rows, memory
+        self.unknown = dict(found.unknown)
+        for row in rows:
+            row["fits"] = None if memory is None or row["reason"] else row["total"] <= ROOM * memory
+            if row["fits"] and row["activations"] is None:
+                row["fits"] = None
+        best = _best(rows)
+        self.recommended: str | None = None if best is None else best["strategy"]
+        self.arguments: dict[str, Any] = {} if best is None else dict(best["arguments"])
+        self.sentence = _why(best, rows, memory) if best is not None else _what_would_fit(found, rows, memory, batch)
+
+    def __str__(self) -> str:
+        return _page(self)
+
+    __repr__ = __str__
+
+
+def plan(
+    trainer: Any, model: Any, devices: Any = None, nodes: Any = None, batch: Any = None, memory: Any = None
+) -> Plan:
+    """Return the plan for ``trainer.fit(model)``; see ``Trainer.plan``.
+
+    The formulas: a ring sends 2(n-1)/n of the bytes of an all-reduce, and (n-1)/n of those of an all-gather or a
+    reduce-scatter (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations").
+    Weights, gradients and optimizer state by shards: Rajbhandari et al. 2020, "ZeRO: Memory optimizations toward training
+    trillion parameter models", section 5; in the form that torch's fully_shard gives it (each parameter cut along its first
+    dimension). Tensor parallelism: Shoeybi et al. 2019, "Megatron-LM", section 3. Buckets of gradients: Li et al. 2020,
+    "PyTorch Distributed: Experiences on accelerating data parallel training", section 3.
+
+    Raises:
+        MisconfigurationException: for an argument that is not valid, or a module that cannot be copied or built.
+    """
+    devices = _whole("devices", trainer.num_devices if devices is None else devices)
+    nodes = _whole("nodes", trainer.num_nodes if nodes is None else nodes)
+    known = _memory(memory, trainer.strategy.root_device)
+    module = uncompiled(model)
+    if not isinstance(module, nn.Module):
+        raise MisconfigurationException(
+            f"plan(model={module!r}): the model must be a module, usually a LightningModule."
+        )
+    given = first_batch(batch)
+    found, skeleton = measure(trainer, module, given)
+    size = next(batch_sizes(given), 0) if given is not None else 0
+    rows = Sheet(found, skeleton, trainer, devices, nodes).rows()
+    result = Plan(_about(module, found, trainer, size), found, rows, known, size)
+    say(str(result))
+    return result
+
+
+def _whole(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise MisconfigurationException(f"plan({name}={value!r}) is not valid: it must be an int of at least 1.")
+    return value
+
+
+def _memory(given: Any, device: torch.device) -> int | None:
+    """Return bytes: those given, else those of the device, None if it is not known."""
+    if given is None:
+        return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    if isinstance(given, (int, float)) and not isinstance(given, bool) and given > 0:
+        return int(given)
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", given, re.IGNORECASE) if isinstance(given, str) else None
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if match is None or number <= 0:
+        raise MisconfigurationException(
+            f"plan(memory={given!r}) is not valid: it must be bytes as a number, or text such as '80GB' or '79.6GiB'."
+        )
+    unit = match[2].upper()
+    return int(number * (1024 ** "_KMGT".index(unit) if match[3] and unit else _UNITS[unit]))
+
+
+def _about(module: nn.Module, found: Footprint, trainer: Any, size: int) -> str:
+    whole = sum(piece.numel for piece in found.pieces)
+    trained = sum(piece.numel for piece in found.pieces if piece.trainable)
+    parts = [f"{type(module).__name__}: {human_count(whole)} parameters"]
+    if trained != whole:
+        parts[0] += f", {human_count(trained)} of them trainable"
+    parts += [" and ".join(dict.fromkeys(found.optimizers)) or "no optimizer", trainer.precision]
+    if size:
+        parts.append(f"a batch of {size} on each device")
+    return "; ".join(parts) + "."
+
+
+# ------------------------------------------------------------------------------------------ the formulas
+
+
+@dataclass
+class Traffic:
+    """What each device sends for an update, in bytes, and the number of exchanges by kind."""
+
+    sent: float = 0.0
+    kinds: dict[str, int] = field(default_factory=dict)
+
+    def add(self, kind: str, size: float, count: int, among: int) -> None:
+        """Add ``count`` exchanges of ``size`` bytes in all among so many processes."""
+        if among == 1 or not count:
+            return
+        turns = 2 if kind == "all_reduce" else 1
+        self.sent += turns * (among - 1) / among * size
+        self.kinds[kind] = self.kinds.get(kind, 0) + count
+
+
+def blocks(module: nn.Module) -> list[str]:
+    """Return the names of the layers that are gathered one at a time: the outermost that repeat in a list of layers."""
+    found: list[str] = []
+    for name, part in module.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        if isinstance(part, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+            children = list(part.named_children())
+            kinds = [type(child) for _, child in children]
+            found += [
+                f"{name}.{child_name}" if name else child_name
+                for child_name, child in children
+                if kinds.count(type(child)) > 1 and any(True for _ in child.parameters())
+            ]
+    return found
+
+
+def buckets(pieces: Iterable[Piece]) -> int:
+    """Return in how many buckets DistributedDataParallel exchanges gradients from its second batch on."""
+    open_sizes: dict[int, int] = {}
+    limits: dict[int, int] = {}
+    count = 0
+    for piece in reversed([piece for piece in pieces if piece.trainable]):
+        kind = piece.itemsize
+        open_sizes[kind] = open_sizes.get(kind, 0) + piece.size
+        if open_sizes[kind] >= limits.get(kind, _FIRST_BUCKET):
+            count += 1
+            open_sizes[kind], limits[kind] = 0, _BUCKET
+    return count + sum(1 for size in open_sizes.values() if size)
+
+
+class Sheet:
+    """The rows of a plan: one method for each kind of strategy.
+
+    Args:
+        found: What was measured on one device.
+        module: Its copy without memory.
+        trainer: Whose precision, accumulation and strategy count.
+        devices: On each node.
+        nodes: How many.
+    """
+
+    def __init__(self, found: Footprint, module: nn.Module, trainer: Any, devices: int, nodes: int) -> None:
+        self.found, self.module, self.trainer = found, module, trainer
+        self.devices, self.nodes, self.world = devices, nodes, devices * nodes
+        self.windows = int(trainer.config.accumulate_grad_batches)
+        units = blocks(module)
+        self.units: dict[str, list[Piece]] = {name: [] for name in ["", *units]}
+        for piece in found.pieces:
+            owner = next((name for name in units if piece.name.startswith(f"{name}.")), "")
+            self.units[owner].append(piece)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return all rows."""
+        whole = self.single()
+        if self.world == 1:
+            return [whole, self.sharded("fsdp (CPU offload)", 1, 1, offload=True)]
+        found = [whole, self.ddp(), self.sharded("fsdp", self.world, 1)]
+        found.append(self.sharded("fsdp (SHARD_GRAD_OP)", self.world, 1, reshard=False))
+        if self.nodes > 1 and self.devices > 1:
+            found.append(self.sharded("fsdp (HYBRID_SHARD)", self.devices, self.nodes))
+        found.append(self.sharded("fsdp (CPU offload)", self.world, 1, offload=True))
+        return found
+
+    def _row(self, name: str, arguments: dict[str, Any], sizes: dict[str, Any], write: str = "") -> dict[str, Any]:
+        several = {} if self.world == 1 or name == "single" else {"devices": self.devices}
+        if several and self.nodes > 1:
+            several["num_nodes"] = self.nodes
+        arguments = {**arguments, **several}
+        shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        row: dict[str, Any] = {
+            "strategy": name, "write": write or f"Trainer({shown})", "arguments": arguments, "reason": "", "weights": 0,
+            "gradients": 0, "optimizer": 0, "activations": self._activations(), "transit": 0, "largest": 0, "host": 0,
+            "traffic": 0, "collectives": {},
+        }  # fmt: skip
+        update = sizes["update"]
+        row.update(
+            {
+                key: round(value) if isinstance(value, float) else value
+                for key, value in sizes.items()
+                if key != "update"
+            }
+        )
+        kept = row["weights"] + row["gradients"] + row["optimizer"]
+        row["total"] = kept + max((row["activations"] or 0) + row["transit"], 0 if row["host"] else round(update))
+        return row
+
+    def _activations(self) -> int | None:
+        found = self.found
+        return None if found.activations is None else found.activations + found.batch
+
+    def _sizes(self, share: Callable[[Piece], float]) -> dict[str, Any]:
+        """Bytes of weights, gradients and optimizer state of which a process has a share of each parameter."""
+        pieces = self.found.pieces
+        sizes = {
+            "weights": self.found.buffers + sum(piece.size * share(piece) for piece in pieces),
+            "gradients": sum(piece.size * share(piece) for piece in pieces if piece.trainable),
+            "optimizer": sum(piece.like * share(piece) + piece.other for piece in pieces),
+        }
+        whole = sum(piece.size for piece in pieces if piece.trainable)
+        sizes["update"] = self.found.update * (sizes["gradients"] / whole if whole else 1.0)
+        return sizes
+
+    def single(self) -> dict[str, Any]:
+        """One device."""
+        return self._row("single", {"devices": 1}, self._sizes(lambda piece: piece.share(1)))
+
+    def ddp(self) -> dict[str, Any]:
+        """Each device has all; gradients are averaged by all-reduce, in buckets, once for a window of accumulation."""
+        found, own = self.found, getattr(self.trainer.strategy, "ddp_kwargs", {})
+        sizes = self._sizes(lambda piece: piece.share(1))
+        traffic = Traffic()
+        traffic.add("all_reduce", sizes["gradients"], buckets(found.pieces), self.world)
+        if found.buffer_count and own.get("broadcast_buffers", True):
+            traffic.add("broadcast", found.buffers * self.windows, self.windows, self.world)
+        views = 0 if own.get("gradient_as_bucket_view") else sizes["gradients"]
+        sizes.update(transit=views, traffic=traffic.sent, collectives=traffic.kinds)
+        return self._row("ddp", {"strategy": "ddp"}, sizes)
+
+    def sharded(
+        self, name: str, among: int, copies: int, reshard: bool = True, offload: bool = False
+    ) -> dict[str, Any]:
+        """Each device has a share of each parameter; layers are gathered one at a time, gradients are scattered.
+
+        Args:
+            name: Of the row.
+            among: Over how many devices each parameter is cut.
+            copies: How many such groups there are: they average gradients by all-reduce.
+            reshard: Whether gathered layers are given back after the forward pass.
+            offload: Whether shares wait in the memory of the host, where the optimizer steps too.
+        """
+
+        def share(piece: Piece) -> float:
+            return piece.share(among)
+
+        sizes = self._sizes(share)
+        padded = {unit: sum(p.size * share(p) * among for p in pieces) for unit, pieces in self.units.items()}
+        grads = {
+            unit: sum(p.size * share(p) * among for p in pieces if p.trainable) for unit, pieces in self.units.items()
+        }
+        largest = max((size for unit, size in padded.items() if unit), default=0.0)
+        traffic = Traffic()
+        for unit, size in padded.items():
+            gathers = (2 if reshard and unit else 1) * self.windows if size else 0
+            traffic.add("all_gather", size * gathers, gathers, among)
+            scatters = self.windows if grads[unit] else 0
+            traffic.add("reduce_scatter", grads[unit] * scatters, scatters, among)
+            traffic.add("all_reduce", grads[unit] / among * scatters, scatters, copies)
+        # gathered: the module's own parameters, which stay; the layer that computes, and the next; its gradients
+        kept = sum(padded.values()) if not reshard else padded[""] + 2 * largest
+        transit = kept + max(grads.values(), default=0.0) if among > 1 or offload else 0.0
+        host = 0.0
+        if offload:
+            host = sum(sizes[key] for key in ("weights", "gradients", "optimizer")) - self.found.buffers
+            sizes.update(weights=self.found.buffers, gradients=0, optimizer=0)
+        sizes.update(
+            transit=transit,
+            largest=max(largest, padded[""]),
+            host=host,
+            traffic=traffic.sent,
+            collectives=traffic.kinds,
+        )
+        arguments, write = _fsdp(name)
+        return self._row(name, arguments, sizes, write)
+
+
+def _fsdp(name: str) -> tuple[dict[str, Any], str]:
+    return {"strategy": "fsdp_cpu_offload" if "offload" in name else "fsdp"}, ""
+
+
+# ------------------------------------------------------------------------------------------ what to take
+
+
+def _best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the row that sends the least of those that fit and use all devices; what waits on the host comes last."""
+    able = [row for row in rows if not row["reason"] and row["fits"] is not False]
+    if len(rows) > 2:
+        able = [row for row in able if row["strategy"] != "single"]
+    return min(able, key=lambda row: (bool(row["host"]), row["traffic"], row["total"]), default=None)
+
+
+def _why(best: dict[str, Any], rows: list[dict[str, Any]], memory: int | None) -> str:
+    name, need = best["strategy"], human_bytes(best["total"])
+    without = " without activations" if best["activations"] is None else ""
+    sends = f" and sends the least for an update, {human_bytes(best['traffic'])}" if best["traffic"] else ""
+    if memory is None:
+        return f"{name}: it needs {need} on each device{without}{sends}; memory='80GB', say, tells what fits."
+    bigger = [row["strategy"] for row in rows if row["fits"] is False and row["strategy"] not in ("single", name)]
+    too = f", while {_listed(bigger)} {'does' if len(bigger) == 1 else 'do'} not fit" if bigger else ""
+    room = f"it needs {need} of {human_bytes(memory)} on each device{without}"
+    if best["host"]:
+        return f"{name}: {room}, and {human_bytes(best['host'])} on the host{too}; each step waits for the host."
+    return f"{name}: {room}{sends}{too}."
+
+
+def _what_would_fit(found: Footprint, rows: list[dict[str, Any]], memory: int | None, batch: int) -> str:
+    assert memory is not None  # else all fit
+    able = [row for row in rows if not row["reason"]]
+    least = min(able, key=lambda row: row["total"])
+    text = f"Nothing fits: {least['strategy']} needs the least, {human_bytes(least['total'])} of {human_bytes(memory)}"
+    text += f" on each device, of which {100 * ROOM:.0f} % can be filled."
+    room = ROOM * memory
+    found_activations = least["activations"] or 0
+    hints = []
+    rest = least["total"] - found_activations
+    if batch > 1 and rest < room and found_activations:
+        fewer = int(batch * (room - rest) / found_activations)
+        if fewer:
+            hints.append(f"{least['strategy']} with a batch of {fewer} in place of {batch}")
+    needed = _devices_needed(found, rows, room)
+    if needed:
+        hints.append(f"fsdp on {needed} devices")
+    if found_activations > room / 2:
+        hints.append("activation checkpointing")
+    return (
+        f"{text} What would fit: {_listed(hints, 'or')}."
+        if hints
+        else (f"{text} Make the largest layer smaller, or the batch; or use 16-bit weights (precision='bf16-true').")
+    )
+
+
+def _devices_needed(found: Footprint, rows: list[dict[str, Any]], room: float) -> int | None:
+    full = next((row for row in rows if row["strategy"] == "fsdp"), None)
+    fixed = (full["activations"] or 0) + full["transit"] + found.buffers if full else None
+    if fixed is None:
+        return None
+    count = 2
+    while count <= _MOST_DEVICES:
+        spread = sum(
+            (piece.size * (2 if piece.trainable else 1) + piece.like) * piece.share(count) + piece.other
+            for piece in found.pieces
+        )
+        if spread + fixed <= room:
+            return count
+        count *= 2
+    return None
+
+
+def _listed(names: list[str], word: str = "and") -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"
+
+
+# ------------------------------------------------------------------------------------------ the table
+
+
+def human_bytes(number: float) -> str:
+    """Return bytes with three digits and a unit, powers of 1000: 0 B, 12.3 MB, 1.50 GB."""
+    size = float(number)
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
+        if size < 999.5 or unit == "PB":
+            break
+        size /= 1000
+    return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}" if size < 99.95 else f"{size:.0f} {unit}"
+
+
+_SHORT = {"all_reduce": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter"}
+
+
+def _page(plan: Plan) -> str:
+    sizes = ("weights", "gradients", "optimizer", "activations", "transit", "total")
+    known = plan.memory is not None
+    head = ["strategy", *sizes[:-1], "on a device", *(["fits"] if known else []), "sends", "exchanges"]
+    body = []
+    for row in plan.rows:
+        if row["reason"]:
+            body.append([row["strategy"], row["reason"]])
+            continue
+        cells = ["?" if row[key] is None else human_bytes(row[key]) for key in sizes]
+        fits = [{True: "yes", False: "no", None: "?"}[row["fits"]]] if known else []
+        exchanges = ", ".join(f"{count} {_SHORT.get(kind, kind)}" for kind, count in row["collectives"].items())
+        body.append([row["strategy"], *cells, *fits, human_bytes(row["traffic"]), exchanges or "none"])
+    full = [head, *(line for line in body if len(line) == len(head))]
+    widths = [max(len(line[column]) for line in full) for column in range(len(head))]
+    widths[0] = max(len(line[0]) for line in [head, *body])
+
+    def line(cells: list[str]) -> str:
+        first, *rest = cells
+        if len(cells) < len(head):
+            return f"{first.ljust(widths[0])}  {rest[0]}"
+        middle = [cell.rjust(width) for cell, width in zip(rest[:-1], widths[1:-1], strict=True)]
+        return "  ".join([first.ljust(widths[0]), *middle, rest[-1]]).rstrip()
+
+    lines = [plan.about, line(head), "  ".join("─" * width for width in widths), *map(line, body)]
+    for row in plan.rows:
+        if row["host"] and not row["reason"]:
+            lines.append(
+                f"{row['strategy']}: {human_bytes(row['host'])} more in the memory of the host, for each device."
+            )
+    lines += [f"{name.capitalize()} are not known: {why}." for name, why in plan.unknown.items() if name != "optimizer"]
+    if "optimizer" in plan.unknown:
+        lines.append(f"The optimizer is not known: {plan.unknown['optimizer']}.")
+    if plan.footprint.guessed and "activations" not in plan.unknown:
+        lines.append(
+            "training_step reads numbers from tensors; others stood in for them, so it may have gone another way."
+        )
+    return "\n".join([*lines, plan.sentence])
