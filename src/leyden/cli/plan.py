@@ -47,7 +47,7 @@ def child(wanted: str, target: str, *command: str) -> None:
     def answer(trainer: Trainer, given: dict[str, Any]) -> None:
         found = trainer.plan(given["model"], batch=_first_batch(given), **json.loads(wanted))
         if target:
-            names = ("rows", "recommended", "sentence", "arguments", "unknown", "memory")
+            names = ("rows", "recommended", "sentence", "write", "unknown", "memory")
             Path(target).write_text(json.dumps({name: getattr(found, name) for name in names}, indent=1), "utf-8")
 
     first_fit.child("plan", answer, command, _leave)

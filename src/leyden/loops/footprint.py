@@ -69,11 +69,11 @@ class Piece:
         """Bytes."""
         return self.numel * self.itemsize
 
-    def share(self, count: int) -> float:
-        """The largest share of it that one of ``count`` processes has, when its first dimension is cut into chunks."""
-        if count == 1 or not self.numel:
-            return 1.0
-        return math.ceil(self.shape[0] / count) / self.shape[0] if self.shape else 1.0
+    def part(self, size: int, among: int) -> int:
+        """Of ``size`` bytes that lie like it, the most that one of so many processes has: chunks of the first dimension."""
+        if among == 1 or not self.shape or not self.shape[0]:
+            return size
+        return size // self.shape[0] * math.ceil(self.shape[0] / among)
 
 
 @dataclass

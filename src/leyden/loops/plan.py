@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,8 @@ ROOM = 0.9
 _FIRST_BUCKET, _BUCKET = 1 << 20, 25 << 20
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _MOST_DEVICES = 1 << 16
+_KEPT = ("weights", "gradients", "optimizer")
+"""What a device has of a module between two updates."""
 
 
 class Plan:
@@ -38,7 +40,7 @@ class Plan:
             kind that takes. ``fits`` is True, False, or None where the device's memory or the activations are not known.
         recommended: The name of the strategy that is best, None if none fits.
         sentence: What is recommended, and why; or what would fit.
-        arguments: The arguments of the Trainer for it; empty if none fits.
+        write: What to write for it; None if none fits.
         unknown: By name (``"activations"``, ``"optimizer"``), why something is not known.
         memory: Bytes of the device's memory; None if not known.
         footprint: What was measured.
@@ -55,7 +57,7 @@ class Plan:
                 row["fits"] = None
         best = _best(rows)
         self.recommended: str | None = None if best is None else best["strategy"]
-        self.arguments: dict[str, Any] = {} if best is None else dict(best["arguments"])
+        self.write: str | None = None if best is None else best["write"]
         self.sentence = _why(best, rows, memory) if best is not None else _what_would_fit(found, rows, memory, batch)
 
     def __str__(self) -> str:
@@ -206,120 +208,94 @@ class Sheet:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return all rows."""
-        whole = self.single()
-        if self.world == 1:
-            return [whole, self.sharded("fsdp (CPU offload)", 1, 1, offload=True)]
-        found = [whole, self.ddp(), self.sharded("fsdp", self.world, 1)]
-        found.append(self.sharded("fsdp (SHARD_GRAD_OP)", self.world, 1, reshard=False))
+        world, alone = self.world, self.world == 1
+        found = [self.single()]
+        if not alone:
+            found += [self.ddp(), self.sharded("fsdp", "'fsdp'", world)]
+            found.append(self.sharded("fsdp (SHARD_GRAD_OP)", _fsdp("SHARD_GRAD_OP"), world, reshard=False))
         if self.nodes > 1 and self.devices > 1:
-            found.append(self.sharded("fsdp (HYBRID_SHARD)", self.devices, self.nodes))
-        found.append(self.sharded("fsdp (CPU offload)", self.world, 1, offload=True))
+            hybrid = _fsdp("HYBRID_SHARD")
+            found.append(self.sharded("fsdp (HYBRID_SHARD)", hybrid, self.devices, copies=self.nodes))
+        found.append(self.sharded("fsdp (CPU offload)", "'fsdp_cpu_offload'", world, offload=True))
         return found
 
-    def _row(self, name: str, arguments: dict[str, Any], sizes: dict[str, Any], write: str = "") -> dict[str, Any]:
-        several = {} if self.world == 1 or name == "single" else {"devices": self.devices}
-        if several and self.nodes > 1:
-            several["num_nodes"] = self.nodes
-        arguments = {**arguments, **several}
-        shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    def _row(self, name: str, strategy: str, sizes: dict[str, int], traffic: Traffic, **more: int) -> dict[str, Any]:
+        found = self.found
+        devices = 1 if name == "single" else self.devices
+        nodes = f", num_nodes={self.nodes}" if self.nodes > 1 and name != "single" else ""
+        held = None if found.activations is None else found.activations + found.batch
         row: dict[str, Any] = {
-            "strategy": name, "write": write or f"Trainer({shown})", "arguments": arguments, "reason": "", "weights": 0,
-            "gradients": 0, "optimizer": 0, "activations": self._activations(), "transit": 0, "largest": 0, "host": 0,
-            "traffic": 0, "collectives": {},
+            "strategy": name, "write": f"Trainer(strategy={strategy}, devices={devices}{nodes})", "reason": "", **sizes,
+            "activations": held, "transit": 0, "largest": 0, "host": 0, **more, "traffic": round(traffic.sent),
+            "collectives": traffic.kinds,
         }  # fmt: skip
-        update = sizes["update"]
-        row.update(
-            {
-                key: round(value) if isinstance(value, float) else value
-                for key, value in sizes.items()
-                if key != "update"
-            }
-        )
-        kept = row["weights"] + row["gradients"] + row["optimizer"]
-        row["total"] = kept + max((row["activations"] or 0) + row["transit"], 0 if row["host"] else round(update))
+        update = row.pop("update")
+        row["total"] = sum(sizes[key] for key in _KEPT) + max((held or 0) + row["transit"], update)
         return row
 
-    def _activations(self) -> int | None:
-        found = self.found
-        return None if found.activations is None else found.activations + found.batch
-
-    def _sizes(self, share: Callable[[Piece], float]) -> dict[str, Any]:
-        """Bytes of weights, gradients and optimizer state of which a process has a share of each parameter."""
+    def _sizes(self, among: int = 1) -> dict[str, int]:
+        """Bytes of weights, gradients and optimizer state on a device, where each parameter is cut into so many chunks."""
         pieces = self.found.pieces
-        sizes = {
-            "weights": self.found.buffers + sum(piece.size * share(piece) for piece in pieces),
-            "gradients": sum(piece.size * share(piece) for piece in pieces if piece.trainable),
-            "optimizer": sum(piece.like * share(piece) + piece.other for piece in pieces),
-        }
         whole = sum(piece.size for piece in pieces if piece.trainable)
-        sizes["update"] = self.found.update * (sizes["gradients"] / whole if whole else 1.0)
-        return sizes
+        gradients = sum(piece.part(piece.size, among) for piece in pieces if piece.trainable)
+        return {
+            "weights": self.found.buffers + sum(piece.part(piece.size, among) for piece in pieces),
+            "gradients": gradients,
+            "optimizer": sum(piece.part(piece.like, among) + piece.other for piece in pieces),
+            "update": self.found.update * gradients // whole if whole else self.found.update,
+        }
 
     def single(self) -> dict[str, Any]:
         """One device."""
-        return self._row("single", {"devices": 1}, self._sizes(lambda piece: piece.share(1)))
+        return self._row("single", "'auto'", self._sizes(), Traffic())
 
     def ddp(self) -> dict[str, Any]:
         """Each device has all; gradients are averaged by all-reduce, in buckets, once for a window of accumulation."""
         found, own = self.found, getattr(self.trainer.strategy, "ddp_kwargs", {})
-        sizes = self._sizes(lambda piece: piece.share(1))
-        traffic = Traffic()
+        sizes, traffic = self._sizes(), Traffic()
         traffic.add("all_reduce", sizes["gradients"], buckets(found.pieces), self.world)
         if found.buffer_count and own.get("broadcast_buffers", True):
             traffic.add("broadcast", found.buffers * self.windows, self.windows, self.world)
-        views = 0 if own.get("gradient_as_bucket_view") else sizes["gradients"]
-        sizes.update(transit=views, traffic=traffic.sent, collectives=traffic.kinds)
-        return self._row("ddp", {"strategy": "ddp"}, sizes)
+        apart = 0 if own.get("gradient_as_bucket_view") else sizes["gradients"]
+        return self._row("ddp", "'ddp'", sizes, traffic, transit=apart)
 
     def sharded(
-        self, name: str, among: int, copies: int, reshard: bool = True, offload: bool = False
+        self, name: str, strategy: str, among: int, copies: int = 1, reshard: bool = True, offload: bool = False
     ) -> dict[str, Any]:
         """Each device has a share of each parameter; layers are gathered one at a time, gradients are scattered.
 
         Args:
             name: Of the row.
+            strategy: What to write for it.
             among: Over how many devices each parameter is cut.
             copies: How many such groups there are: they average gradients by all-reduce.
             reshard: Whether gathered layers are given back after the forward pass.
             offload: Whether shares wait in the memory of the host, where the optimizer steps too.
         """
-
-        def share(piece: Piece) -> float:
-            return piece.share(among)
-
-        sizes = self._sizes(share)
-        padded = {unit: sum(p.size * share(p) * among for p in pieces) for unit, pieces in self.units.items()}
+        sizes, traffic = self._sizes(among), Traffic()
+        padded = {unit: sum(p.part(p.size, among) * among for p in pieces) for unit, pieces in self.units.items()}
         grads = {
-            unit: sum(p.size * share(p) * among for p in pieces if p.trainable) for unit, pieces in self.units.items()
+            unit: sum(p.part(p.size, among) * among for p in pieces if p.trainable)
+            for unit, pieces in self.units.items()
         }
-        largest = max((size for unit, size in padded.items() if unit), default=0.0)
-        traffic = Traffic()
+        largest = max((size for unit, size in padded.items() if unit), default=0)
         for unit, size in padded.items():
             gathers = (2 if reshard and unit else 1) * self.windows if size else 0
             traffic.add("all_gather", size * gathers, gathers, among)
             scatters = self.windows if grads[unit] else 0
             traffic.add("reduce_scatter", grads[unit] * scatters, scatters, among)
-            traffic.add("all_reduce", grads[unit] / among * scatters, scatters, copies)
+            traffic.add("all_reduce", grads[unit] // among * scatters, scatters, copies)
         # gathered: the module's own parameters, which stay; the layer that computes, and the next; its gradients
-        kept = sum(padded.values()) if not reshard else padded[""] + 2 * largest
-        transit = kept + max(grads.values(), default=0.0) if among > 1 or offload else 0.0
-        host = 0.0
+        kept = padded[""] + 2 * largest if reshard else sum(padded.values())
+        more = {"transit": kept + max(grads.values()) if among > 1 or offload else 0, "largest": max(padded.values())}
         if offload:
-            host = sum(sizes[key] for key in ("weights", "gradients", "optimizer")) - self.found.buffers
-            sizes.update(weights=self.found.buffers, gradients=0, optimizer=0)
-        sizes.update(
-            transit=transit,
-            largest=max(largest, padded[""]),
-            host=host,
-            traffic=traffic.sent,
-            collectives=traffic.kinds,
-        )
-        arguments, write = _fsdp(name)
-        return self._row(name, arguments, sizes, write)
+            more["host"] = sum(sizes[key] for key in _KEPT) - self.found.buffers
+            sizes = {"weights": self.found.buffers, "gradients": 0, "optimizer": 0, "update": 0}
+        return self._row(name, strategy, sizes, traffic, **more)
 
 
-def _fsdp(name: str) -> tuple[dict[str, Any], str]:
-    return {"strategy": "fsdp_cpu_offload" if "offload" in name else "fsdp"}, ""
+def _fsdp(strategy: str) -> str:
+    return f"FSDPStrategy(sharding_strategy={strategy!r})"
 
 
 # ------------------------------------------------------------------------------------------ what to take
@@ -381,7 +357,7 @@ def _devices_needed(found: Footprint, rows: list[dict[str, Any]], room: float) -
     count = 2
     while count <= _MOST_DEVICES:
         spread = sum(
-            (piece.size * (2 if piece.trainable else 1) + piece.like) * piece.share(count) + piece.other
+            piece.part(piece.size * (2 if piece.trainable else 1) + piece.like, count) + piece.other
             for piece in found.pieces
         )
         if spread + fixed <= room:
@@ -447,4 +423,5 @@ def _page(plan: Plan) -> str:
         lines.append(
             "training_step reads numbers from tensors; others stood in for them, so it may have gone another way."
         )
-    return "\n".join([*lines, plan.sentence])
+    lines.append(f"Take {plan.sentence}" if plan.write else plan.sentence)
+    return "\n".join([*lines, f"    {plan.write}"] if plan.write else lines)
