@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from leyden.loops.footprint import Footprint, Piece, first_batch, measure
 from leyden.loops.start import uncompiled
 from leyden.runtime.ranks import say
 from leyden.summary import human_count
-from leyden.tree import batch_sizes
+from leyden.tree import batch_sizes, tree_map
 
 ROOM = 0.9
 """The share of a device's memory that a plan may fill: the rest is for the device's own context, and for gaps."""
@@ -44,10 +44,22 @@ class Plan:
         unknown: By name (``"activations"``, ``"optimizer"``), why something is not known.
         memory: Bytes of the device's memory; None if not known.
         footprint: What was measured.
+
+    Args:
+        about: The first line of the table.
+        found: What was measured.
+        rows: As above, without ``fits``.
+        memory: As above.
+        fewer: Says with how large a batch the activations fill no more than so many bytes; empty where none would do.
     """
 
     def __init__(
-        self, about: str, found: Footprint, rows: list[dict[str, Any]], memory: int | None, batch: int
+        self,
+        about: str,
+        found: Footprint,
+        rows: list[dict[str, Any]],
+        memory: int | None,
+        fewer: Callable[[float], str],
     ) -> None:
         self.about, self.footprint, self.rows, self.memory = about, found, rows, memory
         self.unknown = dict(found.unknown)
@@ -58,7 +70,7 @@ class Plan:
         best = _best(rows)
         self.recommended: str | None = None if best is None else best["strategy"]
         self.write: str | None = None if best is None else best["write"]
-        self.sentence = _why(best, rows, memory) if best is not None else _what_would_fit(found, rows, memory, batch)
+        self.sentence = _why(best, found, rows, memory) if best is not None else _what_would_fit(rows, memory, fewer)
 
     def __str__(self) -> str:
         return _page(self)
@@ -93,7 +105,11 @@ def plan(
     found, skeleton = measure(trainer, module, given)
     size = next(batch_sizes(given), 0) if given is not None else 0
     rows = Sheet(found, skeleton, trainer, devices, nodes).rows()
-    result = Plan(_about(module, found, trainer, size), found, rows, known, size)
+
+    def fewer(room: float) -> str:
+        return _fewer(trainer, module, given, size, found, room)
+
+    result = Plan(_about(module, found, trainer, size), found, rows, known, fewer)
     say(str(result))
     return result
 
@@ -278,16 +294,20 @@ class Sheet:
             unit: sum(p.part(p.size, among) * among for p in pieces if p.trainable)
             for unit, pieces in self.units.items()
         }
+        # gradients of weights in 16 bits are summed up in 32
+        wide = 2 if getattr(self.trainer.strategy.precision, "dtype", torch.float32).itemsize < 4 else 1
         largest = max((size for unit, size in padded.items() if unit), default=0)
         for unit, size in padded.items():
             gathers = (2 if reshard and unit else 1) * self.windows if size else 0
             traffic.add("all_gather", size * gathers, gathers, among)
-            scatters = self.windows if grads[unit] else 0
-            traffic.add("reduce_scatter", grads[unit] * scatters, scatters, among)
-            traffic.add("all_reduce", grads[unit] // among * scatters, scatters, copies)
-        # gathered: the module's own parameters, which stay; the layer that computes, and the next; its gradients
+            scatters = 1 if grads[unit] else 0  # inside a window of accumulation none is sent
+            traffic.add("reduce_scatter", grads[unit] * wide, scatters, among)
+            traffic.add("all_reduce", grads[unit] * wide // among, scatters, copies)
+        # gathered: the module's own parameters, which stay; the layer that computes, and the next; its gradients,
+        # or, inside a window of accumulation, those of all layers, which are not sent yet
         kept = padded[""] + 2 * largest if reshard else sum(padded.values())
-        more = {"transit": kept + max(grads.values()) if among > 1 or offload else 0, "largest": max(padded.values())}
+        kept += sum(grads.values()) if self.windows > 1 else max(grads.values()) * wide
+        more = {"transit": kept if among > 1 or offload else 0, "largest": max(padded.values())}
         if offload:
             more["host"] = sum(sizes[key] for key in _KEPT) - self.found.buffers
             sizes = {"weights": self.found.buffers, "gradients": 0, "optimizer": 0, "update": 0}
@@ -309,7 +329,7 @@ def _best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     return min(able, key=lambda row: (bool(row["host"]), row["traffic"], row["total"]), default=None)
 
 
-def _why(best: dict[str, Any], rows: list[dict[str, Any]], memory: int | None) -> str:
+def _why(best: dict[str, Any], found: Footprint, rows: list[dict[str, Any]], memory: int | None) -> str:
     name, need = best["strategy"], human_bytes(best["total"])
     without = " without activations" if best["activations"] is None else ""
     sends = f" and sends the least for an update, {human_bytes(best['traffic'])}" if best["traffic"] else ""
@@ -319,34 +339,40 @@ def _why(best: dict[str, Any], rows: list[dict[str, Any]], memory: int | None) -
     too = f", while {_listed(bigger)} {'does' if len(bigger) == 1 else 'do'} not fit" if bigger else ""
     room = f"it needs {need} of {human_bytes(memory)} on each device{without}"
     if best["host"]:
-        return f"{name}: {room}, and {human_bytes(best['host'])} on the host{too}; each step waits for the host."
+        needed = _devices_needed(found, rows, ROOM * memory)
+        more = f" fsdp fits without it on {needed} devices." if needed else ""
+        return f"{name}: {room}, and {human_bytes(best['host'])} on the host{too}; each step waits for the host.{more}"
     return f"{name}: {room}{sends}{too}."
 
 
-def _what_would_fit(found: Footprint, rows: list[dict[str, Any]], memory: int | None, batch: int) -> str:
+def _what_would_fit(rows: list[dict[str, Any]], memory: int | None, fewer: Callable[[float], str]) -> str:
     assert memory is not None  # else all fit
-    able = [row for row in rows if not row["reason"]]
-    least = min(able, key=lambda row: row["total"])
+    least = min((row for row in rows if not row["reason"]), key=lambda row: row["total"])
     text = f"Nothing fits: {least['strategy']} needs the least, {human_bytes(least['total'])} of {human_bytes(memory)}"
     text += f" on each device, of which {100 * ROOM:.0f} % can be filled."
-    room = ROOM * memory
-    found_activations = least["activations"] or 0
-    hints = []
-    rest = least["total"] - found_activations
-    if batch > 1 and rest < room and found_activations:
-        fewer = int(batch * (room - rest) / found_activations)
-        if fewer:
-            hints.append(f"{least['strategy']} with a batch of {fewer} in place of {batch}")
-    needed = _devices_needed(found, rows, room)
-    if needed:
-        hints.append(f"fsdp on {needed} devices")
-    if found_activations > room / 2:
+    room, held = ROOM * memory, least["activations"] or 0
+    smaller = fewer(room - (least["total"] - held)) if held else ""
+    hints = [f"{least['strategy']} with {smaller}"] if smaller else []
+    if held > room / 3 and least["total"] - held < room:
         hints.append("activation checkpointing")
+    if hints:
+        return f"{text} What would fit, or help: {_listed(hints, 'or')}."
     return (
-        f"{text} What would fit: {_listed(hints, 'or')}."
-        if hints
-        else (f"{text} Make the largest layer smaller, or the batch; or use 16-bit weights (precision='bf16-true').")
+        f"{text} Layers that are gathered take {human_bytes(least['transit'])} of it: smaller layers would help, a smaller"
+        " batch, or weights in 16 bits."
     )
+
+
+def _fewer(trainer: Any, module: nn.Module, batch: Any, size: int, found: Footprint, room: float) -> str:
+    """Return the batch whose activations fill no more than ``room`` bytes, in words; empty if there is none."""
+    if size < 2 or found.activations is None or room <= 0:
+        return ""
+    one, _ = measure(trainer, module, tree_map(lambda t: t[:1] if t.dim() and len(t) == size else t, batch))
+    if one.activations is None or one.activations + one.batch > room:
+        return ""
+    least = one.activations + one.batch
+    each = (found.activations + found.batch - least) / (size - 1)
+    return f"a batch of {int(1 + (room - least) / each)} in place of {size}" if each > 0 else ""
 
 
 def _devices_needed(found: Footprint, rows: list[dict[str, Any]], room: float) -> int | None:

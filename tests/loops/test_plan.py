@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of a plan: its formulas, what it recommends, and what it says where nothing fits."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import leyden as L
+from leyden.errors import MisconfigurationException
+from leyden.loops import footprint
+from leyden.loops import plan as planner
+from leyden.loops.footprint import Piece
+from leyden.loops.plan import buckets, human_bytes
+
+
+def trainer(**settings: Any) -> L.Trainer:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return L.Trainer(**{"max_epochs": 1, "accelerator": "cpu", **quiet, **settings})
+
+
+class Net(L.LightningModule):
+    """Four equal blocks between two layers, Adam."""
+
+    def __init__(self, width: int = 400, norm: bool = False, frozen: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Linear(10, width)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+        self.norm = nn.BatchNorm1d(width) if norm else nn.Identity()
+        self.last = nn.Linear(width, 3)
+        if frozen:
+            self.blocks.requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = self.first(batch)
+        for block in self.blocks:
+            x = block(x).relu()
+        return self.last(self.norm(x)).square().mean()  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad])
+
+
+def rows(plan: Any) -> dict[str, dict[str, Any]]:
+    return {row["strategy"]: row for row in plan.rows}
+
+
+def test_bytes_on_each_device() -> None:
+    plan = trainer().plan(Net(), devices=4, batch=torch.randn(8, 10))
+    found = rows(plan)
+    whole = sum(p.numel() * 4 for p in Net().parameters())
+    count = len(list(Net().parameters()))
+    single, ddp, fsdp = found["single"], found["ddp"], found["fsdp"]
+    assert (single["weights"], single["gradients"], single["optimizer"]) == (whole, whole, 2 * whole + 4 * count)
+    assert (ddp["weights"], ddp["gradients"], ddp["optimizer"]) == (whole, whole, 2 * whole + 4 * count)
+    assert ddp["transit"] == whole  # the buckets
+    # each parameter is cut into chunks along its first dimension: the last layer of 3 rows gives one to each of three
+    cut = (whole - 4 * 3 * 401) // 4 + 4 * 401
+    assert (fsdp["weights"], fsdp["gradients"], fsdp["optimizer"]) == (cut, cut, 2 * cut + 4 * count)
+    block, ends = 4 * 401 * 400, 4 * 4 * 401 + 4 * 11 * 400  # the last layer comes padded to 4 rows
+    assert fsdp["largest"] == block
+    assert fsdp["transit"] == ends + 2 * block + block
+    assert found["fsdp (SHARD_GRAD_OP)"]["transit"] == ends + 4 * block + block
+    offload = found["fsdp (CPU offload)"]
+    assert (offload["weights"], offload["gradients"], offload["optimizer"]) == (0, 0, 0)
+    assert offload["host"] == 4 * cut + 4 * count
+    assert len({row["activations"] for row in plan.rows}) == 1
+    for row in plan.rows:
+        kept = row["weights"] + row["gradients"] + row["optimizer"]
+        assert row["total"] >= kept + row["activations"] + row["transit"]
+    assert json.loads(json.dumps(plan.rows)) == plan.rows
+
+
+def test_what_travels() -> None:
+    plan = trainer(accumulate_grad_batches=3).plan(Net(norm=True), devices=2, nodes=4)
+    found = rows(plan)
+    grads = sum(p.numel() * 4 for p in Net(norm=True).parameters())
+    buffers = sum(b.numel() * b.element_size() for b in Net(norm=True).buffers())
+    # once for a window of three batches; its running statistics before each of them
+    assert found["ddp"]["collectives"] == {"all_reduce": 2, "broadcast": 3}
+    assert found["ddp"]["traffic"] == round(2 * 7 / 8 * grads + 3 * 7 / 8 * buffers)
+    assert found["fsdp"]["collectives"] == {"all_gather": 3 * (2 * 4 + 1), "reduce_scatter": 5}
+    assert found["fsdp (SHARD_GRAD_OP)"]["collectives"] == {"all_gather": 3 * 5, "reduce_scatter": 5}
+    hybrid = found["fsdp (HYBRID_SHARD)"]
+    assert hybrid["collectives"] == {"all_gather": 27, "reduce_scatter": 5, "all_reduce": 5}
+    assert hybrid["weights"] > found["fsdp"]["weights"]
+    assert found["single"]["collectives"] == {}
+    assert found["single"]["traffic"] == 0
+    assert [row["write"] for row in plan.rows[:2]] == [
+        "Trainer(strategy='auto', devices=1)", "Trainer(strategy='ddp', devices=2, num_nodes=4)",
+    ]  # fmt: skip
+
+
+def test_frozen_weights_are_gathered_and_not_scattered() -> None:
+    found = rows(trainer().plan(Net(frozen=True), devices=2))
+    assert found["fsdp"]["collectives"] == {"all_gather": 9, "reduce_scatter": 1}
+    assert found["ddp"]["gradients"] == sum(p.numel() * 4 for p in Net(frozen=True).parameters() if p.requires_grad)
+
+
+def test_one_device_and_the_devices_of_the_trainer() -> None:
+    assert list(rows(trainer().plan(Net()))) == ["single", "fsdp (CPU offload)"]
+    assert "ddp" in rows(trainer(devices=2).plan(Net()))
+
+
+def test_buckets() -> None:
+    def pieces(*sizes: int) -> list[Piece]:
+        return [Piece(str(n), (size,), 4, True) for n, size in enumerate(sizes)]
+
+    mega = 1 << 18  # so many numbers are one MiB
+    assert buckets(pieces(10, 10)) == 1
+    assert buckets(pieces(10, mega)) == 2  # from the last on: the first bucket is full at one MiB
+    assert buckets(pieces(mega, 10)) == 1
+    assert buckets(pieces(*[mega] * 52)) == 4  # 1, 25, 25, 1
+    assert buckets([]) == 0
+
+
+def test_what_fits_and_what_is_recommended() -> None:
+    net, batch = Net(), torch.randn(8, 10)
+    plan = trainer().plan(net, devices=8, memory="1GB", batch=batch)
+    assert plan.recommended == "ddp"
+    assert plan.sentence.startswith("ddp: it needs ")
+    assert "of 1 GB on each device and sends the least for an update" in plan.sentence
+    assert plan.write == "Trainer(strategy='ddp', devices=8)"
+    sizes = rows(plan)
+    between = (sizes["fsdp"]["total"] + sizes["fsdp (SHARD_GRAD_OP)"]["total"]) / 2 / 0.9
+    plan = trainer().plan(net, devices=8, memory=between, batch=batch)
+    assert plan.recommended == "fsdp"
+    assert "while ddp and fsdp (SHARD_GRAD_OP) do not fit" in plan.sentence
+    assert [rows(plan)[name]["fits"] for name in ("single", "ddp", "fsdp")] == [False, False, True]
+    # without activations nobody knows whether the rest fits, only what does not
+    plan = trainer().plan(net, devices=8, memory=between)
+    assert [rows(plan)[name]["fits"] for name in ("ddp", "fsdp")] == [False, None]
+    assert "without activations" in plan.sentence
+    assert "Activations are not known: no batch was given." in str(plan)
+    assert "tells what fits" in trainer().plan(net, devices=8).sentence
+
+
+class Large(L.LightningModule):
+    """66 billion parameters, which no memory of this machine could hold."""
+
+    def configure_model(self) -> None:
+        self.embed = nn.Embedding(64_000, 8192)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(8192, 64, 32768, 0.0, batch_first=True) for _ in range(80)
+        )
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = self.embed(batch)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return (x @ self.embed.weight.T).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters())
+
+
+def test_a_model_too_large_for_the_plan_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: dict[int, Any] = {}
+
+    def once(trainer: Any, module: Any, batch: Any) -> Any:
+        if len(batch) not in measured:
+            measured[len(batch)] = footprint.measure(trainer, module, batch)
+        return measured[len(batch)]
+
+    monkeypatch.setattr(planner, "measure", once)
+    owner, batch = trainer(precision="bf16-true"), torch.zeros(4, 512, dtype=torch.long)
+    plan = owner.plan(Large(), devices=8, memory="8GB", batch=batch)
+    assert sum(piece.numel for piece in plan.footprint.pieces) > 64e9
+    assert (plan.recommended, plan.write) == (None, None)
+    assert plan.sentence.startswith("Nothing fits: fsdp (CPU offload) needs the least, ")
+    assert "Layers that are gathered take 7.5" in plan.sentence
+    assert str(plan).endswith(plan.sentence)
+    plan = owner.plan(Large(), devices=8, memory="16GB", batch=batch)
+    assert plan.recommended == "fsdp (CPU offload)"
+    needed = int(plan.sentence.split("fsdp fits without it on ")[1].split()[0])
+    assert owner.plan(Large(), devices=needed, memory="16GB", batch=batch).recommended == "fsdp"
+    assert "activation checkpointing" in owner.plan(Large(), devices=8, memory="12GB", batch=batch).sentence
+
+
+def test_a_smaller_batch_is_named_where_it_helps() -> None:
+    plan = trainer().plan(Net(), devices=2, batch=torch.randn(4000, 10), memory="20MB")
+    fewer = int(plan.sentence.split("with a batch of ")[1].split()[0])
+    assert "in place of 4000" in plan.sentence
+    assert trainer().plan(Net(), devices=2, batch=torch.randn(fewer, 10), memory="20MB").recommended
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = trainer(precision="bf16-mixed").plan(Net(), devices=2, nodes=2, memory="1 GB", batch=torch.randn(8, 10))
+    lines = str(plan).splitlines()
+    assert lines[0] == "Net: 647 K parameters; Adam; bf16-mixed; a batch of 8 on each device."
+    assert lines[1].split() == [
+        "strategy", "weights", "gradients", "optimizer", "activations", "transit", "on", "a", "device", "fits", "sends",
+        "exchanges",
+    ]  # fmt: skip
+    assert lines[4].startswith("ddp ")
+    assert lines[4].endswith("2 all-reduce")
+    assert "more in the memory of the host" in str(plan)
+    assert lines[-1] == f"    {plan.write}"
+    assert str(plan) in capsys.readouterr().out
+    assert repr(plan) == str(plan)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"devices": 0}, r"plan\(devices=0\) is not valid: it must be an int of at least 1"),
+        ({"nodes": "two"}, r"plan\(nodes='two'\) is not valid"),
+        ({"devices": True}, r"plan\(devices=True\)"),
+        (
+            {"memory": "much"},
+            r"plan\(memory='much'\) is not valid: it must be bytes as a number, or text such as '80GB'",
+        ),
+        ({"memory": -1}, r"plan\(memory=-1\)"),
+        ({"memory": "1.2.3GB"}, r"plan\(memory='1.2.3GB'\)"),
+        ({"model": Net}, "the model must be a module"),
+    ],
+)
+def test_bad_arguments(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer().plan(**{"model": Net(), **given})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80GB", 80 * 10**9), ("79.6 GiB", int(79.6 * 2**30)), ("512mib", 512 * 2**20), ("100", 100), (5e3, 5000)],
+)
+def test_memory_is_read(text: Any, size: int) -> None:
+    assert trainer().plan(Net(), memory=text).memory == size
+
+
+def test_bytes_for_people() -> None:
+    assert [human_bytes(n) for n in (0, 999, 1000, 12_345, 999_600, 123_456_789, 2.5e12)] == [
+        "0 B", "999 B", "1 kB", "12.3 kB", "1 MB", "123 MB", "2.5 TB",
+    ]  # fmt: skip
