@@ -173,7 +173,7 @@ def test_a_model_too_large_for_the_plan_says_what_would_fit(monkeypatch: pytest.
     assert sum(piece.numel for piece in plan.footprint.pieces) > 64e9
     assert (plan.recommended, plan.write) == (None, None)
     assert plan.sentence.startswith("Nothing fits: fsdp (CPU offload) needs the least, ")
-    assert "Layers that are gathered take 7.5" in plan.sentence
+    assert "Layers that are gathered take 7.49 GB" in plan.sentence
     assert str(plan).endswith(plan.sentence)
     plan = owner.plan(Large(), devices=8, memory="16GB", batch=batch)
     assert plan.recommended == "fsdp (CPU offload)"
