@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -126,9 +127,17 @@ class Strategy:
         """Take the module of the coming run."""
         self.module = module
 
+    def builds(self) -> bool:
+        """Whether ``configure_model`` is to be called in the coming run; not for a module that is as it left it."""
+        return True
+
     def setup(self) -> None:
         """Bring the module to its device and number format."""
         self.module = self.precision.convert_module(self.module)
+        self.place()
+
+    def place(self) -> None:
+        """Bring the module to its device."""
         self.module.to(self.root_device)
 
     def distribute(self, fitting: bool) -> None:
@@ -171,7 +180,12 @@ class Strategy:
         for wrapped in self.lightning_optimizers:
             wrapped.release()  # user code may have kept it
         self._step = self._manual_backward = None
-        if self.root_device.type != "cpu" and self.module is not None:
+        if self.module is not None:
+            self.come_home()
+
+    def come_home(self) -> None:
+        """Bring the module and the optimizer state back to the host."""
+        if self.root_device.type != "cpu":
             host = torch.device("cpu")
             self.module.to(host)
             for optimizer in self.optimizers:
@@ -222,6 +236,37 @@ class Strategy:
         """Clip the gradients of the optimizer's parameters; return their total norm before, for ``"norm"``."""
         self.precision.unscale(optimizer)
         return self.precision.clip([p for group in optimizer.param_groups for p in group["params"]], value, algorithm)
+
+    def scale_gradients(self, optimizer: Optimizer, factor: Any) -> None:
+        """Multiply the gradients of the optimizer's parameters by a number, or by a tensor with one element."""
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, factor)
+
+    def toggled(self) -> None:
+        """Some parameters require gradients from now on, or do not any more: in the middle of a step as well."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        """What this process has of the gradients of a window of accumulation that is open, by the names of parameters."""
+        return {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+
+    def load_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Take over what ``gradients`` returned; what is of another shape is left out."""
+        for name, parameter in self.module.named_parameters():
+            gradient = gradients.get(name)
+            if gradient is not None and gradient.shape == parameter.shape:
+                parameter.grad = gradient.to(parameter.device, parameter.dtype)
+
+    def evaluating(self, inference: bool) -> AbstractContextManager[Any]:
+        """Return the context of an evaluation; ``inference`` says that nothing of it is wanted by training later."""
+        return torch.inference_mode() if inference else torch.no_grad()
+
+    def paced(self, batches: Iterator[tuple[Any, int, int]]) -> Iterator[tuple[Any, int, int]]:
+        """Return the batches of an evaluation, with their number and that of their loader, as this process is to run them.
+
+        Where all processes take part in each step of any, one that has fewer batches keeps up with the others here.
+        """
+        return batches
 
     # -- between processes
 
