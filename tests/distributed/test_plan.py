@@ -7,36 +7,47 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 import leyden as L
+from leyden.strategies.fsdp import FSDPStrategy
 from ranks import make_trainer, on_ranks
 
-KINDS = {"allreduce": "all_reduce", "all_reduce": "all_reduce", "broadcast": "broadcast"} | {
-    "allgather": "all_gather", "all_gather": "all_gather", "_allgather_base": "all_gather",
-    "all_gather_into_tensor": "all_gather", "_reduce_scatter_base": "reduce_scatter", "reduce_scatter": "reduce_scatter",
-    "reduce_scatter_tensor": "reduce_scatter",
+KINDS = {
+    "c10d::allreduce_": "all_reduce", "c10d::broadcast_": "broadcast", "c10d::allgather_": "all_gather",
+    "c10d::_allgather_base_": "all_gather", "c10d::allgather_into_tensor_coalesced_": "all_gather",
+    "c10d::_reduce_scatter_base_": "reduce_scatter",
 }  # fmt: skip
-"""What the profiler calls exchanges over gloo, and what a plan calls them."""
+"""What the profiler calls exchanges, those of C++ included, and what a plan calls them."""
+
+
+class Block(nn.Module):
+    """Two layers one behind the other, which can be split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(390, 390), nn.Linear(390, 390)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x).relu())  # type: ignore[no-any-return]
 
 
 class Net(L.LightningModule):
-    """Four blocks of 0.6 MB between two small layers, with running statistics."""
+    """Two blocks of 1.2 MB between two small layers, with running statistics if wanted."""
 
     def __init__(self, norm: bool = False) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.first = nn.Linear(10, 390)
-        self.blocks = nn.ModuleList(nn.Linear(390, 390) for _ in range(4))
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.norm = nn.BatchNorm1d(390) if norm else nn.Identity()
         self.last = nn.Linear(390, 3)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x = self.first(batch[0])
         for block in self.blocks:
-            x = block(x).relu()
+            x = block(x)
         loss: Tensor = self.last(self.norm(x)).square().mean()
         self.log("loss", loss)
         return loss
@@ -56,23 +67,20 @@ class Count(L.Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 4:
             self.profile.start()
-
-    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        if trainer.global_step != 6:
-            return
-        held = [*pl_module.parameters(), *pl_module.buffers()]
-        self.weights = sum(_bytes(tensor) for tensor in held)
-        self.gradients = sum(_bytes(p.grad) for p in pl_module.parameters() if p.grad is not None)
-        values = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
-        self.optimizer = sum(_bytes(value) for value in values)
+        if batch_idx == 6:  # gradients of the update before are still there
+            held = [*pl_module.parameters(), *pl_module.buffers()]
+            self.weights = sum(_bytes(tensor) for tensor in held)
+            self.gradients = sum(_bytes(p.grad) for p in pl_module.parameters() if p.grad is not None)
+            values = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
+            self.optimizer = sum(_bytes(value) for value in values)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 7:
             self.profile.stop()
             for event in self.profile.events():
-                place, _, kind = event.name.partition(":")
-                if place == "gloo" and event.device_type == DeviceType.CPU:
-                    self.kinds[KINDS.get(kind, kind)] = self.kinds.get(KINDS.get(kind, kind), 0) + 1
+                if event.name.startswith("c10d::"):
+                    kind = KINDS.get(event.name, event.name)
+                    self.kinds[kind] = self.kinds.get(kind, 0) + 1
 
 
 def _bytes(tensor: Any) -> int:
@@ -80,30 +88,51 @@ def _bytes(tensor: Any) -> int:
     return int(tensor.numel() * tensor.element_size())
 
 
-def _fit(strategy: Any, norm: bool, accumulate: int) -> Any:
-    count = Count()
-    trainer = make_trainer(strategy=strategy, max_epochs=1, accumulate_grad_batches=accumulate, callbacks=[count])
-    trainer.fit(Net(norm), DataLoader(TensorDataset(torch.randn(64, 10)), 2))
-    return count.kinds, count.weights, count.gradients, count.optimizer
+STRATEGIES: dict[str, Any] = {
+    "ddp": lambda: "ddp",
+    "fsdp": lambda: "fsdp",
+    "fsdp (SHARD_GRAD_OP)": lambda: FSDPStrategy(sharding_strategy="SHARD_GRAD_OP"),
+    "tensor_parallel": lambda: "tensor_parallel",
+}
+"""The rows of a plan, and the strategies that they are about."""
 
 
-def _planned(norm: bool, accumulate: int, strategy: str) -> dict[str, Any]:
-    plan = make_trainer(1, accumulate_grad_batches=accumulate).plan(Net(norm), devices=2)
-    return next(row for row in plan.rows if row["strategy"] == strategy)
+CASES = [
+    ("ddp", False, 1), ("ddp", True, 2), ("fsdp", False, 1), ("fsdp", False, 2), ("fsdp (SHARD_GRAD_OP)", False, 1),
+    ("fsdp (SHARD_GRAD_OP)", False, 2), ("tensor_parallel", False, 1),
+]  # fmt: skip
+"""Row, whether there are running statistics, and the length of a window of accumulation."""
 
 
-def _agrees(row: dict[str, Any], found: Any, accumulate: int) -> None:
-    kinds, weights, gradients, optimizer = found
-    assert {kind: count * 4 // accumulate for kind, count in row["collectives"].items()} == kinds
-    assert (row["weights"], row["gradients"], row["optimizer"]) == (weights, gradients, optimizer)
+def _fit() -> list[Any]:
+    found = []
+    for row, norm, accumulate in CASES:
+        count = Count()
+        arguments = {"accumulate_grad_batches": accumulate, "callbacks": [count]}
+        trainer = make_trainer(strategy=STRATEGIES[row](), max_epochs=1, **arguments)
+        trainer.fit(Net(norm), DataLoader(TensorDataset(torch.randn(32, 10)), 2))
+        found.append((count.kinds, count.weights, count.gradients, count.optimizer))
+    return found
 
 
-def test_framework_collectives_of_an_ordinary_ddp_step_beyond_the_gradients_are_none() -> None:
-    for found in on_ranks(2, _fit, "ddp", False, 1):
-        _agrees(_planned(False, 1, "ddp"), found, 1)
-        assert found[0] == {"all_reduce": 4 * 2}  # those of DistributedDataParallel itself, in two buckets
-
-
-def test_ddp_with_running_statistics_and_accumulation_is_as_planned() -> None:
-    for found in on_ranks(2, _fit, "ddp", True, 2):
-        _agrees(_planned(True, 2, "ddp"), found, 2)
+def test_framework_collectives_of_a_step_and_the_bytes_on_each_rank_are_those_of_the_plan() -> None:
+    ranks = on_ranks(2, _fit)
+    counted = []
+    for case, (row, norm, accumulate) in enumerate(CASES):
+        arguments: dict[str, Any] = {"accumulate_grad_batches": accumulate}
+        plan = make_trainer(1, **arguments).plan(Net(norm), devices=2, batch=[torch.randn(2, 10)])
+        planned = next(each for each in plan.rows if each["strategy"] == row)
+        counted.append(planned["collectives"])
+        for rank in ranks:
+            assert rank[case][0] == {kind: n * 4 // accumulate for kind, n in planned["collectives"].items()}, CASES[
+                case
+            ]
+        for size, name in enumerate(("weights", "gradients", "optimizer"), start=1):
+            # of chunks that are not equal, the largest
+            assert planned[name] == max(rank[case][size] for rank in ranks), (CASES[case], name)
+    # under ddp nothing but the gradients: DistributedDataParallel's own two buckets, and the statistics of each batch
+    assert counted[:2] == [{"all_reduce": 2}, {"all_reduce": 2, "broadcast": 2}]
+    assert counted[2:4] == [{"all_gather": 5, "reduce_scatter": 3}, {"all_gather": 10, "reduce_scatter": 3}]
+    assert counted[4:6] == [{"all_gather": 3, "reduce_scatter": 3}, {"all_gather": 6, "reduce_scatter": 3}]
+    # each block has one forward and one backward; between the first layer and the last activations are gathered
+    assert counted[6] == {"all_reduce": 5, "all_gather": 2}

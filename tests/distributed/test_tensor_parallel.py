@@ -3,20 +3,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import leyden as L
-from leyden.errors import MisconfigurationException
 from leyden.strategies import TensorParallelStrategy
 from ranks import make_trainer, on_ranks
-from tensor_models import GPT, Llama, Perceptron, numbers, texts, whole
+from tensor_models import GPT, Llama, Perceptron, numbers, texts
 
 PLAN = {"net.0": "colwise", "net.3": "rowwise", "head": "rowwise_split", "norm": "replicate"}
 CASES: dict[str, tuple[Any, Any, Any]] = {
@@ -86,7 +83,12 @@ def test_f1_f2_u1_m1_groups_of_two_share_out_the_data_and_the_parameters(case: s
 
 def _plans() -> Any:
     found = {}
-    for name, module in (("gpt", GPT()), ("llama", Llama()), ("odd", Llama(heads=4, kv_heads=1)), ("dropped", GPT(0.1))):
+    for name, module in (
+        ("gpt", GPT()),
+        ("llama", Llama()),
+        ("odd", Llama(heads=4, kv_heads=1)),
+        ("dropped", GPT(0.1)),
+    ):
         strategy = TensorParallelStrategy()
         trainer = make_trainer(2, strategy=strategy, max_steps=1)
         trainer.fit(module, DataLoader(texts(8), 4), DataLoader(texts(2), 1))
@@ -120,7 +122,11 @@ def test_a_found_plan_keeps_activations_split_only_where_that_gives_the_same() -
 VARIANTS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "dropout": (lambda: GPT(0.2), texts, {}),
     "dropout between layers": (lambda: Perceptron(0.2), numbers, {}),
-    "accumulated": (Llama, texts, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}),
+    "accumulated": (
+        Llama,
+        texts,
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
+    ),
     "bf16-mixed": (GPT, texts, {"precision": "bf16-mixed"}),
 }
 

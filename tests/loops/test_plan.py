@@ -124,7 +124,7 @@ def test_what_fits_and_what_is_recommended() -> None:
     plan = trainer().plan(net, devices=8, memory="1GB", batch=batch)
     assert plan.recommended == "ddp"
     assert plan.sentence.startswith("ddp: it needs ")
-    assert "of 1 GB on each device and sends the least for an update" in plan.sentence
+    assert "of 1 GB on each device and sends the least for as many samples" in plan.sentence
     assert plan.write == "Trainer(strategy='ddp', devices=8)"
     sizes = rows(plan)
     between = (sizes["fsdp"]["total"] + sizes["fsdp (SHARD_GRAD_OP)"]["total"]) / 2 / 0.9
@@ -173,13 +173,13 @@ def test_a_model_too_large_for_the_plan_says_what_would_fit(monkeypatch: pytest.
     assert sum(piece.numel for piece in plan.footprint.pieces) > 64e9
     assert (plan.recommended, plan.write) == (None, None)
     assert plan.sentence.startswith("Nothing fits: fsdp (CPU offload) needs the least, ")
-    assert "Layers that are gathered take 7.49 GB" in plan.sentence
+    assert "activation checkpointing" in plan.sentence
     assert str(plan).endswith(plan.sentence)
     plan = owner.plan(Large(), devices=8, memory="16GB", batch=batch)
     assert plan.recommended == "fsdp (CPU offload)"
     needed = int(plan.sentence.split("fsdp fits without it on ")[1].split()[0])
     assert owner.plan(Large(), devices=needed, memory="16GB", batch=batch).recommended == "fsdp"
-    assert "activation checkpointing" in owner.plan(Large(), devices=8, memory="12GB", batch=batch).sentence
+    assert "Layers that are gathered take 6.44 GB" in owner.plan(Large(), devices=8, memory="6GB", batch=batch).sentence
 
 
 def test_a_smaller_batch_is_named_where_it_helps() -> None:

@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from leyden.data.combined import CombinedLoader
@@ -31,6 +32,7 @@ from leyden.loops.optimize import read_loss
 from leyden.module import LightningModule
 from leyden.optim import NoOptimizer, needs_closure, normalize
 from leyden.runtime.seed import isolate_rng
+from leyden.strategies import units
 from leyden.tree import leaves, tree_map
 
 _READS = "aten._local_scalar_dense.default"
@@ -50,6 +52,7 @@ class Piece:
         trainable: Whether it gets a gradient.
         like: Bytes of the optimizer's tensors of the same shape: they are sharded with it.
         other: Bytes of the optimizer's other tensors for it (counters of steps): every process has them.
+        whole: Whether every process keeps all of it, however the others are cut.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Piece:
     trainable: bool
     like: int = 0
     other: int = 0
+    whole: bool = False
 
     @property
     def numel(self) -> int:
@@ -71,9 +75,32 @@ class Piece:
 
     def part(self, size: int, among: int) -> int:
         """Of ``size`` bytes that lie like it, the most that one of so many processes has: chunks of the first dimension."""
-        if among == 1 or not self.shape or not self.shape[0]:
+        if among == 1 or self.whole or not self.shape or not self.shape[0]:
             return size
         return size // self.shape[0] * math.ceil(self.shape[0] / among)
+
+    def split(self, dimension: int, among: int) -> Piece:
+        """Return what one device has of it, where one of its dimensions is shared out evenly among so many."""
+        shape = list(self.shape)
+        shape[dimension] //= among
+        return replace(self, shape=tuple(shape), like=self.like // among)
+
+
+@dataclass
+class Calls:
+    """How often a layer ran in a step, and what tensor parallelism would have to exchange for it.
+
+    Attributes:
+        count: How often.
+        given: Bytes of its outputs.
+        learnt: How often a gradient flowed back through its first input.
+        taken: Bytes of these inputs.
+    """
+
+    count: int = 0
+    given: int = 0
+    learnt: int = 0
+    taken: int = 0
 
 
 @dataclass
@@ -90,7 +117,7 @@ class Footprint:
         saved: Bytes that are held at the end of the forward pass for the backward; None if unknown.
         update: The most bytes that the optimizers' steps hold at a time beyond their state.
         unknown: By name (``"activations"``, ``"optimizer"``), why something is not known.
-        layers: Of each layer that ran: bytes of its first input, and of its output; the sums over all of its calls.
+        layers: The calls of each layer that ran, by its name.
         optimizers: The names of the optimizers' classes.
         guessed: Whether the step read numbers from tensors, for which another number stood in.
     """
@@ -103,7 +130,7 @@ class Footprint:
     saved: int | None = None
     update: int = 0
     unknown: dict[str, str] = field(default_factory=dict)
-    layers: dict[str, tuple[int, int]] = field(default_factory=dict)
+    layers: dict[str, Calls] = field(default_factory=dict)
     optimizers: list[str] = field(default_factory=list)
     guessed: bool = False
 
@@ -397,6 +424,10 @@ def _measure_step(found: Footprint, trainer: Any, module: Any, batch: Any) -> No
         found.unknown["activations"] = f"{name} optimizes by hand: what it holds at a time is up to its training_step"
         return
     module.train()
+    policy = getattr(trainer.strategy, "activation_checkpointing_policy", None)
+    if policy is not None:
+        for layer in units.matching(module, policy, "activation_checkpointing_policy"):
+            vars(layer)["forward"] = partial(checkpoint, layer.forward, use_reentrant=False)
     why: str | None = None
     for guess in _GUESSES:
         for parameter in module.parameters():
@@ -452,14 +483,15 @@ def _try_step(found: Footprint, trainer: Any, module: Any, batch: Any, guess: in
     return None
 
 
-def _note_layer(layers: dict[str, tuple[int, int]], name: str, _: Any, inputs: Any, output: Any) -> None:
+def _note_layer(layers: dict[str, Calls], name: str, _: Any, inputs: Any, output: Any) -> None:
     first = next((leaf for leaf in leaves(inputs) if isinstance(leaf, Tensor)), None)
     last = next((leaf for leaf in leaves(output) if isinstance(leaf, Tensor)), None)
-    before = layers.get(name, (0, 0))
-    layers[name] = (
-        before[0] + (_bytes(first) if first is not None else 0),
-        before[1] + (_bytes(last) if last is not None else 0),
-    )
+    calls = layers.setdefault(name, Calls())
+    calls.count += 1
+    calls.given += _bytes(last) if last is not None else 0
+    if first is not None and first.requires_grad:
+        calls.learnt += 1
+        calls.taken += _bytes(first)
 
 
 def _note_gradient(live: Live, parameter: Tensor) -> None:

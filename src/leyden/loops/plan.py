@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from leyden.errors import MisconfigurationException
-from leyden.loops.footprint import Footprint, Piece, first_batch, measure
+from leyden.loops.footprint import Calls, Footprint, Piece, first_batch, measure
 from leyden.loops.start import uncompiled
 from leyden.runtime.ranks import say
+from leyden.strategies import units
 from leyden.summary import human_count
 from leyden.tree import batch_sizes, tree_map
 
@@ -37,7 +39,8 @@ class Plan:
             from all), ``largest`` (the largest layer that is gathered at a time), ``total`` (the most of all at a time;
             without activations, where these are unknown) and ``host`` (in the memory of the host, for each device).
             ``traffic`` is what each device sends for an update, in bytes, and ``collectives`` how many exchanges of each
-            kind that takes. ``fits`` is True, False, or None where the device's memory or the activations are not known.
+            kind that takes. ``shares`` is how many batches an update sees: fewer than devices where several
+            work on one. ``fits`` is True, False, or None where the device's memory or the activations are not known.
         recommended: The name of the strategy that is best, None if none fits.
         sentence: What is recommended, and why; or what would fit.
         write: What to write for it; None if none fits.
@@ -160,6 +163,7 @@ class Traffic:
 
     sent: float = 0.0
     kinds: dict[str, int] = field(default_factory=dict)
+    unknown: bool = False
 
     def add(self, kind: str, size: float, count: int, among: int) -> None:
         """Add ``count`` exchanges of ``size`` bytes in all among so many processes."""
@@ -168,23 +172,6 @@ class Traffic:
         turns = 2 if kind == "all_reduce" else 1
         self.sent += turns * (among - 1) / among * size
         self.kinds[kind] = self.kinds.get(kind, 0) + count
-
-
-def blocks(module: nn.Module) -> list[str]:
-    """Return the names of the layers that are gathered one at a time: the outermost that repeat in a list of layers."""
-    found: list[str] = []
-    for name, part in module.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in found):
-            continue
-        if isinstance(part, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
-            children = list(part.named_children())
-            kinds = [type(child) for _, child in children]
-            found += [
-                f"{name}.{child_name}" if name else child_name
-                for child_name, child in children
-                if kinds.count(type(child)) > 1 and any(True for _ in child.parameters())
-            ]
-    return found
 
 
 def buckets(pieces: Iterable[Piece]) -> int:
@@ -216,11 +203,13 @@ class Sheet:
         self.found, self.module, self.trainer = found, module, trainer
         self.devices, self.nodes, self.world = devices, nodes, devices * nodes
         self.windows = int(trainer.config.accumulate_grad_batches)
-        units = blocks(module)
-        self.units: dict[str, list[Piece]] = {name: [] for name in ["", *units]}
-        for piece in found.pieces:
-            owner = next((name for name in units if piece.name.startswith(f"{name}.")), "")
-            self.units[owner].append(piece)
+        names = {id(part): name for name, part in module.named_modules()}
+        policy = getattr(trainer.strategy, "auto_wrap_policy", None)
+        self.layers = sorted((names[id(part)] for part in units.find(module, policy)), key=len, reverse=True)
+        """The names of the layers that are gathered one at a time, inner ones first."""
+        parameters = dict(module.named_parameters())
+        plain = {id(parameter) for parameter in units.plain(module)}
+        self.pieces = [replace(p, whole=id(parameters[p.name]) in plain) for p in found.pieces]
 
     def rows(self) -> list[dict[str, Any]]:
         """Return all rows."""
@@ -233,26 +222,34 @@ class Sheet:
             hybrid = _fsdp("HYBRID_SHARD")
             found.append(self.sharded("fsdp (HYBRID_SHARD)", hybrid, self.devices, copies=self.nodes))
         found.append(self.sharded("fsdp (CPU offload)", "'fsdp_cpu_offload'", world, offload=True))
+        if self.devices > 1 and self.nodes == 1:
+            found.append(self.tensor("tensor_parallel", "'tensor_parallel'", self.devices))
+            if self.devices % 2 == 0 and self.devices > 2:
+                found.append(self.tensor("fsdp x tensor_parallel", "TensorParallelStrategy(tensor_parallel_size=2)", 2))
+        elif self.devices > 1:
+            found.append(self.tensor("fsdp x tensor_parallel", "'tensor_parallel'", self.devices))
         return found
 
     def _row(self, name: str, strategy: str, sizes: dict[str, int], traffic: Traffic, **more: int) -> dict[str, Any]:
+        """Return a row; ``more`` are ``transit``, ``largest``, ``host`` and ``shares``, where they are not the usual."""
         found = self.found
         devices = 1 if name == "single" else self.devices
         nodes = f", num_nodes={self.nodes}" if self.nodes > 1 and name != "single" else ""
+        sent = None if traffic.unknown else round(traffic.sent)
         held = None if found.activations is None else found.activations + found.batch
         row: dict[str, Any] = {
             "strategy": name, "write": f"Trainer(strategy={strategy}, devices={devices}{nodes})", "reason": "", **sizes,
-            "activations": held, "transit": 0, "largest": 0, "host": 0, **more, "traffic": round(traffic.sent),
+            "activations": held, "transit": 0, "largest": 0, "host": 0,
+            "shares": devices * (self.nodes if name != "single" else 1), **more, "traffic": sent,
             "collectives": traffic.kinds,
         }  # fmt: skip
         update = row.pop("update")
         row["total"] = sum(sizes[key] for key in _KEPT) + max((held or 0) + row["transit"], update)
         return row
 
-    def _sizes(self, among: int = 1) -> dict[str, int]:
+    def _sizes(self, pieces: list[Piece], among: int = 1) -> dict[str, int]:
         """Bytes of weights, gradients and optimizer state on a device, where each parameter is cut into so many chunks."""
-        pieces = self.found.pieces
-        whole = sum(piece.size for piece in pieces if piece.trainable)
+        whole = sum(piece.size for piece in self.found.pieces if piece.trainable)
         gradients = sum(piece.part(piece.size, among) for piece in pieces if piece.trainable)
         return {
             "weights": self.found.buffers + sum(piece.part(piece.size, among) for piece in pieces),
@@ -263,12 +260,12 @@ class Sheet:
 
     def single(self) -> dict[str, Any]:
         """One device."""
-        return self._row("single", "'auto'", self._sizes(), Traffic())
+        return self._row("single", "'auto'", self._sizes(self.pieces), Traffic())
 
     def ddp(self) -> dict[str, Any]:
         """Each device has all; gradients are averaged by all-reduce, in buckets, once for a window of accumulation."""
         found, own = self.found, getattr(self.trainer.strategy, "ddp_kwargs", {})
-        sizes, traffic = self._sizes(), Traffic()
+        sizes, traffic = self._sizes(self.pieces), Traffic()
         traffic.add("all_reduce", sizes["gradients"], buckets(found.pieces), self.world)
         if found.buffer_count and own.get("broadcast_buffers", True):
             traffic.add("broadcast", found.buffers * self.windows, self.windows, self.world)
@@ -288,30 +285,122 @@ class Sheet:
             reshard: Whether gathered layers are given back after the forward pass.
             offload: Whether shares wait in the memory of the host, where the optimizer steps too.
         """
-        sizes, traffic = self._sizes(among), Traffic()
-        padded = {unit: sum(p.part(p.size, among) * among for p in pieces) for unit, pieces in self.units.items()}
-        grads = {
-            unit: sum(p.part(p.size, among) * among for p in pieces if p.trainable)
-            for unit, pieces in self.units.items()
-        }
-        # gradients of weights in 16 bits are summed up in 32
-        wide = 2 if getattr(self.trainer.strategy.precision, "dtype", torch.float32).itemsize < 4 else 1
-        largest = max((size for unit, size in padded.items() if unit), default=0)
-        for unit, size in padded.items():
-            gathers = (2 if reshard and unit else 1) * self.windows if size else 0
-            traffic.add("all_gather", size * gathers, gathers, among)
-            scatters = 1 if grads[unit] else 0  # inside a window of accumulation none is sent
-            traffic.add("reduce_scatter", grads[unit] * wide, scatters, among)
-            traffic.add("all_reduce", grads[unit] * wide // among, scatters, copies)
-        # gathered: the module's own parameters, which stay; the layer that computes, and the next; its gradients,
-        # or, inside a window of accumulation, those of all layers, which are not sent yet
-        kept = padded[""] + 2 * largest if reshard else sum(padded.values())
-        kept += sum(grads.values()) if self.windows > 1 else max(grads.values()) * wide
-        more = {"transit": kept if among > 1 or offload else 0, "largest": max(padded.values())}
+        sizes, traffic = self._sizes(self.pieces, among), Traffic()
+        more = self._gather(self.pieces, traffic, among, copies, reshard, offload)
         if offload:
             more["host"] = sum(sizes[key] for key in _KEPT) - self.found.buffers
             sizes = {"weights": self.found.buffers, "gradients": 0, "optimizer": 0, "update": 0}
         return self._row(name, strategy, sizes, traffic, **more)
+
+    def _gather(
+        self,
+        pieces: list[Piece],
+        traffic: Traffic,
+        among: int,
+        copies: int = 1,
+        reshard: bool = True,
+        offload: bool = False,
+    ) -> dict[str, int]:
+        """Add what is gathered and scattered to ``traffic``; return the bytes that it takes on a device meanwhile."""
+        policy = getattr(self.trainer.strategy, "mixed_precision", None)
+        travels, sums = getattr(policy, "param_dtype", None), getattr(policy, "reduce_dtype", None)
+        halves = getattr(self.trainer.strategy.precision, "dtype", torch.float32).itemsize < 4
+        if policy is None and halves:
+            sums = torch.float32  # gradients of weights in 16 bits are summed up in 32
+        gathered = dict.fromkeys([*self.layers, ""], 0)
+        scattered = dict(gathered)
+        alone = 0
+        for piece in pieces:
+            if piece.whole:
+                alone += piece.size if piece.trainable else 0
+                continue
+            owner = next((layer for layer in self.layers if piece.name.startswith(f"{layer}.")), "")
+            count = piece.part(piece.size, among) * among // piece.itemsize
+            gathered[owner] += count * (travels.itemsize if travels else piece.itemsize)
+            if piece.trainable:
+                scattered[owner] += count * (sums.itemsize if sums else travels.itemsize if travels else piece.itemsize)
+        for layer, size in gathered.items():
+            gathers = (2 if reshard and layer else 1) * self.windows if size else 0
+            traffic.add("all_gather", size * gathers, gathers, among)
+            scatters = 1 if scattered[layer] else 0  # inside a window of accumulation none is sent
+            traffic.add("reduce_scatter", scattered[layer], scatters, among)
+            traffic.add("all_reduce", scattered[layer] // among, scatters, copies)
+        if alone:
+            traffic.add("all_gather", 0, 1, among * copies)  # whether anybody has a gradient of it
+            traffic.add("all_reduce", alone, 1, among * copies)
+        if among == 1 and not offload:
+            return {}
+        largest = max((size for layer, size in gathered.items() if layer), default=0)
+        # gathered: the module's own parameters, which stay; the layer that computes, and the next; its gradients,
+        # or, inside a window of accumulation, those of all layers, which are not sent yet
+        kept = gathered[""] + 2 * largest if reshard else sum(gathered.values())
+        kept += sum(scattered.values()) if self.windows > 1 else max(scattered.values())
+        return {"transit": kept, "largest": max(gathered.values())}
+
+    def tensor(self, name: str, strategy: str, size: int) -> dict[str, Any]:
+        """Layers are split over groups of ``size`` devices, which work on one batch; parameters are sharded over groups."""
+        from leyden.strategies.tensor import automatic, plan  # noqa: PLC0415  # where several devices are planned for
+
+        given = getattr(self.trainer.strategy, "plan", None)
+        try:
+            found = automatic.find(self.module, size)
+            words = plan.resolved(given, self.module, size) if given else dict(found.single)
+        except MisconfigurationException as error:
+            return self._impossible(name, str(error))
+        places = [] if given else found.places
+        for place in places:
+            # whether activations may stay split is tried out in a run; between layers of training_step it cannot be
+            split = bool(place.block)
+            words |= dict.fromkeys(place.columns, "colwise" if split else "colwise_gather")
+            words[place.row] = "rowwise" if split else "rowwise_split"
+        if not words:
+            return self._impossible(name, "no layer can be split")
+        pieces = [_split(piece, words, self.module, size) for piece in self.pieces]
+        among = self.world // size
+        sizes, traffic = self._sizes(pieces, among), Traffic()
+        more = self._gather(pieces, traffic, among)
+        if self.found.activations is None:
+            traffic.unknown = True  # it is activations that travel
+        else:
+            self._exchange(words, [place.columns for place in places], traffic, size)
+        return self._row(name, strategy, sizes, traffic, shares=among, **more)
+
+    def _exchange(self, words: dict[str, Any], together: list[list[str]], traffic: Traffic, size: int) -> None:
+        """Add what layers that are split say to each other about activations and their gradients."""
+        later = {name for columns in together for name in columns[1:]}
+        for name, style in words.items():
+            calls = self.found.layers.get(name, Calls())
+            embeds, word = isinstance(self.module.get_submodule(name), nn.Embedding), _word(style)
+            given, taken = calls.given * self.windows, calls.taken * self.windows
+            forward, backward = calls.count * self.windows, calls.learnt * self.windows
+            if word.startswith("rowwise"):
+                traffic.add("all_reduce", given, forward, size)
+            elif embeds or word == "colwise_gather":
+                traffic.add("all_gather", given, forward, size)
+            if word == "rowwise_split":
+                traffic.add("all_gather", taken, backward, size)
+            if word.startswith("colwise") and not embeds and name not in later:
+                traffic.add("all_reduce", taken, backward, size)  # of the gradients of what it has taken
+
+    def _impossible(self, name: str, reason: str) -> dict[str, Any]:
+        row = self._row(name, "", dict.fromkeys((*_KEPT, "update"), 0), Traffic())
+        return {**row, "write": "", "reason": reason, "total": 0}
+
+
+def _word(style: Any) -> str:
+    """How a layer is split, in a word; torch's own styles have the class for it."""
+    return style if isinstance(style, str) else type(style).__name__.removesuffix("Parallel").lower()
+
+
+def _split(piece: Piece, words: dict[str, Any], module: nn.Module, size: int) -> Piece:
+    owner, _, last = piece.name.rpartition(".")
+    word = _word(words.get(owner, ""))
+    embeds = bool(owner) and isinstance(module.get_submodule(owner), nn.Embedding)
+    if word.startswith("colwise"):
+        return piece.split(1 if embeds else 0, size)
+    if word.startswith("rowwise") and last == "weight":
+        return piece.split(0 if embeds else 1, size)
+    return piece
 
 
 def _fsdp(strategy: str) -> str:
@@ -322,17 +411,36 @@ def _fsdp(strategy: str) -> str:
 
 
 def _best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the row that sends the least of those that fit and use all devices; what waits on the host comes last."""
+    """Return what to take of the rows that fit and use all devices.
+
+    The first of those that send the least for as many samples, within a twentieth. What waits for an exchange in each layer
+    comes after what does not, and what waits for the host last.
+    """
     able = [row for row in rows if not row["reason"] and row["fits"] is not False]
     if len(rows) > 2:
         able = [row for row in able if row["strategy"] != "single"]
-    return min(able, key=lambda row: (bool(row["host"]), row["traffic"], row["total"]), default=None)
+    for waits in (False, True):
+        group = [row for row in able if not row["host"] and ("tensor_parallel" in row["strategy"]) is waits]
+        if group:
+            able = group
+            break
+    least = min((_sends(row) for row in able), default=0.0)
+    return next((row for row in able if _sends(row) <= 1.05 * least), None)
+
+
+def _sends(row: dict[str, Any]) -> float:
+    """What a device sends for a batch of each share of the data: the fewer share them, the more updates that takes."""
+    return math.inf if row["traffic"] is None else row["traffic"] / row["shares"]
 
 
 def _why(best: dict[str, Any], found: Footprint, rows: list[dict[str, Any]], memory: int | None) -> str:
     name, need = best["strategy"], human_bytes(best["total"])
     without = " without activations" if best["activations"] is None else ""
-    sends = f" and sends the least for an update, {human_bytes(best['traffic'])}" if best["traffic"] else ""
+    sends = (
+        f" and sends the least for as many samples, {human_bytes(best['traffic'])} for an update"
+        if best["traffic"]
+        else ""
+    )
     if memory is None:
         return f"{name}: it needs {need} on each device{without}{sends}; memory='80GB', say, tells what fits."
     bigger = [row["strategy"] for row in rows if row["fits"] is False and row["strategy"] not in ("single", name)]
@@ -421,10 +529,10 @@ def _page(plan: Plan) -> str:
         if row["reason"]:
             body.append([row["strategy"], row["reason"]])
             continue
-        cells = ["?" if row[key] is None else human_bytes(row[key]) for key in sizes]
+        *cells, sends = ["?" if row[key] is None else human_bytes(row[key]) for key in (*sizes, "traffic")]
         fits = [{True: "yes", False: "no", None: "?"}[row["fits"]]] if known else []
         exchanges = ", ".join(f"{count} {_SHORT.get(kind, kind)}" for kind, count in row["collectives"].items())
-        body.append([row["strategy"], *cells, *fits, human_bytes(row["traffic"]), exchanges or "none"])
+        body.append([row["strategy"], *cells, *fits, sends, exchanges or "none"])
     full = [head, *(line for line in body if len(line) == len(head))]
     widths = [max(len(line[column]) for line in full) for column in range(len(head))]
     widths[0] = max(len(line[0]) for line in [head, *body])

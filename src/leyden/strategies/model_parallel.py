@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from leyden.errors import LeydenWarning, MisconfigurationException
-from leyden.module import LightningModule
 from leyden.hooks import is_written
+from leyden.module import LightningModule
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.strategies.mesh import DATA, TENSOR, MeshStrategy, is_spread
 from leyden.strategies.tensor_parallel import TensorParallelStrategy, checked_size

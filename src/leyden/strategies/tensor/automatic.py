@@ -152,7 +152,9 @@ def _in_a_row(columns: list[nn.Linear], row: nn.Linear) -> bool:
 
 def _by_shape(full: Callable[[str], str], prefix: str, block: nn.Module) -> Iterator[Place]:
     """The pairs among the layers of a block that no table names: one widens what the next narrows."""
-    direct = [(name, child) for name, child in block.named_children() if isinstance(child, nn.Linear) and can_be_split(child)]
+    direct = [
+        (name, child) for name, child in block.named_children() if isinstance(child, nn.Linear) and can_be_split(child)
+    ]
     for (first, wide), (second, narrow) in zip(direct, direct[1:], strict=False):
         if wide.out_features == narrow.in_features:
             yield Place(prefix, [full(first)], full(second))
@@ -203,7 +205,9 @@ def _vocabulary(root: nn.Module, size: int, together: list[list[str]], used: set
             continue
         others = [root.get_submodule(other) for other in partners]
         if len(partners) > 1 and not all(can_be_split(other) for other in others):
-            found.reasons[name] = f"left whole: its weight is that of {', '.join(p for p in partners if p != name)} as well"
+            found.reasons[name] = (
+                f"left whole: its weight is that of {', '.join(p for p in partners if p != name)} as well"
+            )
         elif module.num_embeddings % size == 0:
             for partner, other in zip(partners, others, strict=True):
                 found.single[partner] = "rowwise" if isinstance(other, nn.Embedding) else "colwise_gather"

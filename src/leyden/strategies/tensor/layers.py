@@ -252,7 +252,9 @@ def can_be_split(module: nn.Module) -> bool:
     """Whether a layer is a Linear or Embedding as torch has them: nothing of it is computed by somebody else."""
     names = {name for name, _ in module.named_parameters(recurse=False)}
     if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward and "forward" not in vars(module) and names <= {"weight", "bias"}
+        return (
+            type(module).forward is nn.Linear.forward and "forward" not in vars(module) and names <= {"weight", "bias"}
+        )
     if isinstance(module, nn.Embedding):
         plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
         return plain and type(module).forward is nn.Embedding.forward and "forward" not in vars(module)

@@ -103,7 +103,9 @@ def _nothing_named(pattern: str, layers: Mapping[str, nn.Module]) -> str:
     close = close or did_you_mean(pattern, [*layers, *general, *(f"*.{name.rpartition('.')[2]}" for name in layers)])
     some = list(grouped(name for name, module in layers.items() if can_be_split(module)))
     shown = ", ".join(some[:8]) + (f" and {len(some) - 8} more" if len(some) > 8 else "")
-    return f"The plan names {pattern!r}, but no layer has that name.{close} Layers that can be split: {shown or 'none'}."
+    return (
+        f"The plan names {pattern!r}, but no layer has that name.{close} Layers that can be split: {shown or 'none'}."
+    )
 
 
 def _require_heads(name: str, root: nn.Module, module: nn.Module, style: str, size: int) -> None:

@@ -52,7 +52,7 @@ def try_out(root: nn.Module, place: Place, region: Region, size: int) -> dict[st
             region.split = False
             try:
                 whole = _outcomes(call, block, layers[-1], given)
-            except Exception as error:  # noqa: BLE001  # whatever the user's code says of what it was given
+            except Exception as error:  # whatever the user's code says of what it was given
                 problem = f"it does not run on a tensor of the shape {tuple(given.shape)} alone: {_first_line(error)}"
                 continue
             break
@@ -74,14 +74,19 @@ def try_out(root: nn.Module, place: Place, region: Region, size: int) -> dict[st
 
 
 def _differs(
-    call: Callable[[Tensor], Any], block: nn.Module, row: nn.Module, given: Tensor, whole: list[Any], fewer: dict[str, int]
+    call: Callable[[Tensor], Any],
+    block: nn.Module,
+    row: nn.Module,
+    given: Tensor,
+    whole: list[Any],
+    fewer: dict[str, int],
 ) -> str | None:
     """Say what is other than it was when activations stay split, and the block has these numbers; None if nothing is."""
     former = {name: getattr(block, name) for name in fewer}
     vars(block).update(fewer)
     try:
         split = _outcomes(call, block, row, given)
-    except Exception as error:  # noqa: BLE001  # as above
+    except Exception as error:  # as above
         return f"its code does not take a part of them ({_first_line(error)})"
     finally:
         vars(block).update(former)
@@ -165,14 +170,18 @@ def _same(one: list[Tensor], other: list[Tensor], tolerance: float) -> bool:
     spread = (first - first.reshape(-1, first.shape[-1]).mean(0)).abs().max()
     if bool((first - second).abs().max() > tolerance * spread):
         return False
-    return all(bool((a - b).abs().max() <= tolerance * a.abs().max()) for a, b in zip(one, other, strict=True) if a.numel())
+    return all(
+        bool((a - b).abs().max() <= tolerance * a.abs().max()) for a, b in zip(one, other, strict=True) if a.numel()
+    )
 
 
 @contextmanager
 def _random_weights(layers: list[nn.Module]) -> Iterator[None]:
     locals_ = [_local(p) for layer in layers for p in layer.parameters(recurse=False)]
     kept = [one.clone() for one in locals_]
-    rank = next(p.device_mesh.get_local_rank() for layer in layers for p in layer.parameters() if isinstance(p, DTensor))
+    rank = next(
+        p.device_mesh.get_local_rank() for layer in layers for p in layer.parameters() if isinstance(p, DTensor)
+    )
     try:
         with torch.no_grad():
             number = 0
