@@ -141,12 +141,12 @@ def test_what_fits_and_what_is_recommended() -> None:
 
 
 class Large(L.LightningModule):
-    """66 billion parameters, which no memory of this machine could hold."""
+    """64 billion parameters, which no memory of this machine could hold."""
 
     def configure_model(self) -> None:
-        self.embed = nn.Embedding(64_000, 8192)
+        self.embed = nn.Embedding(64_000, 16384)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(8192, 64, 32768, 0.0, batch_first=True) for _ in range(80)
+            nn.TransformerEncoderLayer(16384, 64, 65536, 0.0, batch_first=True) for _ in range(20)
         )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -168,18 +168,27 @@ def test_a_model_too_large_for_the_plan_says_what_would_fit(monkeypatch: pytest.
         return measured[len(batch)]
 
     monkeypatch.setattr(planner, "measure", once)
-    owner, batch = trainer(precision="bf16-true"), torch.zeros(4, 512, dtype=torch.long)
-    plan = owner.plan(Large(), devices=8, memory="8GB", batch=batch)
-    assert sum(piece.numel for piece in plan.footprint.pieces) > 64e9
-    assert (plan.recommended, plan.write) == (None, None)
-    assert plan.sentence.startswith("Nothing fits: fsdp (CPU offload) needs the least, ")
-    assert "activation checkpointing" in plan.sentence
-    assert str(plan).endswith(plan.sentence)
-    plan = owner.plan(Large(), devices=8, memory="16GB", batch=batch)
-    assert plan.recommended == "fsdp (CPU offload)"
-    needed = int(plan.sentence.split("fsdp fits without it on ")[1].split()[0])
-    assert owner.plan(Large(), devices=needed, memory="16GB", batch=batch).recommended == "fsdp"
-    assert "Layers that are gathered take 6.44 GB" in owner.plan(Large(), devices=8, memory="6GB", batch=batch).sentence
+    owner, batch = trainer(precision="bf16-true"), torch.zeros(32, 512, dtype=torch.long)
+
+    def plan(memory: float, devices: int = 8) -> Any:
+        return owner.plan(Large(), devices=devices, memory=memory / planner.ROOM, batch=batch)
+
+    first = plan(1e15)
+    assert sum(piece.numel for piece in first.footprint.pieces) > 64e9
+    assert first.recommended == "ddp"
+    row = rows(first)["fsdp (CPU offload)"]
+    alone = row["total"] - row["activations"]
+    nothing = plan(alone + row["activations"] / 2)
+    assert (nothing.recommended, nothing.write) == (None, None)
+    assert nothing.sentence.startswith("Nothing fits: fsdp (CPU offload) needs the least, ")
+    assert "What would fit, or help: fsdp (CPU offload) with a batch of " in nothing.sentence
+    assert str(nothing).endswith(nothing.sentence)
+    assert f"Layers that are gathered take {human_bytes(row['transit'])} of it" in plan(0.8 * alone).sentence
+    offload = plan(1.1 * row["total"])
+    assert offload.recommended == "fsdp (CPU offload)"
+    needed = int(offload.sentence.split("fsdp fits without it on ")[1].split()[0])
+    assert plan(1.1 * row["total"], needed).recommended == "fsdp"
+    assert not rows(plan(1.1 * row["total"], needed // 2))["fsdp"]["fits"]
 
 
 def test_a_smaller_batch_is_named_where_it_helps() -> None:
