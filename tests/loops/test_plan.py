@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 
 import leyden as L
@@ -17,6 +18,9 @@ from leyden.loops import footprint
 from leyden.loops import plan as planner
 from leyden.loops.footprint import Piece
 from leyden.loops.plan import buckets, human_bytes
+from leyden.strategies import DDPStrategy
+from leyden.strategies.fsdp import FSDPStrategy
+from leyden.strategies.tensor_parallel import TensorParallelStrategy
 
 
 def trainer(**settings: Any) -> L.Trainer:
@@ -100,6 +104,73 @@ def test_frozen_weights_are_gathered_and_not_scattered() -> None:
     found = rows(trainer().plan(Net(frozen=True), devices=2))
     assert found["fsdp"]["collectives"] == {"all_gather": 9, "reduce_scatter": 1}
     assert found["ddp"]["gradients"] == sum(p.numel() * 4 for p in Net(frozen=True).parameters() if p.requires_grad)
+
+
+class Blocks(Net):
+    """The same in blocks whose activations may be given up, and that may be split."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(400, 1200), nn.Linear(1200, 400)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.fc2(self.fc1(x).relu())  # type: ignore[no-any-return]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Blocks.Block() for _ in range(4))
+
+
+def test_the_arguments_of_the_trainers_own_strategy_count() -> None:
+    def planned(**arguments: Any) -> dict[str, Any]:
+        owner = trainer(devices=2, strategy=FSDPStrategy(**arguments))
+        return rows(owner.plan(Blocks(), batch=torch.randn(64, 10)))["fsdp"]
+
+    plain = planned()
+    assert planned(activation_checkpointing_policy={Blocks.Block})["activations"] < 0.8 * plain["activations"]
+    layers = planned(auto_wrap_policy={nn.Linear})
+    assert layers["collectives"] == {"all_gather": 20, "reduce_scatter": 10}  # nothing is left to the module itself
+    assert layers["largest"] < plain["largest"]
+    halves = planned(mixed_precision=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16))
+    assert halves["traffic"] == pytest.approx(plain["traffic"] / 2, rel=0.001)
+    views = trainer(devices=2, strategy=DDPStrategy(gradient_as_bucket_view=True)).plan(Blocks())
+    assert rows(views)["ddp"]["transit"] == 0
+
+
+def test_tensor_parallelism() -> None:
+    batch = torch.randn(64, 10)
+    found = rows(trainer().plan(Blocks(), devices=4, batch=batch))
+    split, both = found["tensor_parallel"], found["fsdp x tensor_parallel"]
+    # all is split, but for the biases of those that are split by rows; the first layer and the last are a pair too
+    parameters = dict(Blocks().named_parameters())
+    whole = sum(p.numel() * 4 for p in parameters.values())
+    kept = sum(4 * p.numel() for name, p in parameters.items() if name.endswith(("fc2.bias", "last.bias")))
+    assert split["weights"] == kept + (whole - kept) // 4
+    assert split["optimizer"] == pytest.approx(2 * split["weights"], rel=0.001)
+    assert (split["shares"], both["shares"], found["ddp"]["shares"]) == (1, 2, 4)
+    size = 64 * 400 * 4  # of what goes into a block, and of what comes out of it
+    # two in each block; between the first layer and the last activations are gathered, as nobody can try it out there
+    assert split["collectives"] == {"all_reduce": 8 + 1, "all_gather": 2}
+    assert split["traffic"] == 2 * 3 * (8 * size + 64 * 3 * 4) // 4 + 3 * 2 * size // 4
+    assert both["weights"] < 0.3 * whole
+    assert set(both["collectives"]) == {"all_reduce", "all_gather", "reduce_scatter"}
+    unknown = rows(trainer().plan(Blocks(), devices=4))["tensor_parallel"]
+    assert unknown["traffic"] is None  # it is activations that travel
+    own = trainer(devices=2, strategy=TensorParallelStrategy({"blocks.0.fc1": "colwise", "blocks.0.fc2": "rowwise"}))
+    assert rows(own.plan(Blocks(), batch=batch))["tensor_parallel"]["collectives"] == {"all_reduce": 2}
+
+
+def test_what_is_not_possible_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    class Convolutions(Net):
+        def __init__(self) -> None:
+            L.LightningModule.__init__(self)
+            self.layer = nn.Conv1d(3, 4, 2)
+
+    plan = trainer().plan(Convolutions(), devices=2, memory="1GB")
+    row = rows(plan)["tensor_parallel"]
+    assert (row["reason"], row["write"], row["fits"]) == ("no layer can be split", "", None)
+    assert "tensor_parallel       no layer can be split" in capsys.readouterr().out
 
 
 def test_one_device_and_the_devices_of_the_trainer() -> None:
