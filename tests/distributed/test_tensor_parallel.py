@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel
 from torch.utils.data import DataLoader
 
 import leyden as L
-from leyden.strategies import TensorParallelStrategy
+from leyden.errors import MisconfigurationException
+from leyden.strategies import ModelParallelStrategy, TensorParallelStrategy
 from ranks import make_trainer, on_ranks
 from tensor_models import GPT, Llama, Perceptron, numbers, texts
 
@@ -29,7 +32,9 @@ def _train(case: str, devices: int, size: int, **options: Any) -> dict[str, Any]
     L.seed_everything(11, verbose=False)
     module = kind(**options.pop("module", {}))
     strategy = TensorParallelStrategy(plan, size) if devices > 1 else "auto"
-    trainer = make_trainer(devices, strategy=strategy, max_epochs=4, log_every_n_steps=1, **options)
+    trainer = make_trainer(
+        devices, strategy=strategy, max_epochs=4, log_every_n_steps=1, num_sanity_val_steps=0, **options
+    )
     batch = 8 // (devices // size)
     trainer.fit(module, DataLoader(data(40), batch, shuffle=True), DataLoader(data(13), 3))
     assert not any(isinstance(p, DTensor) for p in module.parameters())
@@ -182,3 +187,153 @@ def test_f1_f2_manual_optimization_gives_the_same() -> None:
     alone = _by_hand(1)
     for losses in on_ranks(2, _by_hand, 2):
         assert losses == pytest.approx(alone, abs=1e-5)
+
+
+class _Metric(nn.Module):
+    """Counts samples, over the processes of its group, as metrics of torchmetrics do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.process_group: Any = None
+        self.reset()
+
+    def reset(self) -> None:
+        self.seen = torch.zeros(())
+
+    def update(self, count: int) -> None:
+        self.seen += count
+
+    def compute(self) -> torch.Tensor:
+        total = self.seen.clone()
+        torch.distributed.all_reduce(total, group=self.process_group)
+        return total
+
+
+class _Counting(Perceptron):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = _Metric()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        super().validation_step(batch, batch_idx)
+        self.counted.update(len(batch[0]))
+        self.log("counted", self.counted, on_epoch=True)
+
+
+class _Stream(torch.utils.data.IterableDataset[Any]):
+    """Gives each process other samples."""
+
+    def __iter__(self) -> Any:
+        generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+        for number in range(8):
+            x = torch.randn(4, generator=generator)
+            yield x, x.sum(0, keepdim=True), torch.tensor(number)
+
+
+class _Noisy(torch.utils.data.Dataset[Any]):
+    """Draws random numbers in a worker."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        x = torch.randn(4)
+        return x, x.sum(0, keepdim=True), torch.tensor(index)
+
+
+def _data() -> Any:
+    strategy = TensorParallelStrategy(tensor_parallel_size=2)
+    trainer, module = make_trainer(4, strategy=strategy, max_epochs=1), _Counting()
+    torch.manual_seed(trainer.global_rank)
+    trainer.fit(module, DataLoader(_Noisy(), 2, num_workers=1), DataLoader(numbers(7), 2))
+    counted = trainer.callback_metrics["counted"].item(), trainer.callback_metrics["count"].item()
+    error = None
+    try:
+        fit = make_trainer(4, strategy=TensorParallelStrategy(tensor_parallel_size=2), max_epochs=1).fit
+        fit(_Counting(), DataLoader(_Stream(), 2), DataLoader(numbers(7), 2))
+    except MisconfigurationException as caught:
+        error = str(caught)
+    return counted, module.losses, module.counted.process_group is None, error
+
+
+def test_m1_u1_a_group_counts_once_and_its_ranks_get_one_batch() -> None:
+    ranks = on_ranks(4, _data)
+    for counted, _, given_back, error in ranks:
+        assert counted == (7, 7)  # M1: a metric object, and a sum
+        assert given_back
+        assert error is not None
+        assert "work on one batch together" in error
+        assert "trainer.strategy.data_rank" in error
+    assert ranks[0][1] == ranks[1][1]  # what workers draw is the same in a group
+    assert ranks[2][1] == ranks[3][1]
+    assert ranks[0][1] != ranks[2][1]
+
+
+class _Whole(L.LightningModule):
+    """Nothing of it can be split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd = nn.Linear(4, 5)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.odd(batch[0]).sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class _Regularised(_Whole):
+    """Uses a weight outside of its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 4))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(batch[0]).sum() + self.net[0].weight.square().sum()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (_Whole, "Nothing of _Whole can be split over devices by itself"),
+        (_Regularised, "was used outside of the layer"),
+    ],
+)
+def test_f1_what_cannot_be_split_is_said(kind: Any, message: str) -> None:
+    def fit() -> None:
+        make_trainer(2, strategy="tensor_parallel", max_steps=1).fit(kind(), DataLoader(numbers(4), 2))
+
+    with pytest.raises(AssertionError, match=message):
+        on_ranks(2, fit)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"plan": "colwise"}, "must be a dict"),
+        ({"plan": {"a": "colwize"}}, "Did you mean 'colwise'"),
+        ({"plan": {"a": ColwiseParallel}}, "Make an object of the class"),
+        ({"plan": {"a": 3}}, "must be one of"),
+        ({"tensor_parallel_size": 0}, "must be 'auto' or an int >= 1"),
+        ({"tensor_parallel_size": "all"}, "must be 'auto' or an int >= 1"),
+        ({"sharding_strategy": "NO_SHARD"}, "says what the mesh is"),
+        ({"tensor_paralel_size": 2}, "Did you mean"),
+    ],
+)
+def test_bad_arguments_of_the_strategy_are_told(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        TensorParallelStrategy(**arguments)
+
+
+def test_sizes_that_do_not_divide_the_devices_are_told() -> None:
+    with pytest.raises(
+        MisconfigurationException, match=r"groups of 3 cannot be made of 4 processes.*Take one of \[1, 2, 4\]"
+    ):
+        make_trainer(4, strategy=TensorParallelStrategy(tensor_parallel_size=3))
+    with pytest.raises(MisconfigurationException, match="are 3 x 2 processes, but there are 4"):
+        make_trainer(4, strategy=ModelParallelStrategy(3, 2))
+    assert make_trainer(4, strategy=ModelParallelStrategy(data_parallel_size=2)).strategy.mesh_shape() == {
+        "data_parallel": 2, "tensor_parallel": 2,
+    }  # fmt: skip

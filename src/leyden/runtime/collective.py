@@ -121,10 +121,10 @@ def gather_numbers(numbers: Tensor) -> Tensor:
     return torch.stack(rows).to(numbers.device)
 
 
-def gather_objects(item: Any) -> list[Any]:
-    """Return the objects of all ranks (whatever can be pickled), in their order."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, item)
+def gather_objects(item: Any, group: Any = None) -> list[Any]:
+    """Return the objects of all ranks (whatever can be pickled), in their order; with a ``group``, in any thread of its own."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, item, group=group)
     return found
 
 

@@ -37,6 +37,8 @@ class Strategy:
     """
 
     strategy_name = "single"
+    saves_shards = False
+    """Whether a checkpoint is a folder to which every process writes its part, rather than one file."""
 
     def __init__(
         self,
@@ -339,6 +341,18 @@ class Strategy:
         """Load weights; what does not fit is an error that lists it."""
         apply_state_dict(self.module, state, strict, source)
 
+    def own_buffers(self) -> dict[str, Tensor]:
+        """The buffers of the module that are others on other processes: the statistics of a batch norm, say."""
+        return {}
+
+    def load_own_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Take over what ``own_buffers`` returned."""
+        own = dict(self.module.named_buffers())
+        with torch.no_grad():
+            for name, value in buffers.items():
+                if name in own and own[name].shape == value.shape:
+                    own[name].copy_(value)
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of one optimizer."""
         return dict(optimizer.state_dict())
@@ -358,7 +372,11 @@ class Strategy:
         )
 
     def save_folder(
-        self, path: PathLike, write: Callable[[Path], None], record: Mapping[str, Any] | None = None
+        self,
+        path: PathLike,
+        write: Callable[[Path], None],
+        record: Mapping[str, Any] | None = None,
+        gather: Callable[[Any], list[Any]] | None = None,
     ) -> None:
         """Let every process write its part of a checkpoint folder, and commit it only when all of them have.
 
@@ -366,6 +384,7 @@ class Strategy:
             path: Where, on a file system that the processes share; see ``files.save_folder``.
             write: Called on every process with the folder to write into.
             record: Plain data by which the checkpoint is known without opening it: ``global_step``, ``epoch``.
+            gather: How the processes hear of each other on this thread; None is ``gather_objects``.
 
         Raises:
             CheckpointError: on every process, if any of them failed; then what was there before is still there.
@@ -373,22 +392,25 @@ class Strategy:
         from leyden import folders  # noqa: PLC0415  # only for checkpoints of several processes
 
         place = files.require_local(path)
-        folder: Path = self.on_rank_zero(lambda: folders.begin(place), path)
+        folder: Path = self.on_rank_zero(lambda: folders.begin(place), path, gather)
         try:
-            self.on_all_ranks(lambda: write(folder), path)
-            self.on_all_ranks(lambda: folders.note(folder, self.global_rank, self.world_size), path)
-            self.on_rank_zero(lambda: folders.commit(folder, place, record), path)
+            self.on_all_ranks(lambda: write(folder), path, gather)
+            self.on_all_ranks(lambda: folders.note(folder, self.global_rank, self.world_size), path, gather)
+            self.on_rank_zero(lambda: folders.commit(folder, place, record), path, gather)
         except BaseException:
             if self.is_global_zero:
                 folders.abandon(folder)
             raise
 
-    def on_rank_zero(self, work: Callable[[], T], path: PathLike = "") -> T:
+    def on_rank_zero(
+        self, work: Callable[[], T], path: PathLike = "", gather: Callable[[Any], list[Any]] | None = None
+    ) -> T:
         """Return what ``work`` returns on rank 0, on every process; what it raises there is raised on every process.
 
         Args:
             work: Writes a checkpoint, or a part of it. What it returns must be something that can be broadcast.
             path: What it writes, for the message of an error that is none of ours.
+            gather: As for ``save_folder``.
         """
         result, error = None, None
         if self.is_global_zero:
@@ -397,23 +419,34 @@ class Strategy:
                     result = work()
             except CheckpointError as failure:
                 error = failure
-        result, message = self.broadcast((result, None if error is None else str(error)))
+        said = result, None if error is None else str(error)
+        result, message = self.broadcast(said) if gather is None else gather(said)[0]
         if message is not None:
             raise error if error is not None else CheckpointError(f"On rank 0: {message}")
         return cast("T", result)
 
-    def on_all_ranks(self, work: Callable[[], None], path: PathLike = "") -> None:
-        """Call ``work`` on every process; if any of them fails, every process raises CheckpointError."""
+    def on_all_ranks(
+        self, work: Callable[[], None], path: PathLike = "", gather: Callable[[Any], list[Any]] | None = None
+    ) -> None:
+        """Call ``work`` on every process; if any of them fails, every process raises CheckpointError.
+
+        Args:
+            work: Writes or reads a part of a checkpoint.
+            path: As for ``on_rank_zero``.
+            gather: As for ``save_folder``.
+        """
         error = None
         try:
             with files.explained(path):
                 work()
         except CheckpointError as failure:
             error = failure
-        if not self.reduce_boolean_decision(error is None):
-            raise error or CheckpointError(
-                f"The checkpoint {str(path)!r} could not be written: another process failed, and says why."
-            )
+        said = (gather or self.gather_objects)(None if error is None else str(error))
+        if error is not None:
+            raise error
+        failed = next(((rank, message) for rank, message in enumerate(said) if message is not None), None)
+        if failed is not None:
+            raise CheckpointError(f"On rank {failed[0]}: {failed[1]}")
 
     def load_checkpoint(self, filepath: PathLike, weights_only: bool | None = True) -> dict[str, Any]:
         """Read a checkpoint to host memory, and compare it with its checksums."""

@@ -28,7 +28,7 @@ from leyden.precision import Precision
 from leyden.precision.base import TruePrecision
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.strategies import fully_sharded, units
-from leyden.strategies.mesh import DATA, MeshStrategy, local
+from leyden.strategies.mesh import DATA, MeshStrategy, local, rebuilt
 from leyden.strategies.through import Through
 from leyden.tree import leaves, tree_map
 
@@ -126,6 +126,7 @@ class FSDPStrategy(MeshStrategy):
             "sharding_strategy", getattr(sharding_strategy, "name", sharding_strategy), STRATEGIES
         )
         self.state_dict_type = _one_of("state_dict_type", state_dict_type, STATE_DICT_TYPES)
+        self.saves_shards = self.state_dict_type == "sharded"
         self._given_mesh = _read_mesh(device_mesh, self.sharding_strategy)
         self._through: Through | None = None
         self._loop: Any = None
@@ -384,10 +385,14 @@ class FSDPStrategy(MeshStrategy):
         super().backward(loss, *args, **kwargs)
 
     def exchange_gradients(self, optimizer: Optimizer) -> None:
+        self.flush()
+        super().exchange_gradients(optimizer)
+
+    def flush(self) -> None:
+        """Exchange the gradients that a window of accumulation, or a backward by hand, has left waiting."""
         waits = self._pending or (self._by_hand and self._through is not None and self._left_over())
         if waits and not self._alone:
             self._flush()
-        super().exchange_gradients(optimizer)
 
     def _left_over(self) -> bool:
         """Whether backward was called in a way that the module has not noticed."""
@@ -475,10 +480,11 @@ class FSDPStrategy(MeshStrategy):
         for part in fully_sharded.parts(self.module):
             gradient = fully_sharded.waiting(part)
             if gradient is not None:
-                found[names[id(part.sharded_param)]] = gradient
+                found[names[id(part.sharded_param)]] = local(gradient)
         return found
 
     def load_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        gradients = self.read_gradients(gradients)
         if self._through is not None:
             names = {id(parameter): name for name, parameter in self.module.named_parameters()}
             for layer in fully_sharded.sharded_layers(self.module):
@@ -486,10 +492,12 @@ class FSDPStrategy(MeshStrategy):
                 layer.reshard()
             for part in fully_sharded.parts(self.module):
                 gradient = gradients.get(names.get(id(part.sharded_param), ""))
-                if gradient is None or gradient.shape != part.sharded_param.shape:
+                whole = fully_sharded.twin(part)
+                if gradient is None or isinstance(gradient, DTensor) or gradient.shape != local(whole).shape:
                     continue
                 if gradient.shape != local(part.sharded_param).shape:
-                    fully_sharded.let_wait(part, gradient)
+                    waits = rebuilt(gradient, whole) if isinstance(whole, DTensor) else gradient
+                    fully_sharded.let_wait(part, waits)
                     self._pending = True
         super().load_gradients(gradients)
 

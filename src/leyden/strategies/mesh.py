@@ -18,16 +18,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
 from leyden.errors import MisconfigurationException
-from leyden.loading import apply_state_dict, clean_name, clean_names
+from leyden.loading import apply_state_dict, clean_names
 from leyden.precision.base import CLIP_ALGORITHMS
 from leyden.runtime.collective import average_flat, copy_flat
 from leyden.runtime.ranks import rank_zero_info
-from leyden.strategies.parallel import ParallelStrategy
+from leyden.strategies.spread import ShardedCheckpoints, local, rebuilt
 from leyden.tree import tree_map
+
+__all__ = ["DATA", "TENSOR", "MeshStrategy", "by_kind", "is_spread", "local", "rebuilt"]
 
 DATA, TENSOR = "data_parallel", "tensor_parallel"
 """The dimensions of a mesh, as Lightning calls them: along one the data differ, along the other they are the same."""
@@ -37,7 +38,7 @@ _CHUNK = 1 << 26
 """How many bytes are copied from rank 0 at a time."""
 
 
-class MeshStrategy(ParallelStrategy):
+class MeshStrategy(ShardedCheckpoints):
     """Spreads parameters over a mesh of devices.
 
     A subclass says ``mesh_shape`` and ``spread``, and takes back in ``unspread`` what it has put on the module besides
@@ -271,8 +272,12 @@ class MeshStrategy(ParallelStrategy):
     # ------------------------------------------------------------------ checkpoints
 
     def module_state_dict(self) -> dict[str, Any]:
-        """The whole weights, in host memory on rank 0; on other ranks, tensors without values in their place."""
-        return self.whole(self.own_module_state())  # type: ignore[no-any-return]
+        """The whole weights, in host memory on rank 0; on other ranks, tensors without values in their place.
+
+        Where checkpoints are written in shards, the weights as they are spread.
+        """
+        own = self.own_module_state()
+        return own if self.saves_shards else self.whole(own)
 
     def own_module_state(self) -> dict[str, Any]:
         """The weights as they are spread: DTensors, of which this process has a part. Takes no exchange."""
@@ -283,14 +288,15 @@ class MeshStrategy(ParallelStrategy):
         if self._waits:
             self._held = state, strict, source
             return
-        own = {clean_name(name): value for name, value in self.module.state_dict().items()}
-        apply_state_dict(
-            self.module, {name: like(value, own.get(clean_name(name))) for name, value in state.items()}, strict, source
-        )
+        apply_state_dict(self.module, self.weights_for(state), strict, source)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole state of one optimizer, in host memory on rank 0; on other ranks tensors without values."""
-        return self.whole(self.own_optimizer_state(optimizer))  # type: ignore[no-any-return]
+        """The whole state of one optimizer, in host memory on rank 0; on other ranks tensors without values.
+
+        Where checkpoints are written in shards, the state as it is spread, with names of parameters for numbers.
+        """
+        own = self.own_optimizer_state(optimizer)
+        return self.with_names(own, optimizer) if self.saves_shards else self.whole(own)
 
     def own_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of one optimizer as it is spread: DTensors where it goes with a parameter. Takes no exchange."""
@@ -298,15 +304,7 @@ class MeshStrategy(ParallelStrategy):
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Load the state of one optimizer, whole or spread."""
-        indices = [index for group in state["param_groups"] for index in group["params"]]
-        owners = dict(zip(indices, _parameters(optimizer), strict=False))  # torch says what does not fit
-        parts = {
-            index: {name: value if name == "step" else like(value, owners.get(index)) for name, value in each.items()}
-            if isinstance(each, Mapping)
-            else each
-            for index, each in state["state"].items()
-        }
-        optimizer.load_state_dict({**state, "state": parts})
+        optimizer.load_state_dict(self.optimizer_parts(optimizer, state))
 
     def whole(self, tree: Any) -> Any:
         """Return ``tree`` with whole tensors in the place of DTensors: in host memory on rank 0, without values elsewhere.
@@ -323,54 +321,26 @@ class MeshStrategy(ParallelStrategy):
         return tree_map(of, tree)
 
     def gradients(self) -> dict[str, Tensor]:
-        return {name: local(gradient) for name, gradient in super().gradients().items()}
+        found = super().gradients()
+        return found if self.saves_shards else {name: local(gradient) for name, gradient in found.items()}
 
     def load_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.module.named_parameters():
-            part, gradient = local(parameter), gradients.get(name)
-            if gradient is None or gradient.shape != part.shape:
+        owners = dict(self.module.named_parameters())
+        for name, gradient in self.read_gradients(gradients).items():
+            parameter = owners.get(name)
+            if parameter is None:
                 continue
-            moved = gradient.to(part.device, part.dtype)
-            parameter.grad = rebuilt(moved, parameter) if isinstance(parameter, DTensor) else moved
+            part = local(parameter)
+            if isinstance(gradient, DTensor):  # it was written in shards
+                parameter.grad = rebuilt(local(gradient).to(part.device, part.dtype), parameter)
+            elif gradient.shape == part.shape and not gradient.is_meta:
+                moved = gradient.to(part.device, part.dtype)
+                parameter.grad = rebuilt(moved, parameter) if isinstance(parameter, DTensor) else moved
 
 
 def is_spread(module: nn.Module) -> bool:
     """Whether any parameter of ``module`` is a DTensor."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return what this process has of a tensor: a view of it, with the same memory."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    with torch.no_grad():
-        return tensor.to_local()
-
-
-def rebuilt(part: Tensor, model: DTensor) -> DTensor:
-    """Return the DTensor of which each process has a ``part``, spread like ``model``."""
-    return DTensor.from_local(
-        part, model.device_mesh, model.placements, run_check=False, shape=model.shape, stride=model.stride()
-    )
-
-
-def like(value: Any, model: Any) -> Any:
-    """Return a whole tensor as a DTensor that is spread like ``model``, where that is one of the same shape.
-
-    Takes no exchange: each process keeps its part of what it was given.
-    """
-    if (
-        not isinstance(model, DTensor)
-        or not isinstance(value, Tensor)
-        or isinstance(value, DTensor)
-        or value.shape != model.shape
-        or value.is_meta
-    ):
-        return value
-    shape, offset = compute_local_shape_and_global_offset(model.shape, model.device_mesh, model.placements)
-    part = value[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
-    kept = part.to(local(model).device, copy=True)  # a view would keep the whole
-    return rebuilt(kept.contiguous(), model)
 
 
 def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -387,6 +357,10 @@ def _parameters(optimizer: Optimizer) -> list[Any]:
 
 def _whole(tensor: DTensor) -> Tensor:
     with torch.no_grad():
+        placements = list(tensor.placements)
+        for dim in range(len(placements)):  # torch warns of all dimensions in one go
+            placements[dim] = Replicate()
+            tensor = tensor.redistribute(placements=placements)
         return tensor.full_tensor()
 
 

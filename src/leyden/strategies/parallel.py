@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import os
 import sys
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -208,6 +209,11 @@ class ParallelStrategy(Strategy):
             self._norms = []
         super().teardown()
 
+    def own_buffers(self) -> dict[str, Tensor]:
+        found = {name: buffer for name, buffer in self.module.named_buffers() if _is_plain(buffer)}
+        sums = self.gather_objects({name: _checksum(buffer) for name, buffer in found.items()}) if found else []
+        return {name: buffer for name, buffer in found.items() if any(s.get(name) != sums[0].get(name) for s in sums)}
+
     # ------------------------------------------------------------------ between processes
 
     @property
@@ -316,6 +322,15 @@ class ParallelStrategy(Strategy):
             if interrupt.error is None and text is not None:
                 interrupt.error = CheckpointError(f"The run was ended by {text}")
         return interrupt.received
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
+
+
+def _checksum(tensor: Tensor) -> int:
+    content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(content)
 
 
 _STARTERS = {

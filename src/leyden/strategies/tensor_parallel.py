@@ -6,30 +6,36 @@ With fewer devices in such a group than there are, the groups share out the data
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from leyden.errors import MisconfigurationException
+from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.precision import Precision
 from leyden.runtime.collective import average_flat
 from leyden.runtime.ranks import rank_zero_info
 from leyden.runtime.seed import rng_state, set_rng_state
-from leyden.strategies.mesh import DATA, TENSOR, MeshStrategy, local
+from leyden.strategies.fsdp import FSDPStrategy
+from leyden.strategies.mesh import DATA, TENSOR, local
 from leyden.strategies.tensor.automatic import find
 from leyden.strategies.tensor.layers import Layers, Region
 from leyden.strategies.tensor.plan import checked, described, resolved
 from leyden.strategies.tensor.trial import try_out
 from leyden.tree import leaves
 
+_SHARDING = (
+    "accelerator", "cluster_environment", "auto_wrap_policy", "mixed_precision", "cpu_offload",
+    "activation_checkpointing", "activation_checkpointing_policy", "state_dict_type", "ignored_modules", "ignored_states",
+)  # fmt: skip
 _MIXED = "got mixed torch.Tensor and DTensor"
 
 
-class TensorParallelStrategy(MeshStrategy):
+class TensorParallelStrategy(FSDPStrategy):
     """Splits layers over devices that work on one batch together.
 
     ::
@@ -50,6 +56,8 @@ class TensorParallelStrategy(MeshStrategy):
         process_group_backend: torch's name for how tensors travel; None is NCCL for GPUs and Gloo for CPUs.
         timeout: After how long an exchange that not all ranks take part in is an error.
         start_method: As for DDPStrategy.
+        **kwargs: How parameters are sharded over groups, as for FSDPStrategy: ``auto_wrap_policy``, ``mixed_precision``,
+            ``cpu_offload``, ``activation_checkpointing_policy``, ``state_dict_type``.
 
     Raises:
         MisconfigurationException: for a way to split that is not known, or a size that does not divide the devices.
@@ -67,18 +75,23 @@ class TensorParallelStrategy(MeshStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         start_method: str = "popen",
+        **kwargs: Any,
     ) -> None:
+        _check_kwargs(type(self).__name__, kwargs)
         super().__init__(
-            parallel_devices, precision_plugin, checkpoint_io, process_group_backend, timeout, start_method
-        )
+            parallel_devices=parallel_devices, precision_plugin=precision_plugin, checkpoint_io=checkpoint_io,
+            process_group_backend=process_group_backend, timeout=timeout, start_method=start_method, **kwargs,
+        )  # fmt: skip
         self._given = None if plan is None else checked(plan)
         self.plan: dict[str, Any] = dict(self._given or {})
         """How each layer is split: what was given, and from the beginning of a run what has come of it."""
         self.tensor_parallel_size = checked_size(type(self).__name__, "tensor_parallel_size", tensor_parallel_size)
-        self._layers: Layers | None = None
+        self._split: Layers | None = None
         self._told: str | None = None
         self._metrics: list[Any] = []
         self._compared = True
+        self._all_words = False
+        """Whether all that is split computes with plain tensors outside of its layers."""
 
     # ------------------------------------------------------------------ who and where
 
@@ -99,6 +112,9 @@ class TensorParallelStrategy(MeshStrategy):
         size = self._size()
         return {DATA: self.world_size // size, TENSOR: size}
 
+    def data_mesh(self) -> Any:
+        return self.device_mesh[DATA]
+
     # ------------------------------------------------------------------ the life of a module
 
     def distribute(self, fitting: bool) -> None:
@@ -109,6 +125,8 @@ class TensorParallelStrategy(MeshStrategy):
 
     def spread(self, module: nn.Module, fitting: bool) -> None:
         self.split(module)
+        if self.data_size > 1:
+            super().spread(module, fitting)
 
     def split(self, module: nn.Module) -> None:
         """Split the layers of ``module`` over the devices of a group, and say how.
@@ -117,7 +135,7 @@ class TensorParallelStrategy(MeshStrategy):
             MisconfigurationException: where nothing can be split, or the plan names what is not there.
         """
         size = self._size()
-        self._layers = layers = Layers(module, self.device_mesh[TENSOR])
+        self._split = layers = Layers(module, self.device_mesh[TENSOR])
         reasons: dict[str, str] = {}
         if self._given is not None:
             self.plan = resolved(self._given, module, size)
@@ -125,8 +143,13 @@ class TensorParallelStrategy(MeshStrategy):
                 layers.split(name, style)
         else:
             self.plan, reasons = self._find(module, layers, size)
+        for name, encoder in module.named_modules():
+            if getattr(encoder, "use_nested_tensor", False) and any(key.startswith(f"{name}.") for key in self.plan):
+                layers.set_numbers(name, {"use_nested_tensor": False})
+                reasons[name] = "padded positions are computed in evaluation too, where nested tensors would give 0"
         if not self.plan:
             raise MisconfigurationException(_nothing_to_split(module, reasons))
+        self._all_words = all(isinstance(style, str) for style in self.plan.values())
         if (text := described(self.plan, reasons, size)) != self._told:
             self._told = text
             rank_zero_info("%s", text)
@@ -141,7 +164,7 @@ class TensorParallelStrategy(MeshStrategy):
             layers.split(place.row, "rowwise_split", region)
         for name, word in found.single.items():
             layers.split(name, word)
-        _bring_to(module, self.root_device)
+        bring((*module.parameters(), *module.buffers()), self.root_device)
         outcomes = [try_out(module, place, region, size) for place, region in zip(found.places, regions, strict=True)]
         agreed = self.gather_objects([outcome for outcome in outcomes if isinstance(outcome, str)])
         alike = all(one == agreed[0] for one in agreed)
@@ -157,9 +180,9 @@ class TensorParallelStrategy(MeshStrategy):
         return {**plan, **found.single}, reasons
 
     def unspread(self, module: nn.Module) -> None:
-        if self._layers is not None:
-            self._layers.undo()
-            self._layers = None
+        if self._split is not None:
+            self._split.undo()
+            self._split = None
         super().unspread(module)
 
     def teardown(self) -> None:
@@ -173,17 +196,11 @@ class TensorParallelStrategy(MeshStrategy):
         size = self._size()
         if size == 1:
             return
-        device, leads = self.root_device, self.global_rank % size == 0
-        mine: dict[str, Any] | None = None
-        if leads:
-            mine = rng_state(include_cuda=False)
-            if device.type == "cuda":
-                mine["own"] = torch.cuda.get_rng_state(device)
-        state = self.gather_objects(mine)[self.global_rank - self.global_rank % size]
+        leads = self.global_rank % size == 0
+        states = self.gather_objects(generators(self.root_device) if leads else None)
+        state = states[self.global_rank - self.global_rank % size]
         if not leads and state is not None:
-            set_rng_state(state)
-            if device.type == "cuda":
-                torch.cuda.set_rng_state(state["own"], device)
+            put_generators(state, self.root_device)
 
     # ------------------------------------------------------------------ steps
 
@@ -191,14 +208,14 @@ class TensorParallelStrategy(MeshStrategy):
         if not self._compared:
             self._compare(args[0] if args else None)
         try:
-            return super().training_step(*args)
+            output = super().training_step(*args)
         except RuntimeError as error:
             if _MIXED in str(error):
-                raise RuntimeError(
-                    f"{error}\nThe weight of a layer that is split was used outside of the layer (by its name, or in a loss)."
-                    " Leave that layer whole: TensorParallelStrategy(plan={..., 'its.name': 'replicate'})."
-                ) from error
+                raise _used_outside(f"{error}\n") from error
             raise
+        if self._all_words and isinstance(output["loss"] if isinstance(output, Mapping) else output, DTensor):
+            raise _used_outside("")
+        return output
 
     def _compare(self, batch: Any) -> None:
         """Once for each fit: those that work on one batch must have got the same.
@@ -207,6 +224,7 @@ class TensorParallelStrategy(MeshStrategy):
             MisconfigurationException: if they have not; on all ranks.
         """
         self._compared = True
+        self._share_generators()  # a checkpoint of another strategy may have put back others
         size = self._size()
         looks = self.gather_objects(fingerprint(batch))
         for first in range(0, self.world_size, size):
@@ -223,6 +241,7 @@ class TensorParallelStrategy(MeshStrategy):
 
         Devices that add numbers in any order also agree on the gradients of parameters that all in a group have.
         """
+        self.flush()
         if self._alone or self.world_size == 1:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -252,9 +271,45 @@ def _dimensions(tensor: Any) -> tuple[str, ...]:
     return () if mesh is None else tuple(mesh.mesh_dim_names or ("",))
 
 
+def generators(device: torch.device) -> dict[str, Any]:
+    """Return the state of the generators that this process draws from."""
+    state = rng_state(include_cuda=False)
+    if device.type == "cuda":
+        state["own"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def put_generators(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put back what ``generators`` returned, also of a process with another device."""
+    set_rng_state(state)
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["own"], device)
+
+
 def _is_whole_in_group(tensor: Any) -> bool:
     names = _dimensions(tensor)
     return TENSOR not in names or bool(tensor.placements[names.index(TENSOR)].is_replicate())
+
+
+def _used_outside(before: str) -> RuntimeError:
+    return RuntimeError(
+        f"{before}The weight of a layer that is split was used outside of the layer: by its name, or in the loss. Leave that"
+        " layer whole: TensorParallelStrategy(plan={..., 'its.name': 'replicate'})."
+    )
+
+
+def _check_kwargs(owner: str, kwargs: Mapping[str, Any]) -> None:
+    for name in kwargs:
+        if name in ("sharding_strategy", "device_mesh"):
+            raise MisconfigurationException(
+                f"{owner}({name}=...) is not possible: tensor_parallel_size says what the mesh is, and parameters are sharded"
+                " over its other dimension."
+            )
+        if name not in _SHARDING:
+            known = ("plan", "tensor_parallel_size", *_SHARDING)
+            raise MisconfigurationException(
+                f"{owner}({name}=...) is not known. It takes {', '.join(known)}.{did_you_mean(name, known)}"
+            )
 
 
 def checked_size(owner: str, name: str, size: Any) -> str | int:
@@ -283,7 +338,7 @@ def share_metrics(module: nn.Module, mesh: Any) -> list[Any]:
         and getattr(child, "process_group", True) is None
     ]
     for metric in metrics:
-        metric.process_group = mesh.get_group(DATA)  # type: ignore[assignment]
+        metric.process_group = mesh.get_group(DATA)
     return metrics
 
 
@@ -306,11 +361,12 @@ def _digest(tensor: Tensor) -> tuple[float, float]:
     return float(flat.sum()), float((flat * torch.arange(1, len(flat) + 1, dtype=torch.float64)).sum())
 
 
-def _bring_to(module: nn.Module, device: torch.device) -> None:
-    """Bring to the device what is not split, so that a trial can run."""
+def bring(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Bring plain tensors of a module to ``device``, in their place."""
     with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.data = tensor.data.to(device)
+        for tensor in tensors:
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(device)
 
 
 def _divisors(number: int) -> list[int]:
@@ -320,7 +376,8 @@ def _divisors(number: int) -> list[int]:
 def _nothing_to_split(module: nn.Module, reasons: Mapping[str, str]) -> str:
     whys = "".join(f" {name}: {why}." for name, why in list(reasons.items())[:4])
     return (
-        f"Nothing of {type(module).__name__} can be split over devices by itself: Linear layers one behind the other, attentions,"
-        f" embeddings with their head and single layers of more than a million weights are looked for.{whys} Give a plan, such"
-        " as TensorParallelStrategy(plan={'*.fc1': 'colwise', '*.fc2': 'rowwise'}), or use strategy='ddp' or 'fsdp'."
+        f"Nothing of {type(module).__name__} can be split over devices by itself: Linear layers one behind the other,"
+        " attentions, embeddings with their head and single layers of more than a million weights are looked for."
+        f"{whys} Give a plan, such as TensorParallelStrategy(plan={{'*.fc1': 'colwise', '*.fc2': 'rowwise'}}), or use"
+        " strategy='ddp' or 'fsdp'."
     )

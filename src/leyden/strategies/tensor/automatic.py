@@ -106,7 +106,8 @@ def find(root: nn.Module, size: int) -> Found:
     _vocabulary(root, size, together, used, found)
     for name, module in root.named_modules():
         if isinstance(module, nn.MultiheadAttention):
-            found.reasons[name] = "left whole: MultiheadAttention computes with its weights itself"
+            if name not in used and module.embed_dim % size == 0:
+                found.single[name] = "gather"  # it computes with its weights itself
             used.update(child for child in order if child.startswith(f"{name}."))
     for name, module in root.named_modules():
         if name in used or not isinstance(module, nn.Linear) or not can_be_split(module):
@@ -164,7 +165,7 @@ def _in_sequence(prefix: str, block: nn.Sequential) -> Iterator[Place]:
     """Linear, anything without weights that are split, Linear."""
     children = list(block.named_children())
     start: int | None = None
-    for number, (name, child) in enumerate(children):
+    for number, (_, child) in enumerate(children):
         if not isinstance(child, nn.Linear) or not can_be_split(child):
             if any(isinstance(inner, (nn.Linear, nn.Embedding)) for inner in child.modules()):
                 start = None
@@ -178,7 +179,6 @@ def _in_sequence(prefix: str, block: nn.Sequential) -> Iterator[Place]:
                 start = None
                 continue
         start = number
-    del name
 
 
 def _uneven(root: nn.Module, place: Place, size: int) -> str | None:

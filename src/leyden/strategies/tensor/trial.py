@@ -43,10 +43,11 @@ def try_out(root: nn.Module, place: Place, region: Region, size: int) -> dict[st
     call = _call(root, place, block)
     if isinstance(call, str):
         return call
-    width = root.get_submodule(place.columns[0]).in_features
+    width: Any = root.get_submodule(place.columns[0]).in_features
     layers = [root.get_submodule(name) for name in (*place.columns, place.row)]
     with _random_weights(layers), _as_it_was(block), isolate_rng(), torch.no_grad():
         whole: list[Any] = []
+        problem = ""
         for shape in _SHAPES:
             given = _given(layers[-1], (*shape, width))
             region.split = False
@@ -124,10 +125,10 @@ def _call(root: nn.Module, place: Place, block: nn.Module) -> Callable[[Tensor],
         return run
     parameters = list(inspect.signature(block.forward).parameters.values())
     named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind in (*named, inspect.Parameter.KEYWORD_ONLY)]
-    if len(needed) > 1 or not parameters or parameters[0].kind not in named:
-        return f"{type(block).__name__}.forward does not take one tensor, so it cannot be tried out"
-    return lambda given: block.forward(given)
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (*named, inspect.Parameter.KEYWORD_ONLY)]
+    if not parameters or parameters[0].kind not in named or any(p.kind is p.KEYWORD_ONLY for p in needed):
+        return f"{type(block).__name__}.forward cannot be tried out: it does not take tensors alone"
+    return lambda given: block.forward(*[given] * max(len(needed), 1))
 
 
 def _given(layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
@@ -141,7 +142,7 @@ def _outcomes(call: Callable[[Tensor], Any], block: nn.Module, row: nn.Module, g
     """In evaluation and in training: what the last layer gives, all that is returned, and where the generators are."""
     found: list[list[Any]] = []
     last: list[Tensor] = []
-    handle = row.register_forward_hook(lambda module, args, output: last.append(output))
+    handle = row.register_forward_hook(lambda _module, _args, output: last.append(output))
     try:
         for training in (False, True):
             block.train(training)
