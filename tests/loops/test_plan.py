@@ -17,7 +17,8 @@ from leyden.errors import MisconfigurationException
 from leyden.loops import footprint
 from leyden.loops import plan as planner
 from leyden.loops.footprint import Piece
-from leyden.loops.plan import buckets, human_bytes
+from leyden.loops.plan import human_bytes
+from leyden.loops.sheet import buckets
 from leyden.strategies import DDPStrategy
 from leyden.strategies.fsdp import FSDPStrategy
 from leyden.strategies.tensor_parallel import TensorParallelStrategy
@@ -159,6 +160,32 @@ def test_tensor_parallelism() -> None:
     assert unknown["traffic"] is None  # it is activations that travel
     own = trainer(devices=2, strategy=TensorParallelStrategy({"blocks.0.fc1": "colwise", "blocks.0.fc2": "rowwise"}))
     assert rows(own.plan(Blocks(), batch=batch))["tensor_parallel"]["collectives"] == {"all_reduce": 2}
+
+
+def test_what_tensor_parallelism_exchanges_where_activations_are_given_up_or_weights_are_brought_together() -> None:
+    class Attends(L.LightningModule):
+        def __init__(self, give_up: bool) -> None:
+            super().__init__()
+            self.give_up = give_up
+            self.layer = nn.Linear(8, 64)
+            self.block = nn.TransformerEncoderLayer(64, 4, 256, 0.0, batch_first=True)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x = self.layer(batch)
+            return (checkpoint(self.block, x, use_reentrant=False) if self.give_up else self.block(x)).mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    plain, again = (
+        rows(trainer().plan(Attends(give_up), devices=2, batch=torch.randn(4, 6, 8)))["tensor_parallel"]
+        for give_up in (False, True)
+    )
+    # forward and backward of the two linear layers; four parameters of the attention
+    assert plain["collectives"] == {"all_reduce": 2, "all_gather": 4}
+    assert again["collectives"] == {"all_reduce": 3, "all_gather": 8}  # the backward comes once
+    attention = 4 * (4 * 64 * 64 + 4 * 64)
+    assert plain["weights"] < sum(4 * p.numel() for p in Attends(False).parameters()) - attention // 2
 
 
 def test_what_is_not_possible_says_why(capsys: pytest.CaptureFixture[str]) -> None:

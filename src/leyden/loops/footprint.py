@@ -490,8 +490,13 @@ def _note_layer(layers: dict[str, Calls], name: str, _: Any, inputs: Any, output
     calls.count += 1
     calls.given += _bytes(last) if last is not None else 0
     if first is not None and first.requires_grad:
-        calls.learnt += 1
-        calls.taken += _bytes(first)
+        # not counted here: a layer whose activations are given up is called once more, and learns once
+        first.register_hook(partial(_note_learnt, calls, _bytes(first)))  # type: ignore[no-untyped-call]
+
+
+def _note_learnt(calls: Calls, size: int, _: Tensor) -> None:
+    calls.learnt += 1
+    calls.taken += size
 
 
 def _note_gradient(live: Live, parameter: Tensor) -> None:
