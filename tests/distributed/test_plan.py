@@ -34,14 +34,15 @@ class Block(nn.Module):
 
 
 class Net(L.LightningModule):
-    """Two blocks of 1.2 MB between two small layers, with running statistics if wanted."""
+    """Two blocks of 1.2 MB between two small layers, with running statistics (``"norm"``) or optimizers (``"two"``)."""
 
-    def __init__(self, norm: bool = False) -> None:
+    def __init__(self, kind: str = "") -> None:
         super().__init__()
         torch.manual_seed(1)
+        self.kind = kind
         self.first = nn.Linear(10, 390)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.norm = nn.BatchNorm1d(390) if norm else nn.Identity()
+        self.norm = nn.BatchNorm1d(390) if kind == "norm" else nn.Identity()
         self.last = nn.Linear(390, 3)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -53,6 +54,8 @@ class Net(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
+        if self.kind == "two":
+            return [torch.optim.Adam(self.blocks.parameters()), torch.optim.SGD(self.last.parameters(), 0.1)]
         return torch.optim.Adam(self.parameters())
 
 
@@ -71,7 +74,8 @@ class Count(L.Callback):
             held = [*pl_module.parameters(), *pl_module.buffers()]
             self.weights = sum(_bytes(tensor) for tensor in held)
             self.gradients = sum(_bytes(p.grad) for p in pl_module.parameters() if p.grad is not None)
-            values = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
+            states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
+            values = [value for state in states for value in state.values() if value is not None]
             self.optimizer = sum(_bytes(value) for value in values)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -98,19 +102,19 @@ STRATEGIES: dict[str, Any] = {
 
 
 CASES = [
-    ("ddp", False, 1), ("ddp", True, 2), ("fsdp", False, 1), ("fsdp", False, 2), ("fsdp (SHARD_GRAD_OP)", False, 1),
-    ("fsdp (SHARD_GRAD_OP)", False, 2), ("tensor_parallel", False, 1),
+    ("ddp", "", 1), ("ddp", "norm", 2), ("fsdp", "", 1), ("fsdp", "", 2), ("fsdp (SHARD_GRAD_OP)", "", 1),
+    ("fsdp (SHARD_GRAD_OP)", "", 2), ("tensor_parallel", "", 1), ("ddp", "two", 1),
 ]  # fmt: skip
-"""Row, whether there are running statistics, and the length of a window of accumulation."""
+"""Row, kind of module, and the length of a window of accumulation."""
 
 
 def _fit() -> list[Any]:
     found = []
-    for row, norm, accumulate in CASES:
+    for row, kind, accumulate in CASES:
         count = Count()
         arguments = {"accumulate_grad_batches": accumulate, "callbacks": [count]}
         trainer = make_trainer(strategy=STRATEGIES[row](), max_epochs=1, **arguments)
-        trainer.fit(Net(norm), DataLoader(TensorDataset(torch.randn(32, 10)), 2))
+        trainer.fit(Net(kind), DataLoader(TensorDataset(torch.randn(32, 10)), 2))
         found.append((count.kinds, count.weights, count.gradients, count.optimizer))
     return found
 
@@ -118,13 +122,13 @@ def _fit() -> list[Any]:
 def test_framework_collectives_of_a_step_and_the_bytes_on_each_rank_are_those_of_the_plan() -> None:
     ranks = on_ranks(2, _fit)
     counted = []
-    for case, (row, norm, accumulate) in enumerate(CASES):
+    for case, (row, kind, accumulate) in enumerate(CASES):
         arguments: dict[str, Any] = {"accumulate_grad_batches": accumulate}
-        plan = make_trainer(1, **arguments).plan(Net(norm), devices=2, batch=[torch.randn(2, 10)])
+        plan = make_trainer(1, **arguments).plan(Net(kind), devices=2, batch=[torch.randn(2, 10)])
         planned = next(each for each in plan.rows if each["strategy"] == row)
         counted.append(planned["collectives"])
         for rank in ranks:
-            assert rank[case][0] == {kind: n * 4 // accumulate for kind, n in planned["collectives"].items()}, CASES[
+            assert rank[case][0] == {name: n * 4 // accumulate for name, n in planned["collectives"].items()}, CASES[
                 case
             ]
         for size, name in enumerate(("weights", "gradients", "optimizer"), start=1):
@@ -136,3 +140,4 @@ def test_framework_collectives_of_a_step_and_the_bytes_on_each_rank_are_those_of
     assert counted[4:6] == [{"all_gather": 3, "reduce_scatter": 3}, {"all_gather": 6, "reduce_scatter": 3}]
     # each block has one forward and one backward; between the first layer and the last activations are gathered
     assert counted[6] == {"all_reduce": 5, "all_gather": 2}
+    assert counted[7] == {"all_gather": 2, "all_reduce": 2}  # several optimizers: right before each steps

@@ -116,6 +116,7 @@ class Footprint:
         unknown: By name (``"activations"``, ``"optimizer"``), why something is not known.
         layers: The calls of each layer that ran, by its name.
         optimizers: The names of the optimizers' classes.
+        by_hand: Whether ddp exchanges gradients right before each optimizer steps, not while they are computed.
         guessed: Whether the step read numbers from tensors, for which another number stood in.
     """
 
@@ -129,6 +130,7 @@ class Footprint:
     unknown: dict[str, str] = field(default_factory=dict)
     layers: dict[str, Calls] = field(default_factory=dict)
     optimizers: list[str] = field(default_factory=list)
+    by_hand: bool = False
     guessed: bool = False
 
 
@@ -384,6 +386,7 @@ def _measure_optimizers(found: Footprint, trainer: Any, module: Any, names: dict
 
             fuse(optimizers, module)
         found.optimizers = [type(one).__name__ for one in optimizers if not isinstance(one, NoOptimizer)]
+        found.by_hand = not module.automatic_optimization or len(optimizers) > 1
         pieces = {id(parameter): piece for piece, parameter in zip(found.pieces, names.values(), strict=True)}
         for optimizer in optimizers:
             _measure_optimizer(found, optimizer, pieces)

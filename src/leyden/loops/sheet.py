@@ -128,7 +128,12 @@ class Sheet:
         """Each device has all; gradients are averaged by all-reduce, in buckets, once for a window of accumulation."""
         found, own = self.found, getattr(self.trainer.strategy, "ddp_kwargs", {})
         sizes, traffic = self._sizes(self.pieces), Traffic()
-        traffic.add("all_reduce", sizes["gradients"], buckets(found.pieces), self.world)
+        if found.by_hand:
+            count = len(found.optimizers)
+            traffic.add("all_gather", 0, count, self.world)  # whether anybody has a gradient of a parameter
+            traffic.add("all_reduce", sizes["gradients"], count, self.world)
+        else:
+            traffic.add("all_reduce", sizes["gradients"], buckets(found.pieces), self.world)
         if found.buffer_count and own.get("broadcast_buffers", True):
             traffic.add("broadcast", found.buffers * self.windows, self.windows, self.world)
         apart = 0 if own.get("gradient_as_bucket_view") else sizes["gradients"]
