@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +66,8 @@ class ModelParallelStrategy(TensorParallelStrategy):
             timeout=timedelta(minutes=30) if timeout is None else timeout,
         )
         self.data_parallel_size = checked_size(type(self).__name__, "data_parallel_size", data_parallel_size)
+        self._anew = False
+        """Whether ``configure_model`` runs in this run."""
         self.save_distributed_checkpoint = self.saves_shards = bool(save_distributed_checkpoint)
 
     def assign(self, devices: list[torch.device], num_nodes: int) -> None:
@@ -97,22 +100,26 @@ class ModelParallelStrategy(TensorParallelStrategy):
         super().connect(module)
 
     def builds(self) -> bool:
-        return not is_spread(self.module)
+        self._anew = not is_spread(self.module)
+        return self._anew
 
     def distribute(self, fitting: bool) -> None:
-        module = self.module
+        if self._anew:
+            self._complete(self.module)
+        super().distribute(fitting)
+
+    def _complete(self, module: nn.Module) -> None:
+        """Do what is left to do when ``configure_model`` has split and sharded the module."""
+        self._anew = False
         self._fill(module)
         plain = [tensor for tensor in (*module.parameters(), *module.buffers()) if not isinstance(tensor, DTensor)]
         bring(plain, self.root_device)
         if self.world_size > 1 and plain:
             with torch.no_grad():
                 copy_flat([tensor.detach() for tensor in plain])
-        layers = sharded_layers(module)
-        if layers and layers[0] is not module:
+        if sharded_layers(module):
             # what the module has sharded of itself is then brought together and let go of as fsdp does it
-            rest = {parameter for parameter in module.parameters() if id(parameter) not in _sharded(layers)}
-            fully_shard(module, mesh=self.data_mesh(), ignored_params=rest)
-        super().distribute(fitting)
+            self.stand_around(module, partial(fully_shard, mesh=self.data_mesh()), set(module.parameters()))
 
     def _fill(self, module: nn.Module) -> None:
         """Give memory to what is on the meta device, and the values that ``reset_parameters`` of its layer gives it.
@@ -162,7 +169,3 @@ class ModelParallelStrategy(TensorParallelStrategy):
 
 def _own(layer: nn.Module) -> list[torch.Tensor]:
     return [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-
-
-def _sharded(layers: list[Any]) -> set[int]:
-    return {id(parameter) for layer in layers for parameter in layer.parameters()}

@@ -135,7 +135,7 @@ class TensorParallelStrategy(FSDPStrategy):
             MisconfigurationException: where nothing can be split, or the plan names what is not there.
         """
         size = self._size()
-        self._split = layers = Layers(module, self.device_mesh[TENSOR])
+        self._split = layers = Layers(module, self.device_mesh[TENSOR], self.root_device)
         reasons: dict[str, str] = {}
         if self._given is not None:
             self.plan = resolved(self._given, module, size)
@@ -246,23 +246,13 @@ class TensorParallelStrategy(FSDPStrategy):
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self.data_size > 1:
-            self._average_over_data([p for p in parameters if _dimensions(p) in ((), (TENSOR,))])
+            alike = [p for p in parameters if _dimensions(p) in ((), (TENSOR,))]
+            self.average(alike, self.device_mesh.get_group(DATA))
         # on a CPU the same computation gives the same, to the last bit
         if self.root_device.type != "cpu" and self._size() > 1 and not torch.are_deterministic_algorithms_enabled():
             same = [local(p.grad) for p in parameters if p.grad is not None and _is_whole_in_group(p.grad)]
             if same:
                 average_flat(same, self.device_mesh.get_group(TENSOR))
-
-    def _average_over_data(self, parameters: list[Any]) -> None:
-        if not parameters:
-            return
-        there = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
-        for parameter, count in zip(parameters, self.gather_numbers(there).sum(0).tolist(), strict=True):
-            if count and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        if grads:
-            average_flat(grads, self.device_mesh.get_group(DATA))
 
 
 def _dimensions(tensor: Any) -> tuple[str, ...]:

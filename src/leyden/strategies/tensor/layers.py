@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from leyden.errors import MisconfigurationException
@@ -73,10 +73,11 @@ class Layers:
     Args:
         root: The module.
         mesh: One dimension of devices.
+        device: That of this process.
     """
 
-    def __init__(self, root: nn.Module, mesh: Any) -> None:
-        self.root, self.mesh = root, mesh
+    def __init__(self, root: nn.Module, mesh: Any, device: torch.device) -> None:
+        self.root, self.mesh, self.device = root, mesh, device
         self._undo: list[Callable[[], None]] = []
         self._tied: dict[int, nn.Parameter] = {}
         """By the id of a whole parameter, which more than one layer may have, what stands in its place."""
@@ -135,9 +136,12 @@ class Layers:
             if isinstance(parameter, DTensor):  # of an earlier run
                 return
             # all ranks have the same: nothing has to travel
-            whole = parameter.detach()
-            local = distribute_tensor(whole, self.mesh, [placement], src_data_rank=None)
-            known = nn.Parameter(local, requires_grad=parameter.requires_grad)
+            part = parameter.detach()
+            if isinstance(placement, Shard):
+                part = part.chunk(self.mesh.size(), placement.dim)[self.mesh.get_local_rank()]
+            part = part.to(self.device, copy=True, memory_format=torch.contiguous_format)  # a view would keep the whole
+            spread = DTensor.from_local(part, self.mesh, [placement], run_check=False)
+            known = nn.Parameter(spread, requires_grad=parameter.requires_grad)
             self._tied[id(parameter)] = known
             self._held.append(parameter)  # or its id might come again
         setattr(module, name, known)
@@ -292,7 +296,7 @@ def copy_to(given: Tensor, mesh: Any) -> Tensor:
 
 
 def add_up(part: Tensor, mesh: Any) -> Tensor:
-    """Return the sum of what the devices have computed; ``part`` is used up."""
+    """Return the sum of what the devices have computed."""
     return part if mesh.size() == 1 else _Sum.apply(part, mesh.get_group())  # type: ignore[no-untyped-call]
 
 
@@ -331,10 +335,10 @@ class _Copy(torch.autograd.Function):
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
-        total = part.contiguous()
-        if total is part:
-            ctx.mark_dirty(part)
+    def forward(_ctx: Any, part: Tensor, group: Any) -> Tensor:
+        total = part.clone(
+            memory_format=torch.contiguous_format
+        )  # torch.compile does not follow what is changed in place
         dist.all_reduce(total, group=group)
         return total
 

@@ -171,7 +171,7 @@ def grouped(names: Iterable[str]) -> dict[str, int]:
 def described(plan: Mapping[str, Any], reasons: Mapping[str, str], size: int) -> str:
     """Return, for people, what is split and how, and what is not and why."""
     if not plan:
-        return f"Tensor parallel: nothing is split."
+        return "Tensor parallel: nothing is split."
     kinds: dict[str, list[str]] = {}
     for name, style in plan.items():
         kinds.setdefault(style if isinstance(style, str) else type(style).__name__, []).append(name)
