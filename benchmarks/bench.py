@@ -41,10 +41,19 @@ class Size:
     several: int
 
 
-FULL = Size(rounds=5, tiny=5000, samples=60_000, digits=10, gpt={"steps": 20}, scaling=2000, lengths=(100, 2000), several=2000)
+FULL = Size(
+    rounds=5, tiny=5000, samples=60_000, digits=10, gpt={"steps": 20}, scaling=2000, lengths=(100, 2000), several=2000
+)
 QUICK = Size(rounds=1, tiny=300, samples=3200, digits=1, gpt={"steps": 2}, scaling=200, lengths=(20, 200), several=200)
 SMOKE = Size(
-    rounds=1, tiny=5, samples=96, digits=1, gpt={"steps": 1, "layers": 1, "width": 32}, scaling=20, lengths=(2, 4), several=20
+    rounds=1,
+    tiny=5,
+    samples=96,
+    digits=1,
+    gpt={"steps": 1, "layers": 1, "width": 32},
+    scaling=20,
+    lengths=(2, 4),
+    several=20,
 )
 
 
