@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All benchmarks in one run: ratios to a hand-written loop, for Leyden and every peer that is installed.
 
-python benchmarks/bench.py [--quick] [--rounds 5] [--only leyden] [--parts abcdefg] [--data DIR]
+python benchmarks/bench.py [--quick] [--rounds 5] [--only leyden] [--parts abcdefgh] [--data DIR]
                            [--json results.json] [--write benchmarks/RESULTS.md]
 """
 
@@ -21,6 +21,7 @@ import fresh
 import harness
 import overhead
 import scaling
+import several
 import workloads
 from harness import Section
 from workloads import Workload
@@ -37,12 +38,22 @@ class Size:
     gpt: dict[str, int]
     scaling: int
     lengths: tuple[int, int]
+    several: int
 
 
-FULL = Size(rounds=5, tiny=5000, samples=60_000, digits=10, gpt={"steps": 20}, scaling=2000, lengths=(100, 2000))
-QUICK = Size(rounds=1, tiny=300, samples=3200, digits=1, gpt={"steps": 2}, scaling=200, lengths=(20, 200))
+FULL = Size(
+    rounds=5, tiny=5000, samples=60_000, digits=10, gpt={"steps": 20}, scaling=2000, lengths=(100, 2000), several=2000
+)
+QUICK = Size(rounds=1, tiny=300, samples=3200, digits=1, gpt={"steps": 2}, scaling=200, lengths=(20, 200), several=200)
 SMOKE = Size(
-    rounds=1, tiny=5, samples=96, digits=1, gpt={"steps": 1, "layers": 1, "width": 32}, scaling=20, lengths=(2, 4)
+    rounds=1,
+    tiny=5,
+    samples=96,
+    digits=1,
+    gpt={"steps": 1, "layers": 1, "width": 32},
+    scaling=20,
+    lengths=(2, 4),
+    several=20,
 )
 
 
@@ -58,7 +69,7 @@ def train(work: Workload, rounds: int, only: str, options: tuple[dict[str, Any],
     return Section(work.name, work.text, rows)
 
 
-def sections(size: Size, only: str = "", parts: str = "abcdefg", data: Path | None = None) -> Iterator[Section]:
+def sections(size: Size, only: str = "", parts: str = "abcdefgh", data: Path | None = None) -> Iterator[Section]:
     """Measure the parts by their letters, one after the other."""
     if "a" in parts:
         yield overhead.measure(size.tiny, size.rounds, only)
@@ -74,6 +85,8 @@ def sections(size: Size, only: str = "", parts: str = "abcdefg", data: Path | No
         yield from fresh.starts(size.rounds, only, size.lengths)
     if "g" in parts:
         yield scaling.measure(size.scaling, size.rounds, only)
+    if "h" in parts:
+        yield several.measure(size.several, size.rounds, only)
 
 
 def page(found: list[Section], size: Size, seconds: float) -> str:
@@ -102,7 +115,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, one round: under two minutes")
     parser.add_argument("--rounds", type=int, help="runs of each contender")
     parser.add_argument("--only", default="", help="only the frameworks whose row contains this")
-    parser.add_argument("--parts", default="abcdefg", help="which parts, by their letters")
+    parser.add_argument("--parts", default="abcdefgh", help="which parts, by their letters")
     parser.add_argument("--data", type=Path, help="a folder with MNIST's four raw files, gzipped or not")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     parser.add_argument("--write", type=Path, help="write the page here")

@@ -22,10 +22,12 @@ from workloads import Workload
 RECORDED, BARE = "a loop with loss.item() each step", "a loop that records nothing"
 
 
-def by_hand(work: Workload, folder: str, *, record: bool = True) -> Prepared:
-    """The loop that anybody writes; with ``record`` it keeps ``loss.item()`` of each step."""
+def by_hand(work: Workload, folder: str, *, record: bool = True, parallel: bool = False) -> Prepared:
+    """The loop that anybody writes; with ``record`` it keeps ``loss.item()`` of each step; ``parallel``: one of several."""
     network, loader = work.timed_network(), work.loader()
     optimizer = work.make_optimizer(network.parameters())
+    if parallel:
+        network = torch.nn.parallel.DistributedDataParallel(network)
 
     def run() -> None:
         losses = []
@@ -101,14 +103,13 @@ def with_trainer(
     parts["callbacks"] = [*parts.get("callbacks", []), *(Nothing() for _ in range(callbacks))]
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=1,
         max_epochs=work.epochs,
         log_every_n_steps=every,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
         **parts,
-        **(arguments or {}),
+        **{"devices": 1, **(arguments or {})},
     )
     module, loader = Module(), work.loader()
     return Prepared(lambda: trainer.fit(module, loader), module.net.parameters)

@@ -80,8 +80,8 @@ class Workload:
 class BatchesInMemory:
     """An iterable of ``steps`` pairs of shapes (4, 32) and (4, 2), made beforehand: 64 of them, over and over."""
 
-    def __init__(self, steps: int) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, steps: int, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
         few = [(torch.randn(4, 32, generator=generator), torch.zeros(4, 2)) for _ in range(64)]
         self._batches = [few[index % len(few)] for index in range(steps)]
 

@@ -34,6 +34,12 @@ def test_cost_against_metrics_callbacks_and_epochs() -> None:
     assert all(row.least <= row.figure <= row.most for row in section.rows)
 
 
+def test_several_processes_end_with_the_weights_of_the_loop_by_hand() -> None:
+    (section,) = bench.sections(bench.SMOKE, "leyden", "h")
+    assert [row.weights for row in section.rows] == ["equal", "equal"]
+    assert all((row.ratio or 0) > 0 and row.figure > 0 for row in section.rows)
+
+
 @pytest.mark.parametrize("statement", fresh.IMPORTS["leyden"])
 def test_imports_are_counted(statement: str) -> None:
     milliseconds, modules = fresh.import_cost(statement)

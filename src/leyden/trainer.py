@@ -20,7 +20,6 @@ from leyden.loops.evaluate import EvaluationLoop
 from leyden.loops.fit import FitLoop
 from leyden.loops.predict import PredictLoop
 from leyden.loops.session import Session
-from leyden.loops.show import table
 from leyden.loops.start import (
     check,
     checkpoint_path,
@@ -38,7 +37,7 @@ from leyden.precision.base import WithoutInit
 from leyden.progress import Progress
 from leyden.results import Results
 from leyden.runtime.devices import current
-from leyden.runtime.ranks import rank_zero_info, rank_zero_warn, say
+from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
 from leyden.runtime.seed import isolate_rng
 from leyden.signals import Interrupt
 from leyden.trainer_face import TrainerFace
@@ -293,8 +292,8 @@ class Trainer(TrainerFace):
             session = self._start(model, {loop.prefix: dataloaders}, datamodule, ckpt_path, weights_only, provided)
             results = loop.run(session)
             self._end(session)
-            if verbose and self.is_global_zero and (text := table(results, str(fn))):
-                say(text)
+            if verbose and self.is_global_zero:
+                loop.tell(results)
         return results
 
     def predict(

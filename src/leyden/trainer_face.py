@@ -18,9 +18,9 @@ from leyden.loops.predict import PredictLoop
 from leyden.loops.session import Session
 from leyden.progress import Progress
 from leyden.results import Results, to_floats
-from leyden.runtime.ranks import say
 from leyden.signals import Interrupt
 from leyden.strategies import Strategy
+from leyden.trainer_tools import TrainerTools
 from leyden.types import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from leyden.vintage import VintageTrainer
 
@@ -46,7 +46,7 @@ class Knob(Generic[T]):
         trainer.config = trainer.config.replace(**{self.name: value})
 
 
-class TrainerFace(VintageTrainer):
+class TrainerFace(TrainerTools, VintageTrainer):
     """Everything that can be read of a Trainer."""
 
     config: TrainerConfig
@@ -354,60 +354,6 @@ class TrainerFace(VintageTrainer):
         first = self._loggers[0]
         found = getattr(first, "log_dir", None)
         return found if found is not None else getattr(first, "save_dir", None)
-
-    # ------------------------------------------------------------------ what the run can stand
-
-    def verify_resume(
-        self,
-        model: Any,
-        train_dataloaders: Any = None,
-        val_dataloaders: Any = None,
-        datamodule: Any = None,
-        steps: int = 10,
-    ) -> Any:
-        """Prove that this fit can be resumed: print and return a report that is true if it can, bit for bit.
-
-        Copies of everything run in other processes: one for ``steps`` training batches, with a checkpoint halfway, and a
-        fresh one that goes on from there. Here nothing changes, nothing is logged, and no file stays behind. What cannot
-        be pickled can be verified by ``leyden verify-resume script.py``.
-
-        Args:
-            model: As in ``fit``, like the other three.
-            train_dataloaders: Without ``__main__`` classes, or with cloudpickle installed, or in a guarded script.
-            val_dataloaders: See ``train_dataloaders``.
-            datamodule: See ``train_dataloaders``.
-            steps: Training batches; at least 2.
-
-        Raises:
-            MisconfigurationException: if something cannot be pickled, or the fit fails or is too short.
-        """
-        from leyden.loops.verify import verify_objects  # noqa: PLC0415  # only who asks for a proof
-
-        loaders = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
-        report = verify_objects(self, steps, model=model, datamodule=datamodule, **loaders)
-        say(str(report))
-        return report
-
-    def advise(self, model: Any, train_dataloaders: Any = None, datamodule: Any = None, seconds: float = 3.0) -> Any:
-        """Measure what would make this fit faster: print a table and return it, with ``rows`` and ``arguments`` as data.
-
-        Copies train for some seconds as the fit is, and with each of: compiled, fused optimizers, bf16, channels_last,
-        more workers, TF32, CUDA graphs; then with all that gained. Nothing changes: not the module, the generators, the
-        loaders, a file or a log. Callbacks are left out, and validation, but for callbacks of ours that are part of the
-        training: accumulation, averaging, finetuning. One of your own that changes the model is left out too.
-
-        Args:
-            model: As in ``fit``, like the other two.
-            train_dataloaders: Data of more than 64 MB are not copied but read.
-            datamodule: See ``train_dataloaders``; a copy is set up once.
-            seconds: For each of them, the fit as it is beside it included; a few updates at least.
-
-        Raises:
-            MisconfigurationException: for what cannot be copied, a fit too short, or several processes.
-        """
-        from leyden.loops.advise import advise  # noqa: PLC0415  # only who asks for advice
-
-        return advise(self, model, train_dataloaders, datamodule, seconds)
 
     # ------------------------------------------------------------------ parts
 

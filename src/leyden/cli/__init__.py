@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fabric": ("leyden.cli.fabric", "run a script written for Fabric in several processes: fabric run"),
     "ckpt": ("leyden.cli.ckpt", "look into checkpoints, check them, compare two"),
     "advise": ("leyden.cli.advise", "measure what would make the fit of a script faster"),
+    "plan": ("leyden.cli.plan", "say what each strategy would need for the fit of a script, and what fits"),
     "verify-resume": ("leyden.cli.verify_resume", "prove that the fit of a script can be killed and resumed"),
 }
 """Name of each subcommand, the module that has it, and one line of help."""

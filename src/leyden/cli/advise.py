@@ -4,22 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import functools
-import inspect
 import json
 import os
-import runpy
-import subprocess
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
-from leyden.compat.process import environment
-from leyden.errors import LeydenError
+from leyden.cli import first_fit
 from leyden.trainer import Trainer
-
-COULD_NOT_RUN = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,50 +33,22 @@ def main(options: argparse.Namespace) -> int:
     Returns:
         The exit status, where a process cannot be replaced (Windows) or there is no such script.
     """
-    if not os.path.isfile(options.script):
-        print(f"leyden advise: there is no script {options.script!r}.", file=sys.stderr)
-        return COULD_NOT_RUN
-    code = "import sys; from leyden.cli.advise import child; child(*sys.argv[1:])"
     target = os.path.abspath(options.json) if options.json else ""
-    words = [sys.executable, "-c", code, repr(options.seconds), target, options.script, *options.arguments]
-    if os.name != "nt":
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.execve(sys.executable, words, environment(os.environ))
-    return subprocess.call(words, env=environment(os.environ))
+    return first_fit.main("advise", [repr(options.seconds), target], options.script, options.arguments)
 
 
 def child(seconds: str, target: str, *command: str) -> None:
     """Run the script with its first ``fit`` answered by the advisor; the inside of the process that ``main`` starts."""
-    original = Trainer.fit
 
-    @functools.wraps(original)
-    def fit(self: Trainer, *args: Any, **kwargs: Any) -> None:
-        Trainer.fit = original  # type: ignore[method-assign]  # the advisor fits too
-        given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    def answer(trainer: Trainer, given: dict[str, Any]) -> None:
         wanted = {name: given.get(name) for name in ("model", "train_dataloaders", "datamodule")}
-        try:
-            advice = self.advise(seconds=float(seconds), **wanted)
-            if target:
-                found = {name: getattr(advice, name) for name in ("rows", "arguments", "lines", "noise", "interrupted")}
-                Path(target).write_text(json.dumps(found, indent=1), encoding="utf-8")
-        except LeydenError as error:
-            print(f"leyden advise: {error}", file=sys.stderr)
-            _leave(COULD_NOT_RUN)
-        except Exception:
-            traceback.print_exc()
-            _leave(COULD_NOT_RUN)
-        _leave(0)
+        advice = trainer.advise(seconds=float(seconds), **wanted)
+        if target:
+            found = {name: getattr(advice, name) for name in ("rows", "arguments", "lines", "noise", "interrupted")}
+            Path(target).write_text(json.dumps(found, indent=1), encoding="utf-8")
 
-    Trainer.fit = fit  # type: ignore[method-assign]
-    sys.argv = list(command)
-    sys.path[0] = os.path.dirname(os.path.abspath(command[0]))
-    runpy.run_path(command[0], run_name="__main__")
-    print(f"leyden advise: {command[0]} ended without calling Trainer.fit.", file=sys.stderr)
-    _leave(COULD_NOT_RUN)
+    first_fit.child("advise", answer, command, _leave)
 
 
 def _leave(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # nothing else of the script runs, whatever it catches
+    first_fit.leave(status)

@@ -100,6 +100,12 @@ class EvaluationLoop:
         self.before = None
         return outputs
 
+    def tell(self, results: list[dict[str, float]]) -> None:
+        """Say the table of what ``run`` returned."""
+        from leyden.loops.show import tell  # noqa: PLC0415  # at the end of an evaluation, not on import
+
+        tell(results, str(self.stage))
+
     def _run(
         self, session: Session, names: _Names, step: Callable[..., Any], limits: list[int | float]
     ) -> list[dict[str, float]]:

@@ -33,7 +33,6 @@ from leyden.loops.optimize import Optimization, check_loss, detached, divisor_of
 from leyden.loops.paths import choose
 from leyden.loops.schedule import step_schedules
 from leyden.loops.session import Session
-from leyden.loops.show import who_stopped
 from leyden.runtime.ranks import rank_zero_info
 from leyden.types import RunningStage
 
@@ -294,7 +293,7 @@ class FitLoop:
         if progress.tail:
             return False  # a run that was saved after its last batch still has to end its epoch
         if reason is None and trainer.should_stop and self.may_stop(session):
-            reason = who_stopped(trainer.callbacks, progress.epoch)
+            reason = when.who_stopped(trainer.callbacks, progress.epoch)
         if reason is not None:
             rank_zero_info(f"Trainer.fit stopped: {reason}.")
         return reason is not None

@@ -101,6 +101,13 @@ def _named(given: Any) -> tuple[Any, dict[str, Any]]:
         raise MisconfigurationException(
             f"Trainer(strategy={given!r}) is not there: TPUs are out of scope. Use 'ddp' or 'fsdp' on GPUs or CPUs."
         )
+    if name.startswith("deepspeed") and name not in STRATEGIES:
+        stage = "FSDPStrategy(sharding_strategy='SHARD_GRAD_OP')" if "3" not in name else "'fsdp'"
+        same = "'fsdp_cpu_offload'" if "offload" in name else stage
+        raise MisconfigurationException(
+            f"Trainer(strategy={given!r}) is not there. What its stages share out, torch's own fully_shard does too: use"
+            f" strategy={same}."
+        )
     if name not in STRATEGIES:
         known = ["auto", *STRATEGIES]
         raise MisconfigurationException(

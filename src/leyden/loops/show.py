@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the loops have to say at their end: the table of ``validate`` and ``test``, and who asked a fit to stop."""
+"""What ``validate`` and ``test`` have to say at their end: a table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from leyden.results import LOADER_SUFFIX
+from leyden.runtime.ranks import say
+
+
+def tell(results: Sequence[dict[str, float]], stage: str) -> None:
+    """Say the table of the values, if anything was logged."""
+    if text := table(results, stage):
+        say(text)
 
 
 def table(results: Sequence[dict[str, float]], stage: str) -> str:
@@ -27,14 +33,3 @@ def table(results: Sequence[dict[str, float]], stage: str) -> str:
         return "  ".join([first, *rest]).rstrip()
 
     return "\n".join([line(head), "  ".join("─" * width for width in widths), *(line(row) for row in body)])
-
-
-def who_stopped(callbacks: Iterable[Any], epochs: int) -> str:
-    """Say who set ``trainer.should_stop`` in a fit that stops after so many epochs, and why if that is known."""
-    for callback in callbacks:
-        message = getattr(callback, "stopping_reason_message", None)
-        if message and callback.stopped_epoch in (epochs - 1, epochs):
-            name = type(callback).__name__
-            # a callback that is verbose has said why
-            return f"by {name}" if callback.verbose else f"{name}: {message.removesuffix(' Stopping.').rstrip('.')}"
-    return "trainer.should_stop was set"

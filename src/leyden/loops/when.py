@@ -8,6 +8,8 @@ effect, and none reads anything but its arguments.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 from leyden.config import TrainerConfig, ValInterval
 from leyden.errors import MisconfigurationException
@@ -128,3 +130,14 @@ def end_reached(progress: Progress, config: TrainerConfig, max_epochs: int) -> s
     if max_epochs >= 0 and progress.epoch >= max_epochs:
         return f"max_epochs={max_epochs} reached"
     return None
+
+
+def who_stopped(callbacks: Iterable[Any], epochs: int) -> str:
+    """Say who set ``trainer.should_stop`` in a fit that stops after so many epochs, and why if that is known."""
+    for callback in callbacks:
+        message = getattr(callback, "stopping_reason_message", None)
+        if message and callback.stopped_epoch in (epochs - 1, epochs):
+            name = type(callback).__name__
+            # a callback that is verbose has said why
+            return f"by {name}" if callback.verbose else f"{name}: {message.removesuffix(' Stopping.').rstrip('.')}"
+    return "trainer.should_stop was set"

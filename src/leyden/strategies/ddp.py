@@ -164,12 +164,15 @@ class DDPStrategy(ParallelStrategy):
         model = self.model
         if model is None:
             return
+        travels = not model.require_backward_grad_sync and self.world_size > 1 and not self._alone
+        if self._checked and not travels:
+            return  # an ordinary step: nothing is looked for among the parameters
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if not self._checked:
             self._checked = True
             if any(parameter.grad is None and parameter.requires_grad for parameter in parameters):
                 raise self._unused(None)
-        if model.require_backward_grad_sync or self._alone or self.world_size == 1:
+        if not travels:
             return
         from leyden.runtime.collective import average_flat, gather_numbers  # noqa: PLC0415  # see launch
 
