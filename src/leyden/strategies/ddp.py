@@ -38,7 +38,7 @@ class DDPStrategy(ParallelStrategy):
     Args:
         accelerator: Accepted for compatibility.
         parallel_devices: One device for each process of this machine; None takes the Trainer's.
-        cluster_environment: Accepted for compatibility; the environment variables say who started the processes.
+        cluster_environment: Says which process this is and where they meet; None reads what the launchers set that we know.
         checkpoint_io: As in the base class.
         precision_plugin: The number format; None is the Trainer's.
         ddp_comm_state: State of ``ddp_comm_hook``.
@@ -73,8 +73,9 @@ class DDPStrategy(ParallelStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            parallel_devices, precision_plugin, checkpoint_io, process_group_backend, timeout, start_method
-        )
+            parallel_devices, precision_plugin, checkpoint_io, process_group_backend, timeout, start_method,
+            cluster_environment,
+        )  # fmt: skip
         unknown = next((name for name in kwargs if name not in _WRAPPER), None)
         if unknown is not None:
             raise MisconfigurationException(
