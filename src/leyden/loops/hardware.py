@@ -12,12 +12,12 @@ import torch
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.loops.resolve import load, made, shown
 from leyden.precision import Precision, make_precision
-from leyden.runtime.devices import Accelerator, make_accelerator, parse_devices
+from leyden.runtime.devices import ACCELERATORS, Accelerator, make_accelerator, parse_devices
 from leyden.runtime.ranks import rank_zero_info
 from leyden.strategies import Strategy
 
 # how the processes of ddp are started, and what DistributedDataParallel is told
-_STARTS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
+_STARTS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "notebook", "ddp_ray": "ray"}
 _UNUSED = {"": {}, "_find_unused_parameters_true": {"find_unused_parameters": True}} | {
     "_find_unused_parameters_false": {"find_unused_parameters": False}
 }
@@ -50,7 +50,6 @@ def strategy(
     Raises:
         MisconfigurationException: for an unknown name, or a number of devices that the strategy cannot use.
     """
-    backend = make_accelerator(accelerator)
     if not isinstance(num_nodes, int) or isinstance(num_nodes, bool) or num_nodes < 1:
         raise MisconfigurationException(f"Trainer(num_nodes={num_nodes!r}) is not valid: it must be an int >= 1.")
     is_object = isinstance(given, Strategy)
@@ -65,7 +64,13 @@ def strategy(
                 " environment. Give one of them."
             )
         environment = given.cluster_environment
-    chosen, num_nodes = _devices(backend, devices, num_nodes, hasattr(kind, "assign"), environment)
+    remote = _remote(arguments.get("start_method", getattr(given, "start_method", None)), accelerator, devices)
+    backend = make_accelerator(accelerator) if remote is None else ACCELERATORS["cuda"]()
+    chosen, num_nodes = (
+        (remote, num_nodes)
+        if remote is not None
+        else _devices(backend, devices, num_nodes, hasattr(kind, "assign"), environment)
+    )
     count = len(chosen) * num_nodes
     if automatic:
         kind, arguments = _named("single" if count == 1 else "ddp_notebook" if hasattr(sys, "ps1") else "ddp")
@@ -93,6 +98,24 @@ def strategy(
         given.checkpoint_io = checkpoint_io
     fits = accelerator != "auto" or given.root_device.type == backend.name()
     return given, backend if fits else make_accelerator(given.root_device.type)
+
+
+def _remote(start: Any, accelerator: Any, devices: Any) -> list[torch.device] | None:
+    """Return the GPUs of another machine that are asked for, where processes start on a Ray cluster; None for devices here.
+
+    Raises:
+        MisconfigurationException: where they are not counted: nobody here knows what that machine has.
+    """
+    if not (start == "ray" or hasattr(start, "run")) or str(accelerator).lower() not in ("gpu", "cuda"):
+        return None
+    if "RANK" in os.environ or (torch.cuda.is_available() and not isinstance(devices, int)):
+        return None
+    if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
+        raise MisconfigurationException(
+            f"Trainer(accelerator={accelerator!r}, devices={devices!r}): on a Ray cluster devices is the number of GPUs of"
+            " each node, an int >= 1."
+        )
+    return [torch.device("cuda", index) for index in range(devices)]
 
 
 def _named(given: Any) -> tuple[Any, dict[str, Any]]:

@@ -10,12 +10,15 @@ from leyden.strategies.base import Strategy
 
 if TYPE_CHECKING:
     from leyden.strategies.ddp import DDPStrategy
+    from leyden.strategies.launch.ray import OnRay
     from leyden.strategies.parallel import ParallelStrategy
     from leyden.strategies.single import SingleDeviceStrategy
 
-__all__ = ["DDPStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
+__all__ = ["DDPStrategy", "OnRay", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
 
-_WHERE = {"DDPStrategy": "ddp", "ParallelStrategy": "parallel", "SingleDeviceStrategy": "single"}
+_WHERE = {
+    "DDPStrategy": "ddp", "OnRay": "launch.ray", "ParallelStrategy": "parallel", "SingleDeviceStrategy": "single",
+}  # fmt: skip
 """What is imported when it is asked for: the class, and the file that it is in."""
 
 

@@ -47,7 +47,8 @@ class DDPStrategy(ParallelStrategy):
         process_group_backend: torch's name for how tensors travel; None is NCCL for GPUs and Gloo for CPUs.
         timeout: After how long an exchange that not all ranks take part in is an error.
         start_method: Where nobody else starts the processes: ``"popen"`` runs the same script once more in each;
-            ``"spawn"``, ``"fork"`` and ``"forkserver"`` run the one call (``fit``, say) in each, and bring its results back.
+            ``"spawn"``, ``"fork"``, ``"forkserver"`` and ``"fresh"`` run the one call (``fit``, say) in each, and bring its
+            results back; ``"notebook"`` chooses among these; ``"ray"`` or an ``OnRay`` runs it in actors of a Ray cluster.
         **kwargs: Arguments of DistributedDataParallel: ``find_unused_parameters``, ``static_graph``,
             ``gradient_as_bucket_view``, ``bucket_cap_mb``, ``broadcast_buffers``.
 
@@ -69,7 +70,7 @@ class DDPStrategy(ParallelStrategy):
         ddp_comm_wrapper: Callable[..., Any] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
-        start_method: str = "popen",
+        start_method: Any = "popen",
         **kwargs: Any,
     ) -> None:
         super().__init__(

@@ -24,12 +24,12 @@ from leyden.runtime import world as worlds
 from leyden.runtime.ranks import rank_zero_only
 from leyden.runtime.world import World
 from leyden.signals import Interrupt
+from leyden.strategies import launch
 from leyden.strategies.base import Strategy
 from leyden.tree import leaves, tree_map
 
 _RUNS = itertools.count()
 """All ranks run the same script, and so make the same runs in the same order."""
-_STARTS = ("popen", "spawn", "fork", "forkserver")
 
 
 class ParallelStrategy(Strategy):
@@ -42,7 +42,8 @@ class ParallelStrategy(Strategy):
         process_group_backend: torch's name for how tensors travel; None is NCCL for GPUs and Gloo for CPUs.
         timeout: After how long an exchange that not all ranks take part in is an error.
         start_method: Where nobody else starts the processes: ``"popen"`` runs the same script once more in each;
-            ``"spawn"``, ``"fork"`` and ``"forkserver"`` run the one call (``fit``, say) in each, and bring its results back.
+            ``"spawn"``, ``"fork"``, ``"forkserver"`` and ``"fresh"`` run the one call (``fit``, say) in each, and bring its
+            results back; ``"notebook"`` chooses among these; ``"ray"`` or an ``OnRay`` runs it in actors of a Ray cluster.
         cluster_environment: Says which process this is and where they meet; None reads what the launchers set that we know.
 
     Raises:
@@ -56,14 +57,15 @@ class ParallelStrategy(Strategy):
         checkpoint_io: Any = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
-        start_method: str = "popen",
+        start_method: Any = "popen",
         cluster_environment: Any = None,
     ) -> None:
         super().__init__("cpu", precision, checkpoint_io)
         name = type(self).__name__
-        if start_method not in _STARTS:
+        if start_method not in launch.STARTS and not callable(getattr(start_method, "run", None)):
             raise MisconfigurationException(
-                f"{name}(start_method={start_method!r}) is not valid: it must be one of {list(_STARTS)}."
+                f"{name}(start_method={start_method!r}) is not valid: it must be one of {list(launch.STARTS)}, or an OnRay"
+                " object."
             )
         if timeout <= timedelta(0):
             raise MisconfigurationException(
@@ -118,9 +120,7 @@ class ParallelStrategy(Strategy):
         return worlds.OURS not in os.environ and not worlds.has_started()
 
     def run_elsewhere(self, trainer: Any, entry: str, given: Mapping[str, Any]) -> Any:
-        from leyden.strategies.launch import spawn  # noqa: PLC0415  # for those who start processes so
-
-        return spawn.run(trainer, entry, given)
+        return launch.run(self.start_method, trainer, entry, given)
 
     @property
     def cluster_environment(self) -> Any:
