@@ -87,6 +87,11 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
             if isinstance(child, LightningModule):
                 child.log_into(results)
 
+    @property
+    def results_of_run(self) -> Results | None:
+        """Where ``self.log`` stores its values now; None outside of a run."""
+        return self._results
+
     def __getstate__(self) -> dict[str, Any]:
         # what a run has put on the instance belongs to the run
         lent = (*self._adapted, *self._compiled)

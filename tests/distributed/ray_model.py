@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ranks import Net
+from ranks import Judged, Net
 
 
-class Dies(Net):
+class Dies(Judged):
     """Rank 1 is killed, once, in the middle of the second epoch; each start of rank 0 leaves a line."""
 
     def __init__(self, folder: Path) -> None:

@@ -27,6 +27,7 @@ _UNUSED = {"": {}, "_find_unused_parameters_true": {"find_unused_parameters": Tr
 STRATEGIES: dict[str, Any] = {
     "single_device": "leyden.strategies:SingleDeviceStrategy",
     "single": "leyden.strategies:SingleDeviceStrategy",
+    "dp": "leyden.strategies.data_parallel:DataParallelStrategy",
     **{
         name + suffix: ("leyden.strategies.ddp:DDPStrategy", {"start_method": start, **unused})
         for name, start in _STARTS.items()

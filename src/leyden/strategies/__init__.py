@@ -9,16 +9,21 @@ from typing import TYPE_CHECKING, Any
 from leyden.strategies.base import Strategy
 
 if TYPE_CHECKING:
+    from leyden.strategies.data_parallel import DataParallelStrategy
     from leyden.strategies.ddp import DDPStrategy
     from leyden.strategies.launch.ray import OnRay
     from leyden.strategies.parallel import ParallelStrategy
     from leyden.strategies.single import SingleDeviceStrategy
 
-__all__ = ["DDPStrategy", "OnRay", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
+__all__ = ["DDPStrategy", "DataParallelStrategy", "OnRay", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
 
 _WHERE = {
-    "DDPStrategy": "ddp", "OnRay": "launch.ray", "ParallelStrategy": "parallel", "SingleDeviceStrategy": "single",
-}  # fmt: skip
+    "DDPStrategy": "ddp",
+    "DataParallelStrategy": "data_parallel",
+    "OnRay": "launch.ray",
+    "ParallelStrategy": "parallel",
+    "SingleDeviceStrategy": "single",
+}
 """What is imported when it is asked for: the class, and the file that it is in."""
 
 

@@ -36,6 +36,8 @@ class Strategy:
     """
 
     strategy_name = "single"
+    calls: tuple[str, ...] = ()
+    """Methods of a module that this strategy calls beside the hooks."""
 
     def __init__(
         self,

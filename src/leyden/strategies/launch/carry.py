@@ -16,6 +16,7 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from leyden.errors import MisconfigurationException
+from leyden.runtime.seed import rng_state, set_rng_state
 from leyden.runtime.world import OURS, World
 from leyden.tree import move_to
 
@@ -46,8 +47,9 @@ def uncompiled(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def become(world: World, threads: int) -> None:
-    """Let this process be one of ``world``, with so many threads."""
+def become(world: World, threads: int, generators: Mapping[str, Any]) -> None:
+    """Let this process be one of ``world``, with so many threads, and the random state of the one that called."""
+    set_rng_state(generators)
     os.environ.update({**world.environment(world.local_rank), OURS: "spawn"})
     torch.set_num_threads(threads)
 
@@ -64,6 +66,7 @@ def report(trainer: Any, module: nn.Module, returned: Any, dumps: Dumps) -> dict
     return {
         "weights": move_to(dict(module.state_dict()), host),
         "metrics": {name: move_to(dict(getattr(trainer.results, name)), host) for name in _KEPT},
+        "generators": rng_state(include_cuda=False),
         "progress": trainer.progress.state_dict(),
         "state": (trainer.state.status, trainer.state.fn),
         "trainer": {name: vars(trainer)[name] for name in _OWN if name in vars(trainer)},
@@ -93,6 +96,7 @@ def take(trainer: Any, model: Any, found: Mapping[str, Any]) -> Any:
         setattr(trainer.results, name, found["metrics"][name])
     trainer.progress.load_state_dict(found["progress"])
     trainer.state.status, trainer.state.fn = found["state"]
+    set_rng_state(found["generators"])
     vars(trainer).update(found["trainer"])
     trainer.fit_loop.min_epochs, trainer.fit_loop.max_epochs = found["bounds"]
     for callback, attributes in zip(trainer.callbacks, found["callbacks"], strict=False):

@@ -28,6 +28,7 @@ import torch
 from leyden.errors import MisconfigurationException
 from leyden.runtime import collective
 from leyden.runtime.ranks import rank_zero_info
+from leyden.runtime.seed import rng_state
 from leyden.runtime.world import OURS, World
 from leyden.strategies.launch import carry
 from leyden.strategies.launch.spawn import GRACE, end_with, one_machine, parent_of
@@ -99,7 +100,7 @@ def pack(pickler: Any, trainer: Any, entry: str, arguments: Mapping[str, Any]) -
         MisconfigurationException: for what cannot be pickled.
     """
     try:
-        packed: bytes = pickler.dumps((trainer, entry, dict(arguments)))
+        packed: bytes = pickler.dumps((trainer, entry, dict(arguments), rng_state(include_cuda=False)))
     except Exception as error:
         raise MisconfigurationException(
             f"Trainer.{entry}(): the call cannot be sent to other processes: {type(error).__name__}: {error}. Open files,"
@@ -240,8 +241,8 @@ def child(name: str, rank: int, parent: int) -> None:
 
 def perform(pickler: Any, call: bytes, world: World) -> bytes:
     """Run a call that was packed as one of ``world``; return what rank 0 has to report, nothing elsewhere."""
-    carry.become(world, max((os.cpu_count() or 1) // world.local_size, 1))
-    trainer, entry, arguments = pickler.loads(call)
+    trainer, entry, arguments, generators = pickler.loads(call)
+    carry.become(world, max((os.cpu_count() or 1) // world.local_size, 1), generators)
     module = carry.uncompiled(arguments["model"])
     trainer.strategy.assign(trainer.strategy.parallel_devices, world.nodes)
     returned = getattr(trainer, entry)(**arguments)

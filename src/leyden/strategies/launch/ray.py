@@ -34,15 +34,15 @@ class OnRay:
     ::
 
         Trainer(strategy="ddp_ray", devices=4, num_nodes=2)
-        Trainer(strategy=DDPStrategy(start_method=OnRay(cpus=4, max_restarts=3)), devices=4, num_nodes=2)
+        Trainer(strategy=DDPStrategy(start_method=OnRay(num_cpus=4, max_restarts=3)), devices=4, num_nodes=2)
 
     ``devices`` actors share a node, and there are ``num_nodes`` of them. The cluster is the one that this program is
     connected to, else the one that ``RAY_ADDRESS`` names or that runs on this machine, else one that is started here for
     the length of the call.
 
     Args:
-        cpus: CPUs of each actor.
-        gpus: GPUs of each actor; None is one where the Trainer computes on GPUs, else none.
+        num_cpus: CPUs of each actor.
+        num_gpus: GPUs of each actor; None is one where the Trainer computes on GPUs, else none.
         resources: Other resources of each actor, by Ray's names.
         max_restarts: How many times all ranks are started anew when an actor dies or its machine does; a fit goes on from
             its newest checkpoint, which must lie where all nodes can read it. An exception of the program ends the run.
@@ -54,17 +54,17 @@ class OnRay:
 
     def __init__(
         self,
-        cpus: float = 1,
-        gpus: float | None = None,
+        num_cpus: float = 1,
+        num_gpus: float | None = None,
         resources: Mapping[str, float] | None = None,
         max_restarts: int = 0,
         timeout: float = 300.0,
     ) -> None:
-        numbers: dict[str, Any] = {"cpus": cpus, "gpus": gpus or 0, "max_restarts": max_restarts}
+        numbers: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus or 0, "max_restarts": max_restarts}
         for name, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
                 raise MisconfigurationException(f"OnRay({name}={value!r}) is not valid: it must be 0 or more.")
-        self.cpus, self.gpus, self.resources = cpus, gpus, dict(resources or {})
+        self.num_cpus, self.num_gpus, self.resources = num_cpus, num_gpus, dict(resources or {})
         self.max_restarts, self.timeout = max_restarts, timeout
 
     def run(self, trainer: Any, entry: str, given: Mapping[str, Any]) -> Any:
@@ -109,8 +109,8 @@ class OnRay:
                 actors.renew()
 
     def _each(self, device: str) -> dict[str, float]:
-        gpus = (1 if device == "cuda" else 0) if self.gpus is None else self.gpus
-        return {"CPU": self.cpus, **({"GPU": gpus} if gpus else {}), **self.resources}
+        cards = (1 if device == "cuda" else 0) if self.num_gpus is None else self.num_gpus
+        return {"CPU": self.num_cpus, **({"GPU": cards} if cards else {}), **self.resources}
 
 
 class _Lost(Exception):
@@ -183,7 +183,8 @@ class _Actors:
                 raise MisconfigurationException(
                     f"The Ray cluster cannot give {asked}: of these it has"
                     f" { ({name: has.get(name, 0) for name in bundle}) } in all, {free} free, on"
-                    f" {len(ray.nodes())} nodes. Ask for fewer devices or nodes, or for less with OnRay(cpus=..., gpus=...)."
+                    f" {len(ray.nodes())} nodes. Ask for fewer devices or nodes, or for less with OnRay(num_cpus=...,"
+                    " num_gpus=...)."
                 )
 
     # ------------------------------------------------------------------ a call
@@ -208,8 +209,8 @@ class _Actors:
         running = {}
         for rank, actor in enumerate(self.actors):
             mine = replace(world, rank=rank, local_rank=rank % self.on_each, node=rank // self.on_each)
-            gpus = visible([place["gpus"] for place in self.places[mine.node * self.on_each :][: self.on_each]])
-            running[actor.perform.remote(mine, gpus, path, what)] = rank
+            cards = visible([place["cards"] for place in self.places[mine.node * self.on_each :][: self.on_each]])
+            running[actor.perform.remote(mine, cards, path, what)] = rank
         reports = self._results(running)
         return reports[0]
 
@@ -297,12 +298,12 @@ class _Actors:
         self._remove(self.group)
 
 
-def visible(gpus: Sequence[Sequence[int | str]]) -> str | None:
+def visible(cards: Sequence[Sequence[int | str]]) -> str | None:
     """Return what CUDA_VISIBLE_DEVICES is in each process of a node, given the GPUs that each was given; None for none.
 
     All see those of all, so that each can reach its neighbour's, and the local rank is the index of its own.
     """
-    seen = [str(index) for mine in gpus for index in mine]
+    seen = [str(index) for mine in cards for index in mine]
     return ",".join(dict.fromkeys(seen)) or None
 
 
@@ -319,17 +320,17 @@ class _Rank:
         context = ray.get_runtime_context()
         return {
             "pid": os.getpid(), "node": context.get_node_id(), "address": ray.util.get_node_ip_address(),
-            "gpus": ray.get_gpu_ids(),
+            "cards": ray.get_gpu_ids(),
         }  # fmt: skip
 
     def serve(self, address: str) -> int:
         """Open the store at which all meet; return its port."""
         return collective.serve(address)
 
-    def perform(self, world: World, gpus: str | None, path: Sequence[str], call: bytes) -> Any:
+    def perform(self, world: World, cards: str | None, path: Sequence[str], call: bytes) -> Any:
         """Run the call as one of ``world``; return the report of rank 0, or what it failed with as a tuple."""
-        if gpus is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+        if cards is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = cards
         sys.path += [entry for entry in path if entry not in sys.path and os.path.exists(entry)]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -25,6 +25,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from leyden.errors import MisconfigurationException
 from leyden.runtime import collective
+from leyden.runtime.seed import rng_state
 from leyden.runtime.world import World
 from leyden.strategies.launch import carry
 
@@ -60,7 +61,11 @@ def run(trainer: Any, entry: str, given: Mapping[str, Any], method: str) -> Any:
     with tempfile.TemporaryDirectory(prefix="leyden-") as folder:
         report, parent = Path(folder) / "report", parent_of(method)
         context = start_processes(  # type: ignore[no-untyped-call]
-            _process, (world, parent, method, trainer, entry, arguments, report), size, join=False, start_method=method
+            _process,
+            (world, parent, method, trainer, entry, arguments, report, rng_state(include_cuda=False)),
+            size,
+            join=False,
+            start_method=method,
         )
         _join(context, reaches=not parent)
         if not report.exists():
@@ -110,13 +115,13 @@ def _join(context: Any, reaches: bool) -> None:
 
 def _process(
     local_rank: int, world: World, parent: int, method: str, trainer: Any, entry: str, arguments: Mapping[str, Any],
-    report: Path,
+    report: Path, generators: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """What one of the processes does."""
     end_with(parent)
     world = replace(world, rank=local_rank, local_rank=local_rank)
     # a copied process must not use the threads of its parent, which are not there
-    carry.become(world, 1 if method == "fork" else max((os.cpu_count() or 1) // world.size, 1))
+    carry.become(world, 1 if method == "fork" else max((os.cpu_count() or 1) // world.size, 1), generators)
     module = carry.uncompiled(arguments["model"])
     carry.own_memory(module)
     trainer.strategy.assign(trainer.strategy.parallel_devices, 1)
