@@ -95,5 +95,5 @@ def test_d1_in_fresh_processes_the_traceback_of_the_first_comes_with_the_error()
 def test_what_cannot_be_sent_is_an_error_before_anything_starts() -> None:
     module = Net()
     module.lock = threading.Lock()  # type: ignore[assignment]
-    with pytest.raises(MisconfigurationException, match=r"Trainer.fit\(\): the call cannot be sent .*lock"):
+    with pytest.raises(MisconfigurationException, match=r"The call cannot be sent .*lock"):
         make_trainer(strategy=DDPStrategy(start_method="fresh")).fit(module, DataLoader(data(24), 3))

@@ -107,7 +107,7 @@ def _remote(start: Any, accelerator: Any, devices: Any) -> list[torch.device] | 
     Raises:
         MisconfigurationException: where they are not counted: nobody here knows what that machine has.
     """
-    if not (start == "ray" or hasattr(start, "run")) or str(accelerator).lower() not in ("gpu", "cuda"):
+    if not (start == "ray" or hasattr(start, "call")) or str(accelerator).lower() not in ("gpu", "cuda"):
         return None
     if "RANK" in os.environ or (torch.cuda.is_available() and not isinstance(devices, int)):
         return None

@@ -62,7 +62,7 @@ class ParallelStrategy(Strategy):
     ) -> None:
         super().__init__("cpu", precision, checkpoint_io)
         name = type(self).__name__
-        if start_method not in launch.STARTS and not callable(getattr(start_method, "run", None)):
+        if start_method not in launch.STARTS and not callable(getattr(start_method, "call", None)):
             raise MisconfigurationException(
                 f"{name}(start_method={start_method!r}) is not valid: it must be one of {list(launch.STARTS)}, or an OnRay"
                 " object."
@@ -120,7 +120,7 @@ class ParallelStrategy(Strategy):
         return worlds.OURS not in os.environ and not worlds.has_started()
 
     def run_elsewhere(self, trainer: Any, entry: str, given: Mapping[str, Any]) -> Any:
-        return launch.run(self.start_method, trainer, entry, given)
+        return launch.run(trainer, entry, given)
 
     @property
     def cluster_environment(self) -> Any:

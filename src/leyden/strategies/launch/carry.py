@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import pickle
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -18,12 +19,13 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from leyden.errors import MisconfigurationException
 from leyden.runtime.seed import rng_state, set_rng_state
 from leyden.runtime.world import OURS, World
-from leyden.tree import move_to
+from leyden.tree import leaves, move_to
 
+PICKLER: Any = pickle
+"""What pickles in this process: cloudpickle, where it was sent what it runs by that."""
 _KEPT = ("callback", "logged", "bar")
 _OWN = ("history", "should_stop", "_bounds_known", "_ckpt_path", "_dated")
 """What a Trainer knows after a run, for the next one."""
-Dumps = Callable[[Any], bytes]
 
 
 def arguments_of(trainer: Any, entry: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,14 +56,32 @@ def become(world: World, threads: int, generators: Mapping[str, Any]) -> None:
     torch.set_num_threads(threads)
 
 
+def modules_in(arguments: Any) -> list[nn.Module]:
+    """Return the modules among the arguments of a call."""
+    return [item for item in leaves(arguments) if isinstance(item, nn.Module)]
+
+
 def own_memory(module: nn.Module) -> None:
     """Give this process weights of its own: pickled tensors lie in memory that the processes share."""
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = tensor.data.clone()
 
 
-def report(trainer: Any, module: nn.Module, returned: Any, dumps: Dumps) -> dict[str, Any]:
-    """Return what the process that called wants to know, on the CPU; attributes of callbacks that ``dumps`` can pickle."""
+def entry(trainer: Any, name: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Run ``trainer.<name>``, in one of the processes; return what the one that called wants to know, on rank 0."""
+    returned = getattr(trainer, name)(**arguments)
+    return _report(trainer, uncompiled(arguments["model"]), returned) if trainer.is_global_zero else None
+
+
+def again(function: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of a call whose processes start anew: a fit goes on from its newest checkpoint."""
+    if function is not entry or arguments[1] != "fit":
+        return arguments
+    trainer, name, given = arguments
+    return trainer, name, {**given, "ckpt_path": "last"}
+
+
+def _report(trainer: Any, module: nn.Module, returned: Any) -> dict[str, Any]:
     host = torch.device("cpu")
     return {
         "weights": move_to(dict(module.state_dict()), host),
@@ -71,17 +91,17 @@ def report(trainer: Any, module: nn.Module, returned: Any, dumps: Dumps) -> dict
         "state": (trainer.state.status, trainer.state.fn),
         "trainer": {name: vars(trainer)[name] for name in _OWN if name in vars(trainer)},
         "bounds": (trainer.fit_loop.min_epochs, trainer.fit_loop.max_epochs),
-        "callbacks": [_picklable(vars(callback), dumps) for callback in trainer.callbacks],
+        "callbacks": [_picklable(vars(callback)) for callback in trainer.callbacks],
         "versions": [logger.version for logger in trainer.loggers if hasattr(logger, "follow")],
         "returned": move_to(returned, host),
     }
 
 
-def _picklable(attributes: Mapping[str, Any], dumps: Dumps) -> dict[str, Any]:
+def _picklable(attributes: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for name, value in attributes.items():
         with contextlib.suppress(Exception):
-            dumps(value)
+            PICKLER.dumps(value)
             found[name] = value
     return found
 
@@ -119,11 +139,11 @@ class Failure(NamedTuple):
     """The exception itself, where it can be pickled."""
 
 
-def failure(rank: int, error: BaseException, dumps: Dumps) -> Failure:
+def failure(rank: int, error: BaseException) -> Failure:
     """Return what is said of an exception that ended a process."""
     when, text, pickled = time.time(), "".join(traceback.format_exception(error)), None
     with contextlib.suppress(Exception):
-        pickled = dumps(error.with_traceback(None))
+        pickled = PICKLER.dumps(error.with_traceback(None))
     return Failure(when, rank, text, pickled)
 
 

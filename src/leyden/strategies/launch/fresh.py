@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one call of a Trainer in fresh interpreters, to which it is pickled by value, and brings back what it changed.
+"""Runs one call in fresh interpreters, to which it is pickled by value, and brings back its result.
 
 For notebooks and interactive sessions: what is defined in a cell, lambdas and local classes travel too, and it does not
 matter whether CUDA or threads are in use in the kernel already.
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,49 +62,46 @@ def way_of_notebooks() -> str:
     return "fresh"
 
 
-def run(trainer: Any, entry: str, given: Mapping[str, Any]) -> Any:
-    """Run ``trainer.<entry>`` in fresh interpreters on this machine; return what it returned on rank 0.
+def call(strategy: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run ``function(*arguments)`` in fresh interpreters on this machine; return what it returned on rank 0.
 
-    The module has the weights of rank 0 afterwards, and the Trainer its metrics, counters and the state of its callbacks.
-    A module that is on a GPU is brought to the host before it travels.
+    A module that is on a GPU is brought to the host before it travels. See ``launch.call``.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: with the traceback of the process that failed first.
         MisconfigurationException: where processes cannot be started so, or something cannot be pickled.
     """
-    pickler = _cloudpickle()
-    strategy, size = trainer.strategy, trainer.strategy.num_processes
+    pickler, size = _cloudpickle(), strategy.num_processes
     one_machine(strategy, "fresh")
-    arguments = carry.arguments_of(trainer, entry, given)
-    module = carry.uncompiled(arguments["model"])
-    arguments["model"] = module.cpu()
+    packed = pack(pickler, strategy, function, arguments)
     world = World(size=size, local_size=size, port=collective.serve())
     with tempfile.TemporaryDirectory(prefix="leyden-") as name:
         folder = Path(name)
         (folder / "path").write_text(json.dumps(sys.path))
         with (folder / "call").open("wb") as file:
             pickle.dump({"world": world, "argv": list(sys.argv), "installed": _answers_foreign_names()}, file)
-            file.write(pack(pickler, trainer, entry, arguments))
+            file.write(packed)
         _Processes(folder, world, pickler.loads).wait()
         report = folder / "report"
         if not report.exists():
-            raise RuntimeError(f"Trainer.{entry}: rank 0 has ended without a result.")
-        found = pickler.loads(report.read_bytes())  # written by our own child, where nobody else can write
-    return carry.take(trainer, module, found)
+            raise RuntimeError("Rank 0 has ended without a result.")
+        return pickler.loads(report.read_bytes())  # written by our own child, where nobody else can write
 
 
-def pack(pickler: Any, trainer: Any, entry: str, arguments: Mapping[str, Any]) -> bytes:
-    """Return the call, pickled by value.
+def pack(pickler: Any, strategy: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
+    """Return a call, pickled by value, with the random state of this process; modules in it are on the host.
 
     Raises:
         MisconfigurationException: for what cannot be pickled.
     """
+    for module in carry.modules_in(arguments):
+        module.cpu()
     try:
-        packed: bytes = pickler.dumps((trainer, entry, dict(arguments), rng_state(include_cuda=False)))
+        packed: bytes = pickler.dumps((strategy, function, arguments, rng_state(include_cuda=False)))
     except Exception as error:
         raise MisconfigurationException(
-            f"Trainer.{entry}(): the call cannot be sent to other processes: {type(error).__name__}: {error}. Open files,"
-            " locks and connections must be made in setup(), not before."
+            f"The call cannot be sent to other processes: {type(error).__name__}: {error}. Open files, locks and connections"
+            " must be made in setup(), not before."
         ) from error
     return packed
 
@@ -232,7 +229,7 @@ def child(name: str, rank: int, parent: int) -> None:
             temporary.rename(folder / "report")
     except BaseException as error:
         temporary = folder / f"part{rank}"
-        temporary.write_bytes(pickle.dumps(tuple(carry.failure(rank, error, pickler.dumps))))
+        temporary.write_bytes(pickle.dumps(tuple(carry.failure(rank, error))))
         temporary.rename(folder / f"failed{rank}")
         sys.stdout.flush()
         os._exit(1)  # the others wait for nothing from this one any more
@@ -240,14 +237,12 @@ def child(name: str, rank: int, parent: int) -> None:
 
 
 def perform(pickler: Any, call: bytes, world: World) -> bytes:
-    """Run a call that was packed as one of ``world``; return what rank 0 has to report, nothing elsewhere."""
-    trainer, entry, arguments, generators = pickler.loads(call)
+    """Run a call that was packed as one of ``world``; return what it returned on rank 0, pickled, and nothing elsewhere."""
+    carry.PICKLER = pickler
+    strategy, function, arguments, generators = pickler.loads(call)
     carry.become(world, max((os.cpu_count() or 1) // world.local_size, 1), generators)
-    module = carry.uncompiled(arguments["model"])
-    trainer.strategy.assign(trainer.strategy.parallel_devices, world.nodes)
-    returned = getattr(trainer, entry)(**arguments)
-    report: bytes = b""
-    if world.rank == 0:
-        report = pickler.dumps(carry.report(trainer, module, returned, pickler.dumps))
-    trainer.strategy.barrier("call")
+    strategy.assign(strategy.parallel_devices, world.nodes)
+    returned = function(*arguments)
+    report: bytes = pickler.dumps(returned) if world.rank == 0 else b""
+    strategy.barrier("call")
     return report

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one call of a Trainer in actors of a Ray cluster, and brings back what it changed.
+"""Runs one call in actors of a Ray cluster, and brings back its result.
 
 Ray places the actors, starts them anew when they die, and carries the call there and its results back; the ranks then meet
 through torch.distributed, as everywhere.
@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -67,11 +67,8 @@ class OnRay:
         self.num_cpus, self.num_gpus, self.resources = num_cpus, num_gpus, dict(resources or {})
         self.max_restarts, self.timeout = max_restarts, timeout
 
-    def run(self, trainer: Any, entry: str, given: Mapping[str, Any]) -> Any:
-        """Run ``trainer.<entry>`` in actors; return what it returned on rank 0.
-
-        The module has the weights of rank 0 afterwards, and the Trainer its metrics, counters and the state of its
-        callbacks. No actor is left.
+    def call(self, strategy: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run ``function(*arguments)`` in actors; return what it returned on rank 0. See ``launch.call``. No actor is left.
 
         Raises:
             torch.multiprocessing.ProcessRaisedException: with the traceback of the rank that failed first.
@@ -79,33 +76,29 @@ class OnRay:
             MisconfigurationException: where Ray is missing, or the cluster has not what is asked for.
         """
         ray = _ray()
-        strategy = trainer.strategy
-        arguments = carry.arguments_of(trainer, entry, given)
-        module = carry.uncompiled(arguments["model"])
-        arguments["model"] = module.cpu()
         each = self._each(strategy.root_device.type)
         with _connected(ray, each["CPU"] * strategy.world_size):
             actors = _Actors(ray, self, each, strategy.num_nodes, strategy.num_processes)
             try:
-                found = self._until_done(ray, actors, trainer, entry, arguments)
+                return self._until_done(ray, actors, strategy, function, arguments)
             finally:
                 actors.close()
-        return carry.take(trainer, module, found)
 
-    def _until_done(self, ray: Any, actors: _Actors, trainer: Any, entry: str, arguments: dict[str, Any]) -> Any:
+    def _until_done(
+        self, ray: Any, actors: _Actors, strategy: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+    ) -> Any:
         restarts = 0
         while True:
-            call = pack(ray.cloudpickle, trainer, entry, arguments)
+            packed = pack(ray.cloudpickle, strategy, function, arguments)
             try:
-                return ray.cloudpickle.loads(actors.perform(call))
+                return ray.cloudpickle.loads(actors.perform(packed))
             except _Lost as lost:
                 if restarts >= self.max_restarts:
                     more = "" if self.max_restarts else " OnRay(max_restarts=n) starts all ranks anew, n times."
-                    raise RuntimeError(f"Trainer.{entry}: {lost}{more}") from lost.__cause__
+                    raise RuntimeError(f"{lost}{more}") from lost.__cause__
                 restarts += 1
                 rank_zero_warn(f"{lost} All ranks start anew ({restarts} of {self.max_restarts}).")
-                if entry == "fit":
-                    arguments["ckpt_path"] = "last"
+                arguments = carry.again(function, arguments)
                 actors.renew()
 
     def _each(self, device: str) -> dict[str, float]:
@@ -334,8 +327,7 @@ class _Rank:
         sys.path += [entry for entry in path if entry not in sys.path and os.path.exists(entry)]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        pickler = _ray().cloudpickle
         try:
-            return perform(pickler, call, world)
+            return perform(_ray().cloudpickle, call, world)
         except BaseException as error:
-            return tuple(carry.failure(world.rank, error, pickler.dumps))
+            return tuple(carry.failure(world.rank, error))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one call of a Trainer in processes that ``multiprocessing`` starts for it, and brings back what it changed.
+"""Runs one call in processes that ``multiprocessing`` starts for it, and brings back its result.
 
-For interactive sessions and tests: there is no script to run once more, and the caller goes on afterwards with the
-trained module in its own process. With ``"fork"`` the processes are copies of this one; with ``"spawn"`` and
+For interactive sessions and tests: there is no script to run once more, and the caller goes on afterwards in its own
+process. With ``"fork"`` the processes are copies of this one; with ``"spawn"`` and
 ``"forkserver"`` they are fresh interpreters, to which everything is pickled.
 """
 
@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,22 +32,19 @@ GRACE = 5.0
 """Seconds that the processes have to end, when one of them has failed."""
 
 
-def run(trainer: Any, entry: str, given: Mapping[str, Any], method: str) -> Any:
-    """Run ``trainer.<entry>`` in all processes; return what it returned on rank 0.
-
-    The module has the weights of rank 0 afterwards, and the Trainer its metrics, counters and the state of its callbacks.
+def call(strategy: Any, function: Callable[..., Any], *arguments: Any, method: str) -> Any:
+    """Run ``function(*arguments)`` in all processes; return what it returned on rank 0. See ``launch.call``.
 
     Args:
-        trainer: The Trainer, whose strategy says how many processes there are.
-        entry: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-        given: The arguments of the call, among others; ``"model"`` is the module, None the last one.
+        strategy: Says how many processes there are.
+        function: What they run.
+        arguments: What it gets.
         method: ``"spawn"``, ``"fork"`` or ``"forkserver"``.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: with the traceback of the process that failed first.
         MisconfigurationException: where processes cannot be started so.
     """
-    strategy = trainer.strategy
     size, name = strategy.num_processes, type(strategy).__name__
     if method == "fork" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise MisconfigurationException(
@@ -56,23 +52,18 @@ def run(trainer: Any, entry: str, given: Mapping[str, Any], method: str) -> Any:
             " Use strategy='ddp_notebook', or strategy='ddp_spawn' in a script."
         )
     one_machine(strategy, method)
-    arguments = carry.arguments_of(trainer, entry, given)
     world = World(size=size, local_size=size, port=collective.serve())
     with tempfile.TemporaryDirectory(prefix="leyden-") as folder:
         report, parent = Path(folder) / "report", parent_of(method)
+        work = strategy, function, arguments, rng_state(include_cuda=False)
         context = start_processes(  # type: ignore[no-untyped-call]
-            _process,
-            (world, parent, method, trainer, entry, arguments, report, rng_state(include_cuda=False)),
-            size,
-            join=False,
-            start_method=method,
+            _process, (world, parent, method, work, report), size, join=False, start_method=method
         )
         _join(context, reaches=not parent)
         if not report.exists():
-            raise RuntimeError(f"Trainer.{entry}: rank 0 has ended without a result.")
+            raise RuntimeError("Rank 0 has ended without a result.")
         # written by our own child, in a folder that nobody else can write to
-        found = torch.load(report, weights_only=False)
-    return carry.take(trainer, arguments["model"], found)
+        return torch.load(report, weights_only=False)
 
 
 def one_machine(strategy: Any, method: str) -> None:
@@ -113,24 +104,22 @@ def _join(context: Any, reaches: bool) -> None:
             interrupted = True
 
 
-def _process(
-    local_rank: int, world: World, parent: int, method: str, trainer: Any, entry: str, arguments: Mapping[str, Any],
-    report: Path, generators: Mapping[str, Any],
-) -> None:  # fmt: skip
+def _process(local_rank: int, world: World, parent: int, method: str, work: tuple[Any, ...], report: Path) -> None:
     """What one of the processes does."""
     end_with(parent)
+    strategy, function, arguments, generators = work
     world = replace(world, rank=local_rank, local_rank=local_rank)
     # a copied process must not use the threads of its parent, which are not there
     carry.become(world, 1 if method == "fork" else max((os.cpu_count() or 1) // world.size, 1), generators)
-    module = carry.uncompiled(arguments["model"])
-    carry.own_memory(module)
-    trainer.strategy.assign(trainer.strategy.parallel_devices, 1)
-    returned = getattr(trainer, entry)(**arguments)
+    for module in carry.modules_in(arguments):
+        carry.own_memory(carry.uncompiled(module))
+    strategy.assign(strategy.parallel_devices, 1)
+    returned = function(*arguments)
     if local_rank == 0:
         temporary = report.with_suffix(".part")
-        torch.save(carry.report(trainer, module, returned, pickle.dumps), temporary)
+        torch.save(returned, temporary)
         temporary.rename(report)
-    trainer.strategy.barrier("spawn")
+    strategy.barrier("spawn")
     collective.part()
 
 
