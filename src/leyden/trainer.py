@@ -192,14 +192,12 @@ class Trainer(TrainerFace):
             explicit=given,
         )
         self._given: Any = None
-        self._datamodule: Any = None
         self._session: Session | None = None
         self._interrupt = Interrupt()
         self._cluster = hardware.cluster(plugins, self._strategy)
-        self._ckpt_path: Any = None
+        self._datamodule = self._ckpt_path = self._recorder = None
         self._dated = False
         self._told_semantics = semantics is not None
-        self._recorder: Any = None
 
     # ------------------------------------------------------------------ entry points
 
@@ -305,6 +303,7 @@ class Trainer(TrainerFace):
         return_predictions: bool | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
+        gather: bool = False,
     ) -> list[Any] | None:
         """Run ``predict_step`` over all batches; return what it returned, as a list (of lists, with several loaders).
 
@@ -315,6 +314,7 @@ class Trainer(TrainerFace):
             return_predictions: False keeps nothing in memory and returns None.
             ckpt_path: As in ``validate``.
             weights_only: As in ``fit``.
+            gather: With several processes, return on each what all have predicted, in the order of the data.
         """
         if self._strategy.spawns:
             return self._strategy.run_elsewhere(self, "predict", locals())  # type: ignore[no-any-return]
@@ -323,7 +323,7 @@ class Trainer(TrainerFace):
         predictions: list[Any] | None = None
         with self._running(TrainerFn.PREDICTING, RunningStage.PREDICTING):
             session = self._start(model, {"predict": dataloaders}, datamodule, ckpt_path, weights_only, provided)
-            self.predict_loop.return_predictions = return_predictions is not False
+            self.predict_loop.return_predictions, self.predict_loop.gather = return_predictions is not False, gather
             predictions = self.predict_loop.run(session)
             self._end(session)
         return predictions
