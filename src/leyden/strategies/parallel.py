@@ -100,7 +100,9 @@ class ParallelStrategy(Strategy):
             environment.set_world_size(self._world.size)
             environment.set_global_rank(self._world.rank)
         elif (found := worlds.joined()) is None:
-            self._world = worlds.planned(len(devices), num_nodes)
+            elsewhere = self.start_method == "ray" or not isinstance(self.start_method, str)
+            whole = World(size=len(devices) * num_nodes, local_size=len(devices))  # whoever starts them knows the nodes
+            self._world = whole if elsewhere else worlds.planned(len(devices), num_nodes)
         else:
             if found.size != len(devices) * num_nodes:
                 starter = _STARTERS.get(found.starter, found.starter)
