@@ -97,8 +97,20 @@ def strategy(
         given.precision = plugin or make_precision(precision, given.root_device)
     if checkpoint_io is not None:
         given.checkpoint_io = checkpoint_io
+    _tell(given, chosen, num_nodes)
     fits = accelerator != "auto" or given.root_device.type == backend.name()
     return given, backend if fits else make_accelerator(given.root_device.type)
+
+
+def _tell(used: Strategy, chosen: list[torch.device], num_nodes: int) -> None:
+    """Say which devices a Trainer uses, unless that is the CPU in one process."""
+    names = [str(device) for device in getattr(used, "parallel_devices", None) or chosen]
+    if used.root_device.type == "cpu":
+        if len(names) * num_nodes == 1:
+            return
+        names = [f"{len(names)} times the CPU"]
+    where = f" on each of {num_nodes} nodes" if num_nodes > 1 else ""
+    rank_zero_info(f"Devices: {', '.join(names)}{where}, by {type(used).__name__}.")
 
 
 def _remote(start: Any, accelerator: Any, devices: Any) -> list[torch.device] | None:
