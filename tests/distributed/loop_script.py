@@ -20,7 +20,7 @@ os.makedirs(FOLDER / "outputs", exist_ok=True)
 os.chdir(FOLDER / "outputs")
 sys.argv = ["changed", "by=hydra"]
 found = []
-for turn in range(2):
+for _turn in range(2):
     module, loader = Judged(), DataLoader(data(24), 3, shuffle=True)
     trainer = make_trainer(2, max_epochs=1)
     trainer.fit(module, loader)

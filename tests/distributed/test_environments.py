@@ -13,6 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from leyden.runtime.cluster import LightningEnvironment
+from leyden.runtime.world import OURS
+from leyden.strategies import DDPStrategy
+from ranks import Net, data, make_trainer, on_ranks
 
 SCRIPT = Path(__file__).with_name("environment_script.py")
 
@@ -98,3 +105,40 @@ def test_an_environment_that_starts_nothing_has_us_start_the_others(tmp_path: Pa
     command = [sys.executable, str(SCRIPT), str(tmp_path), name]
     ranks = _run([command], tmp_path, [{"OWN_PORT": _free_port()}])
     assert [rank["said"][:2] for rank in ranks] == [[0, 2], [1, 2]]
+
+
+def _in_ray_train(port: str) -> Any:
+    """What a worker of Ray Train does: its process group is there, and its classes say which worker it is."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    del os.environ[OURS]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
+    torch.distributed.init_process_group("gloo", init_method="env://")
+
+    class RayLightningEnvironment(LightningEnvironment):
+        def world_size(self) -> int:
+            return size
+
+        def global_rank(self) -> int:
+            return rank
+
+        def set_world_size(self, size: int) -> None:
+            pass
+
+        def set_global_rank(self, rank: int) -> None:
+            pass
+
+    class RayDDPStrategy(DDPStrategy):
+        @property
+        def root_device(self) -> torch.device:
+            return torch.device("cpu")
+
+    module = Net()
+    trainer = make_trainer("auto", strategy=RayDDPStrategy(), plugins=[RayLightningEnvironment()], max_epochs=1)
+    trainer.fit(module, DataLoader(data(24), 3))
+    return trainer.world_size, trainer.global_rank, trainer.global_step, module.layer[0].weight.tolist()
+
+
+def test_the_environment_and_strategy_of_ray_train_are_drop_ins() -> None:
+    ranks = on_ranks(2, _in_ray_train, _free_port())
+    assert [rank[:3] for rank in ranks] == [(2, 0, 4), (2, 1, 4)]
+    assert ranks[0][3] == ranks[1][3]

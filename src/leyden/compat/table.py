@@ -132,6 +132,8 @@ _BEFORE_2 = (
     ("core.lightning", "leyden", "LightningModule"),
     ("loggers.base", "leyden.loggers.base", "DummyExperiment DummyLogger LightningLoggerBase=Logger"),
     ("loggers.base", "leyden.loggers.base", "rank_zero_experiment"),
+    ("strategies", "leyden.strategies", "DataParallelStrategy"),
+    ("strategies.dp", "leyden.strategies", "DataParallelStrategy"),
     ("profiler", "leyden.profilers", "BaseProfiler=Profiler PassThroughProfiler Profiler SimpleProfiler"),
     ("trainer.supporters", "leyden", "CombinedLoader"),
     ("utilities", "leyden.errors", "MisconfigurationException"),
