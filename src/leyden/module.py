@@ -131,6 +131,8 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
     def _tensors(self) -> Iterator[Tensor]:
         yield from self.parameters()
         yield from self.buffers()
+        for child in self.modules():  # of a copy that torch has made for one of several GPUs
+            yield from vars(child).get("_former_parameters", {}).values()
 
     @property
     def example_input_array(self) -> Any:

@@ -88,7 +88,7 @@ class Trainer(TrainerFace):
         profiler: ``"simple"`` or a Profiler.
         detect_anomaly: Find the operation that made a NaN; slow.
         barebones: Everything off that costs time.
-        plugins: A Precision, a CheckpointIO, a SLURMEnvironment, or a list of one of each.
+        plugins: A Precision, a CheckpointIO, a ClusterEnvironment, or a list of one of each.
         sync_batchnorm: Share batch statistics between several devices.
         reload_dataloaders_every_n_epochs: Ask for new loaders every n epochs; 0 is never.
         default_root_dir: Where logs and checkpoints go; None is the working directory.

@@ -165,3 +165,50 @@ def test_what_cannot_be_is_an_error() -> None:
 def test_a_strategy_object_has_its_own_devices() -> None:
     trainer = make_trainer("auto", strategy=DataParallelStrategy([CPU, CPU, CPU]))
     assert (trainer.num_devices, trainer.world_size) == (3, 1)
+
+
+class Copied(Counted):
+    """What GPUs get: each part a copy, which has no parameters that count as its own."""
+
+    copies: list[int]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.copies.append(id(self))
+        assert self.device == CPU
+        assert self.dtype == torch.float32
+        return super().training_step(batch, batch_idx)
+
+
+def test_the_parts_of_gpus_run_in_copies_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    def replicate(module: Any, devices: Any, detach: bool) -> list[Any]:
+        assert detach is not torch.is_grad_enabled()
+        return [_replica(module) for _ in devices]
+
+    def parallel_apply(steps: Any, calls: Any, devices: Any) -> list[Any]:
+        return [step(*call) for step, call in zip(steps, calls, strict=True)]
+
+    monkeypatch.setattr(torch.nn.parallel, "replicate", replicate)
+    monkeypatch.setattr(torch.nn.parallel, "parallel_apply", parallel_apply)
+    monkeypatch.setattr(DataParallelStrategy, "_on_host", DataParallelStrategy._on_gpus)
+    single, double = Counted(), Copied()
+    double.copies = []
+    one, two = _run(single, "single", 1), _run(double, "dp", 2)
+    assert id(double) not in double.copies
+    for mine, theirs in zip(single.parameters(), double.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+    for name in ("mean", "sum", "max", "loss_epoch", "val"):
+        assert two.callback_metrics[name].item() == pytest.approx(one.callback_metrics[name].item(), abs=1e-5), name
+    double.training_step = lambda batch, batch_idx: single.loss(batch)  # type: ignore[method-assign]
+    with pytest.raises(MisconfigurationException, match="is no method of Copied. Write it in the class"):
+        _run(double, "dp", 2)
+
+
+def _replica(module: Any) -> Any:
+    """A copy as torch makes it for a GPU: its parameters are plain attributes."""
+    copied = module._replicate_for_data_parallel()
+    copied._former_parameters = dict(module._parameters)
+    for name, child in module._modules.items():
+        setattr(copied, name, _replica(child))
+    for name, parameter in module._parameters.items():
+        object.__setattr__(copied, name, parameter * 1.0)
+    return copied

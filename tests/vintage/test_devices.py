@@ -55,6 +55,11 @@ def test_each_way_to_ask_for_devices_has_its_strategy(
     assert (given["accelerator"], given["devices"], given["strategy"]) == expected
 
 
+def test_num_processes_alone_is_not_of_2019() -> None:
+    with pytest.raises(TypeError, match="num_processes.*devices"):
+        ptl.Trainer(num_processes=2)
+
+
 def test_in_a_session_the_processes_are_those_of_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     given: dict[str, Any] = {"accelerator": "auto", "devices": "auto", "strategy": "auto", "num_nodes": 1}

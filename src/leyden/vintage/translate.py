@@ -48,7 +48,9 @@ def arguments(old: Mapping[str, Any], given: dict[str, Any], hint: Callable[[str
         TypeError: for a name that is neither of then nor of today.
         MisconfigurationException: for a value that cannot be, or for both names of one thing.
     """
-    rows = {row.name: row for row in (*TRAINER_ARGUMENTS, *SOON_AFTER)}
+    rows = {row.name: row for row in TRAINER_ARGUMENTS}
+    if any(name in rows for name in old):  # alone, the others are of a later year, whose defaults are today's
+        rows |= {row.name: row for row in SOON_AFTER}
     for name, value in old.items():
         if name not in rows:
             raise TypeError(f"Trainer() has no argument {name!r}.{hint(name, [*given, *rows])}")
