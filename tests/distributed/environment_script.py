@@ -56,7 +56,7 @@ class Starts(cluster.ClusterEnvironment):
 
 
 environment = {"Own": Own, "Starts": Starts}[NAME]() if NAME in ("Own", "Starts") else getattr(cluster, NAME)()
-trainer = make_trainer(2, max_epochs=1, plugins=[environment])
+trainer = make_trainer(2, max_epochs=1, plugins=[environment], num_nodes=int(os.environ.get("NODES", "1")))
 module = Net()
 trainer.fit(module, DataLoader(data(24), 3))
 named = trainer.strategy.cluster_environment

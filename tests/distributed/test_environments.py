@@ -107,6 +107,28 @@ def test_an_environment_that_starts_nothing_has_us_start_the_others(tmp_path: Pa
     assert [rank["said"][:2] for rank in ranks] == [[0, 2], [1, 2]]
 
 
+@pytest.mark.slow
+def test_a_script_that_is_started_by_hand_on_each_machine_starts_the_others_of_it(tmp_path: Path) -> None:
+    where = {"NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "LightningEnvironment"]
+    started = [
+        subprocess.Popen(
+            command, env=_environment(**where, NODE_RANK=str(node)), cwd=tmp_path, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
+    assert [(rank["size"], rank["local"], rank["steps"]) for rank in ranks] == [(4, 0, 2), (4, 1, 2)] * 2
+    assert all(rank["weight"] == ranks[0]["weight"] for rank in ranks)
+
+
 def _in_ray_train(port: str) -> Any:
     """What a worker of Ray Train does: its process group is there, and its classes say which worker it is."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
