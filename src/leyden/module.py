@@ -87,6 +87,11 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
             if isinstance(child, LightningModule):
                 child.log_into(results)
 
+    @property
+    def results_of_run(self) -> Results | None:
+        """Where ``self.log`` stores its values now; None outside of a run."""
+        return self._results
+
     def __getstate__(self) -> dict[str, Any]:
         # what a run has put on the instance belongs to the run
         lent = (*self._adapted, *self._compiled)
@@ -126,6 +131,8 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
     def _tensors(self) -> Iterator[Tensor]:
         yield from self.parameters()
         yield from self.buffers()
+        for child in self.modules():  # of a copy that torch has made for one of several GPUs
+            yield from vars(child).get("_former_parameters", {}).values()
 
     @property
     def example_input_array(self) -> Any:

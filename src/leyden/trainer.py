@@ -88,7 +88,7 @@ class Trainer(TrainerFace):
         profiler: ``"simple"`` or a Profiler.
         detect_anomaly: Find the operation that made a NaN; slow.
         barebones: Everything off that costs time.
-        plugins: A Precision, a CheckpointIO, a SLURMEnvironment, or a list of one of each.
+        plugins: A Precision, a CheckpointIO, a ClusterEnvironment, or a list of one of each.
         sync_batchnorm: Share batch statistics between several devices.
         reload_dataloaders_every_n_epochs: Ask for new loaders every n epochs; 0 is never.
         default_root_dir: Where logs and checkpoints go; None is the working directory.
@@ -195,7 +195,7 @@ class Trainer(TrainerFace):
         self._given: Any = None
         self._session: Session | None = None
         self._interrupt = Interrupt()
-        self._cluster = hardware.cluster(plugins)
+        self._cluster = hardware.cluster(plugins, self._strategy)
         self._datamodule = self._ckpt_path = self._recorder = None
         self._dated = False
         self._told_semantics = semantics is not None
@@ -304,6 +304,7 @@ class Trainer(TrainerFace):
         return_predictions: bool | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
+        gather: bool = False,
     ) -> list[Any] | None:
         """Run ``predict_step`` over all batches; return what it returned, as a list (of lists, with several loaders).
 
@@ -314,6 +315,7 @@ class Trainer(TrainerFace):
             return_predictions: False keeps nothing in memory and returns None.
             ckpt_path: As in ``validate``.
             weights_only: As in ``fit``.
+            gather: With several processes, return on each what all have predicted, in the order of the data.
         """
         if self._strategy.spawns:
             return self._strategy.run_elsewhere(self, "predict", locals())  # type: ignore[no-any-return]
@@ -322,7 +324,7 @@ class Trainer(TrainerFace):
         predictions: list[Any] | None = None
         with self._running(TrainerFn.PREDICTING, RunningStage.PREDICTING):
             session = self._start(model, {"predict": dataloaders}, datamodule, ckpt_path, weights_only, provided)
-            self.predict_loop.return_predictions = return_predictions is not False
+            self.predict_loop.return_predictions, self.predict_loop.gather = return_predictions is not False, gather
             predictions = self.predict_loop.run(session)
             self._end(session)
         return predictions

@@ -240,9 +240,11 @@ def test_add_log_row_interval(model: Any, make_trainer: Any) -> None:
 
 
 def test_distributed_backend(make_trainer: Any) -> None:
-    for backend in ("dp", "ddp", None):
+    for backend in ("dp", "ddp", "ddp2", "ddp_cpu", None):
         assert make_trainer(distributed_backend=backend).strategy.root_device == torch.device("cpu")
-    with pytest.raises(MisconfigurationException, match="distributed_backend='tpu'.*'dp', 'ddp' or None"):
+    with pytest.raises(
+        MisconfigurationException, match="distributed_backend='tpu'.*'dp', 'ddp', 'ddp2', 'ddp_cpu' or None"
+    ):
         make_trainer(distributed_backend="tpu")
 
 
@@ -346,6 +348,9 @@ def test_cluster_must_be_one(make_trainer: Any) -> None:
         ({"max_epoch": 3}, TypeError, "Did you mean 'max_epochs'"),
         ({"max_epochs": 3}, MisconfigurationException, "max_nb_epochs=1, max_epochs=3.*Give max_epochs only"),
         ({"gpus": [7]}, MisconfigurationException, r"gpus=\[7\].*no GPU here"),
+        ({"gpus": 2}, MisconfigurationException, "gpus=2.*no GPU here.*'ddp_cpu' with num_processes=2"),
+        ({"gpus": 2, "num_processes": 2}, MisconfigurationException, "num_processes=2, gpus=2.*processes on the CPU"),
+        ({"num_processes": 0}, MisconfigurationException, "num_processes=0"),
         ({"gpus": "a,b"}, MisconfigurationException, "gpus='a,b'.*list of ids"),
         ({"gpus": "-1"}, MisconfigurationException, "gpus='-1'.*no GPU here"),
         ({"train_percent_check": 10}, MisconfigurationException, "train_percent_check=10.*from 0.0 to 1.0"),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import (
@@ -226,6 +226,31 @@ def share_of(loader: Any) -> Sharded | None:
     return next((part for part in parts if isinstance(part, Sharded)), None)
 
 
+class Deal(NamedTuple):
+    """How the samples of a loader are dealt out."""
+
+    rank: int
+    """Which share this is: the n-th of it is the one at place ``rank + n * size`` of the whole."""
+    size: int
+    """Among how many they are dealt out."""
+    batch_size: int | None
+    """Samples of a batch where samples are dealt out; None where whole batches are."""
+    total: int | None = None
+    """How many there are in all, where what comes after them is padding; None where nothing does."""
+
+
+def deal_of(loader: Any) -> Deal | None:
+    """Return how the samples of a loader are dealt out; None where they are not, or nobody knows how."""
+    share, batches = share_of(loader), getattr(loader, "batch_sampler", None)
+    if share is not None:
+        return Deal(share.rank, share.size, None if batches is None or batches is share else int(batches.batch_size))
+    sampler = getattr(loader, "sampler", None)
+    if type(sampler) is not DistributedSampler or type(batches) is not BatchSampler:
+        return None
+    whole: Any = sampler.dataset
+    return Deal(sampler.rank, sampler.num_replicas, batches.batch_size, len(whole))
+
+
 def agree(shares: list[Sharded], broadcast: Callable[[Any], Any]) -> None:
     """Let the coming passes of all ranks draw from the random state of rank 0, in one exchange."""
     states = broadcast([one.now() for one in shares])
@@ -248,4 +273,6 @@ def _torchs(sampler: Any) -> bool:
     return type(sampler).__module__.startswith("torch.utils.data.")
 
 
-__all__ = ["AHEAD", "Sharded", "Turns", "agree", "can_be_shared", "share", "share_of", "share_shuffled"]
+__all__ = [
+    "AHEAD", "Deal", "Sharded", "Turns", "agree", "can_be_shared", "deal_of", "share", "share_of", "share_shuffled",
+]  # fmt: skip

@@ -29,6 +29,9 @@ class PredictLoop:
 
     def __init__(self) -> None:
         self.return_predictions = True
+        self.gather = False
+        """Whether each process returns what all have predicted, in the order of the data."""
+        self._dealt: list[Any] = []
         self.loader: CombinedLoader | None = None
         self.max_batches: list[int | float] = []
         self._kept: list[list[Any]] = []
@@ -57,11 +60,19 @@ class PredictLoop:
         """Predict; return the list of predictions (of lists, with several loaders), or None."""
         session.enter(RunningStage.PREDICTING)
         with session.strategy.evaluating(session.config.inference_mode):
-            return self._predict(session)
+            predictions = self._predict(session)
+        if not self.gather or predictions is None or session.strategy.world_size == 1:
+            return predictions
+        from leyden.loops import ordered  # noqa: PLC0415  # for those who ask for it
+
+        dealt, self._dealt = self._dealt, []
+        found = ordered.gather(session.strategy, dealt)
+        return found[0] if len(found) == 1 else found
 
     def _predict(self, session: Session) -> list[Any] | None:
         self.load_data(session)
         assert self.loader is not None
+        self._deal([[] for _ in self.max_batches], [[] for _ in self.max_batches])
         if batches.nothing(session, self.loader, self.max_batches):
             return []
         batches.check_several(session.module.predict_step, "predict_step", len(self.max_batches))
@@ -70,15 +81,25 @@ class PredictLoop:
         writers = [getattr(callback, "interval", None) for callback in session.trainer.callbacks]
         # callbacks that write at the end need the predictions, those that write at all the indices of the samples
         keep = self.return_predictions or any(getattr(interval, "on_epoch", False) for interval in writers)
-        track = any(hasattr(interval, "on_epoch") for interval in writers)
+        track = self.gather or any(hasattr(interval, "on_epoch") for interval in writers)
         self.loader.limits = list(self.max_batches)
         try:
             with ExitStack() as stack:
                 indices = [stack.enter_context(_indices(item if track else None)) for item in self.loader.flattened]
                 self._run(session, indices, keep)
+            self._deal(self._kept, self.epoch_batch_indices)
             return self.predictions if self.return_predictions else None
         finally:
             self._kept, self.epoch_batch_indices, self.current_batch_indices = [], [], []
+
+    def _deal(self, outputs: list[list[Any]], indices: list[list[list[int]]]) -> None:
+        """Note what there is to gather, if anything is."""
+        if self.gather and self.loader is not None:
+            from leyden.data.sharding import deal_of  # noqa: PLC0415  # see run
+            from leyden.loops.ordered import Predicted  # noqa: PLC0415  # see run
+
+            rows = zip(self.loader.flattened, outputs, indices, strict=True)
+            self._dealt = [Predicted(deal_of(loader), kept, [len(i) for i in seen]) for loader, kept, seen in rows]
 
     def _run(self, session: Session, indices: list[Callable[[int], list[int]]], keep: bool) -> None:
         hooks, module = session.hooks, session.module

@@ -227,6 +227,8 @@ def _warn_misspelt(session: Session) -> None:
         )
     for owner, kind, base in owners:
         for wrong, suggestion in misspelt(owner, kind, base):
+            if owner is session.module and wrong in session.strategy.calls:
+                continue
             rank_zero_warn(
                 f"{type(owner).__name__}.{wrong}() is no hook, so nothing calls it.{suggestion}", category=LeydenWarning
             )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from leyden.errors import MisconfigurationException, did_you_mean
-from leyden.runtime.ranks import rank_zero_info
+from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
 
 
 class Accelerator:
@@ -231,12 +231,38 @@ def parse_devices(accelerator: Accelerator, devices: int | str | Sequence[int]) 
         )
     if isinstance(wanted, str) and wanted.strip().lower() == "auto":
         wanted = accelerator.auto_device_count()
+        free = _free(wanted) if type(accelerator) is CUDAAccelerator else []
         if wanted > 1 and accelerator.name() == "cuda" and hasattr(sys, "ps1"):
             rank_zero_info(
                 "Using 1 of %d GPUs, as this is an interactive session. Ask for more with devices=...", wanted
             )
-            wanted = 1
+            wanted, free = 1, free[:1]
+        wanted = free or wanted
     return accelerator.get_parallel_devices(accelerator.parse_devices(wanted))
+
+
+def _free(count: int) -> list[int]:
+    """Return the GPUs that no other process computes on, of ``count``; empty where all are to be taken.
+
+    Raises:
+        MisconfigurationException: where there are several, and all are in use.
+    """
+    from leyden.runtime.taken import taken  # noqa: PLC0415  # where there are GPUs to choose from
+
+    busy = {index: by for index, by in taken().items() if index < count}
+    free = [index for index in range(count) if index not in busy]
+    by = "; ".join(f"cuda:{index} by {who}" for index, who in busy.items())
+    if busy and count == 1:
+        rank_zero_warn(f"The GPU is in use: {by}. It is taken all the same, as there is no other.")
+        return []
+    if not free:
+        raise MisconfigurationException(
+            f"devices='auto': all {count} GPUs are in use: {by}. Say which ones are to be shared with devices=[0] (say), or"
+            " end those processes."
+        )
+    if busy:
+        rank_zero_info("Leaving out what is in use: %s.", by)
+    return free if busy else []
 
 
 def find_usable_cuda_devices(num_devices: int = -1) -> list[int]:

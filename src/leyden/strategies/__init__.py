@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from leyden.strategies.base import Strategy
 
 if TYPE_CHECKING:
+    from leyden.strategies.data_parallel import DataParallelStrategy
     from leyden.strategies.ddp import DDPStrategy
     from leyden.strategies.fsdp import FSDPStrategy
+    from leyden.strategies.launch.ray import OnRay
     from leyden.strategies.mesh import MeshStrategy
     from leyden.strategies.model_parallel import ModelParallelStrategy
     from leyden.strategies.parallel import ParallelStrategy
@@ -19,9 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DDPStrategy",
+    "DataParallelStrategy",
     "FSDPStrategy",
     "MeshStrategy",
     "ModelParallelStrategy",
+    "OnRay",
     "ParallelStrategy",
     "SingleDeviceStrategy",
     "Strategy",
@@ -30,9 +34,11 @@ __all__ = [
 
 _WHERE = {
     "DDPStrategy": "ddp",
+    "DataParallelStrategy": "data_parallel",
     "FSDPStrategy": "fsdp",
     "MeshStrategy": "mesh",
     "ModelParallelStrategy": "model_parallel",
+    "OnRay": "launch.ray",
     "ParallelStrategy": "parallel",
     "SingleDeviceStrategy": "single",
     "TensorParallelStrategy": "tensor_parallel",

@@ -42,6 +42,8 @@ class Strategy:
     strategy_name = "single"
     saves_shards = False
     """Whether a checkpoint is a folder to which every process writes its part, rather than one file."""
+    calls: tuple[str, ...] = ()
+    """Methods of a module that this strategy calls beside the hooks."""
 
     def __init__(
         self,

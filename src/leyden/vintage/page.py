@@ -14,6 +14,7 @@ from leyden.vintage.tables import (
     MODULE_MEMBERS,
     REQUIRED,
     SAME_ARGUMENTS,
+    SOON_AFTER,
     TRAINER_ARGUMENTS,
     TRAINER_MEMBERS,
     Argument,
@@ -49,7 +50,7 @@ def page() -> str:
         _members(MODULE_MEMBERS),
         "## Trainer",
         f"With any of these arguments, the defaults of then apply where nothing else is said: {then}.",
-        _arguments([*TRAINER_ARGUMENTS, *SAME_ARGUMENTS]),
+        _arguments([*TRAINER_ARGUMENTS, *SOON_AFTER, *SAME_ARGUMENTS]),
         _members(TRAINER_MEMBERS),
         "## Callbacks",
         "A callback is called as in 2019 if one of its arguments has a name or a place that is gone, if `mode` is `'auto'`,"

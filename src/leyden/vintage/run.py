@@ -70,6 +70,22 @@ class Adapters:
         self.before = {}
 
 
+class Around:
+    """A step of the module, and what is done with what it returns.
+
+    Args:
+        step: The module's own.
+        after: Gets what the step returned, and the arguments of the call; returns what the loop is to get.
+    """
+
+    def __init__(self, step: Callable[..., Any], after: Callable[[Any, tuple[Any, ...]], Any]) -> None:
+        functools.update_wrapper(self, step)
+        self.step, self.after = step, after
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.after(self.step(*args, **kwargs), args)
+
+
 def adapt(session: Any, wishes: Any, base: type) -> Callable[[], None]:
     """Put the adapters on the module of ``session``, and on its rows; return what takes them away.
 
@@ -124,9 +140,7 @@ def _training(adapters: Adapters, trainer: Any) -> None:
     if trainer.barebones or not module.automatic_optimization:
         return
 
-    @functools.wraps(step)
-    def training_step(*args: Any, **kwargs: Any) -> Any:
-        output = step(*args, **kwargs)
+    def show(output: Any, _: tuple[Any, ...]) -> Any:
         loss = output
         if isinstance(output, Mapping):
             loss, shown = output.get("loss"), output.get("prog", {})
@@ -139,7 +153,7 @@ def _training(adapters: Adapters, trainer: Any) -> None:
             module.log("tng_loss", loss, prog_bar=True)
         return output
 
-    adapters.put("training_step", training_step)
+    adapters.put("training_step", Around(step, show))
 
 
 def _once_an_epoch(returned: Any) -> Any:
@@ -192,9 +206,7 @@ def _collect(adapters: Adapters, kind: str) -> None:
     step, end = getattr(module, f"{kind}_step"), getattr(module, f"{kind}_end")
     outputs: list[list[Any]] = []
 
-    @functools.wraps(step)
-    def collecting(*args: Any, **kwargs: Any) -> Any:
-        output = step(*args, **kwargs)
+    def collect(output: Any, args: tuple[Any, ...]) -> Any:
         index = args[2] if len(args) > 2 else 0
         while len(outputs) <= index:
             outputs.append([])
@@ -216,6 +228,6 @@ def _collect(adapters: Adapters, kind: str) -> None:
             )
         module.log_dict(result, prog_bar=True)
 
-    adapters.put(f"{kind}_step", collecting)
+    adapters.put(f"{kind}_step", Around(step, collect))
     adapters.at(f"on_{kind}_epoch_start", outputs.clear)
     adapters.at(f"on_{kind}_epoch_end", close)

@@ -54,7 +54,12 @@ TRAINER_ARGUMENTS: tuple[Argument, ...] = (
     Argument("test_percent_check", 1.0, "limit_test_batches", "fraction of the test batches"),
     Argument("log_save_interval", 100, "", "bring what was logged to disk every so many batches"),
     Argument("add_log_row_interval", 10, "log_every_n_steps", "updates between two rows"),
-    Argument("distributed_backend", "dp", "strategy", "'dp' or 'ddp', where several devices are asked for"),
+    Argument(
+        "distributed_backend",
+        "dp",
+        "strategy",
+        "'dp' or 'ddp', where several devices are asked for; 'ddp_cpu' with num_processes; 'ddp2' is dp on one machine",
+    ),
     Argument("use_amp", False, "precision", "16-bit mixed precision (bfloat16 on a CPU)"),
     Argument("amp_level", "O2", "precision", "with use_amp: O0 is 32-true, O1 and O2 are 16-mixed, O3 is 16-true"),
     Argument("print_nan_grads", False, "callbacks", "print the names of the parameters whose gradients are NaN"),
@@ -71,6 +76,11 @@ SAME_ARGUMENTS: tuple[Argument, ...] = (
     Argument("val_check_interval", 0.95, "val_check_interval", "validate after this fraction of an epoch"),
 )
 """What the Trainer still takes under the same name."""
+
+SOON_AFTER: tuple[Argument, ...] = (
+    Argument("num_processes", 1, "devices", "processes on the CPU, with 'ddp_cpu' (came a few months later)"),
+)
+"""What the Trainer took from the end of 2019 on, and takes no more."""
 
 DEFAULTS: dict[str, Any] = {"val_check_interval": 0.95, "num_sanity_val_steps": 5, "log_every_n_steps": 10}
 """Arguments of today whose default is that of 2019 as soon as one argument of 2019 is given."""

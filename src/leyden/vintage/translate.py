@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.runtime.ranks import rank_zero_info
-from leyden.vintage.tables import CALLBACK_ARGUMENTS, DEFAULTS, REQUIRED, TRAINER_ARGUMENTS
+from leyden.vintage.tables import CALLBACK_ARGUMENTS, DEFAULTS, REQUIRED, SOON_AFTER, TRAINER_ARGUMENTS
 
 _UNSET = {"strategy": "auto", "devices": "auto", "num_nodes": 1, "overfit_batches": 0.0}
 """Defaults of today that are not None."""
+_BACKENDS = ("dp", "ddp", "ddp2", "ddp_cpu")
 _AMP_LEVELS = {"O0": "32-true", "O1": "16-mixed", "O2": "16-mixed", "O3": "16-true"}
 _FRACTIONS = ("train_percent_check", "val_percent_check", "test_percent_check", "overfit_pct")
 _RENAMED = (
@@ -47,6 +49,8 @@ def arguments(old: Mapping[str, Any], given: dict[str, Any], hint: Callable[[str
         MisconfigurationException: for a value that cannot be, or for both names of one thing.
     """
     rows = {row.name: row for row in TRAINER_ARGUMENTS}
+    if any(name in rows for name in old):  # alone, the others are of a later year, whose defaults are today's
+        rows |= {row.name: row for row in SOON_AFTER}
     for name, value in old.items():
         if name not in rows:
             raise TypeError(f"Trainer() has no argument {name!r}.{hint(name, [*given, *rows])}")
@@ -105,10 +109,10 @@ def _defaults(given: dict[str, Any]) -> None:
 
 def _devices(old: Mapping[str, Any], given: dict[str, Any]) -> None:
     nodes, backend = old.get("nb_gpu_nodes", 1), old.get("distributed_backend", "dp")
-    if backend not in ("dp", "ddp", None):
+    if backend not in (*_BACKENDS, None):
         raise MisconfigurationException(
-            f"Trainer(distributed_backend={backend!r}): it must be 'dp', 'ddp' or None."
-            f"{did_you_mean(str(backend), ('dp', 'ddp'))} Other ways to use several devices are names of strategy=."
+            f"Trainer(distributed_backend={backend!r}): it must be 'dp', 'ddp', 'ddp2', 'ddp_cpu' or None."
+            f"{did_you_mean(str(backend), _BACKENDS)} Other ways to use several devices are names of strategy=."
         )
     if "nb_gpu_nodes" in old:
         if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
@@ -119,8 +123,17 @@ def _devices(old: Mapping[str, Any], given: dict[str, Any]) -> None:
         if nodes > 1 and backend != "ddp":
             rank_zero_info(f"Trainer(nb_gpu_nodes={nodes}): {backend!r} works on one machine only; using 'ddp'.")
             backend = "ddp"
-    count = 1
-    if "gpus" in old:
+    elif given["num_nodes"] != 1:
+        nodes = given["num_nodes"]
+        backend = "ddp" if backend in ("dp", "ddp2") else backend
+    if backend == "ddp2":
+        backend = "dp" if nodes == 1 else "ddp"
+        rank_zero_info(
+            f"Trainer(distributed_backend='ddp2'): it is {backend!r} here"
+            f"{', with one process on this machine.' if nodes == 1 else ', with one process for each GPU.'}"
+        )
+    count = _processes(old, given, backend)
+    if "gpus" in old and count == 1:
         ids = _gpu_ids(old["gpus"])
         if given["accelerator"] not in ("auto", "gpu", "cuda") and ids:
             raise MisconfigurationException(
@@ -132,7 +145,25 @@ def _devices(old: Mapping[str, Any], given: dict[str, Any]) -> None:
             given["accelerator"], given["devices"] = "cpu", 1
     # one device needs no backend; that of 2019 was 'dp' even on a CPU
     if backend is not None and (count > 1 or nodes > 1):
-        given["strategy"] = backend
+        several = "ddp_notebook" if hasattr(sys, "ps1") else "ddp"  # there is no script in a session
+        given["strategy"] = "dp" if backend == "dp" and given["accelerator"] != "cpu" else several
+
+
+def _processes(old: Mapping[str, Any], given: dict[str, Any], backend: Any) -> int:
+    """Read ``num_processes``, and have as many processes on the CPU; return their number, 1 for none that are asked for."""
+    count = old.get("num_processes", 1)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise MisconfigurationException(
+            f"Trainer(num_processes={count!r}): it must be a number of processes, 1 or more."
+        )
+    if backend == "ddp_cpu" or count > 1:
+        if old.get("gpus") not in (None, "", 0, [], ()):
+            raise MisconfigurationException(
+                f"Trainer(num_processes={count}, gpus={old['gpus']!r}): these are processes on the CPU. Give gpus only; each"
+                " GPU has a process of its own under distributed_backend='ddp'."
+            )
+        given["accelerator"], given["devices"] = "cpu", count
+    return count
 
 
 def _gpu_ids(gpus: Any) -> list[int]:
@@ -156,7 +187,8 @@ def _gpu_ids(gpus: Any) -> list[int]:
     here = f"the GPUs here are {list(range(count))}" if count else "there is no GPU here"
     if not ids or any(index not in range(count) for index in ids):
         raise MisconfigurationException(
-            f"Trainer(gpus={gpus!r}): {here}. Name ids that are here, or leave gpus out to take what there is."
+            f"Trainer(gpus={gpus!r}): {here}. Name ids that are here, or leave gpus out to take what there is; on the CPU"
+            " distributed_backend='ddp_cpu' with num_processes=2 (say) uses several processes."
         )
     if len(set(ids)) < len(ids):
         raise MisconfigurationException(f"Trainer(gpus={gpus!r}) names a GPU twice.")
