@@ -104,20 +104,30 @@ class DDPStrategy(ParallelStrategy):
                 copy_flat([tensor.detach() for tensor in (*module.parameters(), *module.buffers())])
 
     def _wrap(self, module: nn.Module) -> None:
+        self._through = through = _Through(module)
+        vars(module)["forward"] = through  # past nn.Module's own bookkeeping; given back in teardown
+        self.model = self._averaged(module)
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            return self._averaged(module)
+        return super().setup_module(module)
+
+    def _averaged(self, module: nn.Module) -> nn.Module:
+        """Return a wrapper that averages gradients while they are computed."""
         from torch.nn.parallel import DistributedDataParallel  # noqa: PLC0415  # where there are several processes
 
         # DistributedDataParallel imports it, and that import keeps the frames in which it runs, with all that they hold
         thread = threading.Thread(target=importlib.import_module, args=("torch._dynamo",))
         thread.start()
         thread.join()
-        self._through = through = _Through(module)
-        vars(module)["forward"] = through  # past nn.Module's own bookkeeping; given back in teardown
         device = self.root_device
         ids = [device.index] if device.type == "cuda" else None
-        self.model = DistributedDataParallel(module, device_ids=ids, **self.ddp_kwargs)
-        state, hook, wrapper = self._hook
+        wrapped = DistributedDataParallel(module, device_ids=ids, **self.ddp_kwargs)
+        state, hook, around = self._hook
         if hook is not None:
-            self.model.register_comm_hook(state, hook if wrapper is None else wrapper(hook))
+            wrapped.register_comm_hook(state, hook if around is None else around(hook))
+        return wrapped
 
     def accompany(self, loop: Any, automatic: bool) -> None:
         self._loop, self._checked = loop, False

@@ -7,13 +7,15 @@ see ``strategies.watch``. How a module and its gradients are spread over them is
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -167,6 +169,21 @@ class ParallelStrategy(Strategy):
                 lambda: int(progress.batches),
             )
 
+    def begin(self) -> None:
+        self.launch(Interrupt(), SimpleNamespace(batches=0))
+        if self._watch is not None:
+            self._watch.to_the_end = True
+        atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        """The program of this rank is over, by an error or not."""
+        error = getattr(sys, "last_value", None)  # of a traceback that has been printed
+        if error is not None:
+            self.fail(error, together=False)
+        elif self._watch is not None:
+            self._watch.leave_last()
+        self.land()
+
     def land(self) -> None:
         watch, self._watch = self._watch, None
         if watch is not None:
@@ -181,7 +198,11 @@ class ParallelStrategy(Strategy):
         first = self._watch.failed(error)
         if first is not None:
             with contextlib.suppress(Exception):
-                print(f"leyden: what follows comes after the failure of {first}", file=sys.stderr, flush=True)
+                print(
+                    f"leyden: what rank {self.global_rank} says comes after the failure of {first}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _backend(self) -> str:
         if self.process_group_backend is not None:
@@ -207,6 +228,23 @@ class ParallelStrategy(Strategy):
             release(self._norms)
             self._norms = []
         super().teardown()
+
+    @contextlib.contextmanager
+    def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> Iterator[None]:
+        wrapper: Any = module
+        if not enabled:
+            yield
+        elif hasattr(module, "no_sync"):  # DistributedDataParallel
+            with wrapper.no_sync():
+                yield
+        elif hasattr(module, "set_requires_gradient_sync"):  # fully_shard
+            wrapper.set_requires_gradient_sync(False)
+            try:
+                yield
+            finally:
+                wrapper.set_requires_gradient_sync(True)
+        else:
+            yield
 
     # ------------------------------------------------------------------ between processes
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one call of a Trainer in processes that are started for it, and brings back what it changed.
+"""Runs one call in processes that are started for it, and brings back its result; of a Trainer, what it changed too.
 
 For notebooks, interactive sessions and tests: there is no script to run once more, and the caller goes on afterwards with
 the trained module in its own process. With ``"fork"`` the processes are copies of this one; with ``"spawn"`` and
@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch.multiprocessing.spawn import start_processes
 from leyden.errors import MisconfigurationException
 from leyden.runtime import collective
 from leyden.runtime.world import OURS, World
-from leyden.tree import move_to
+from leyden.tree import leaves, move_to
 
 GRACE = 5.0
 """Seconds that the processes have to end, when one of them has failed."""
@@ -47,7 +47,29 @@ def run(trainer: Any, entry: str, arguments: Mapping[str, Any]) -> Any:
         torch.multiprocessing.ProcessRaisedException: with the traceback of the process that failed first.
         MisconfigurationException: where processes cannot be started so.
     """
-    strategy = trainer.strategy
+    names = inspect.signature(getattr(type(trainer), entry)).parameters
+    arguments = {name: value for name, value in arguments.items() if name in names and name != "self"}
+    arguments["model"] = trainer.lightning_module if arguments["model"] is None else arguments["model"]
+    if arguments["model"] is None:
+        raise MisconfigurationException(
+            f"Trainer.{entry}(model=None): this Trainer has not run any module yet. Pass one."
+        )
+    found = call(trainer.strategy, _entry, trainer, entry, arguments)
+    return _take(trainer, _uncompiled(arguments["model"]), found)
+
+
+def call(strategy: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run ``function(*arguments)`` in as many processes as ``strategy`` has; return what it returned on rank 0.
+
+    Args:
+        strategy: Says how many processes there are, and how they are started.
+        function: With what it is given, and returns, something that can be pickled; ``strategy`` may be a part of it.
+        arguments: Of the call.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: with the traceback of the process that failed first.
+        MisconfigurationException: where processes cannot be started so.
+    """
     method, size = strategy.start_method, strategy.num_processes
     if method == "fork" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise MisconfigurationException(
@@ -59,25 +81,18 @@ def run(trainer: Any, entry: str, arguments: Mapping[str, Any]) -> Any:
             f"DDPStrategy(start_method={method!r}) works on one machine only; for several, write a script and use"
             " strategy='ddp'."
         )
-    names = inspect.signature(getattr(type(trainer), entry)).parameters
-    arguments = {name: value for name, value in arguments.items() if name in names and name != "self"}
-    arguments["model"] = trainer.lightning_module if arguments["model"] is None else arguments["model"]
-    if arguments["model"] is None:
-        raise MisconfigurationException(
-            f"Trainer.{entry}(model=None): this Trainer has not run any module yet. Pass one."
-        )
     world = World(size=size, local_size=size, port=collective.serve())
     with tempfile.TemporaryDirectory(prefix="leyden-") as folder:
         report = Path(folder) / "report"
         context = start_processes(  # type: ignore[no-untyped-call]
-            _process, (world, _parent(method), trainer, entry, arguments, report), size, join=False, start_method=method
-        )
+            _process, (world, _parent(method), strategy, function, arguments, report), size, join=False,
+            start_method=method,
+        )  # fmt: skip
         _join(context)
         if not report.exists():
-            raise RuntimeError(f"Trainer.{entry}: rank 0 has ended without a result.")
+            raise RuntimeError("Rank 0 has ended without a result.")
         # written by our own child, in a folder that nobody else can write to
-        found = torch.load(report, weights_only=False)
-    return _take(trainer, _uncompiled(arguments["model"]), found)
+        return torch.load(report, weights_only=False)
 
 
 def _uncompiled(model: Any) -> Any:
@@ -107,24 +122,37 @@ def _join(context: Any) -> None:
 
 
 def _process(
-    local_rank: int, world: World, parent: int, trainer: Any, entry: str, arguments: Mapping[str, Any], report: Path
+    local_rank: int,
+    world: World,
+    parent: int,
+    strategy: Any,
+    function: Callable[..., Any],
+    arguments: Any,
+    report: Path,
 ) -> None:
     """What one of the processes does."""
     _end_with(parent)
     world = replace(world, rank=local_rank, local_rank=local_rank)
     os.environ.update({**world.environment(local_rank), OURS: "spawn"})
     # a copied process must not use the threads of its parent, which are not there
-    torch.set_num_threads(1 if trainer.strategy.start_method == "fork" else max((os.cpu_count() or 1) // world.size, 1))
-    module = _uncompiled(arguments["model"])
-    _own_memory(module)
-    trainer.strategy.assign(trainer.strategy.parallel_devices, 1)
-    returned = getattr(trainer, entry)(**arguments)
+    torch.set_num_threads(1 if strategy.start_method == "fork" else max((os.cpu_count() or 1) // world.size, 1))
+    strategy.assign(strategy.parallel_devices, 1)
+    for item in leaves(arguments):
+        if isinstance(item, nn.Module):
+            _own_memory(item)
+    returned = function(*arguments)
     if local_rank == 0:
         temporary = report.with_suffix(".part")
-        torch.save(_report(trainer, module, returned), temporary)
+        torch.save(returned, temporary)
         temporary.rename(report)
-    trainer.strategy.barrier("spawn")
+    strategy.barrier("spawn")
     collective.part()
+
+
+def _entry(trainer: Any, entry: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What one of the processes does for a Trainer."""
+    returned = getattr(trainer, entry)(**arguments)
+    return _report(trainer, _uncompiled(arguments["model"]), returned) if trainer.is_global_zero else None
 
 
 def _end_with(parent: int) -> None:
