@@ -158,9 +158,10 @@ def share(loader: Any, rank: int, size: int, pads: bool) -> Any:
     return copied
 
 
-def share_shuffled(loader: Any, rank: int, size: int, seed: int) -> Any:
+def share_shuffled(loader: Any, rank: int, size: int, seed: int, shuffle: bool = True) -> Any:
     """Return the share of ``rank`` in a loader as Lightning's: shuffled by ``seed`` and the epoch, also where it was not.
 
+    ``shuffle=False`` shares out the samples in the order of the data set.
     A loader whose sampler is none of torch's plain two is shared out like any other.
     """
     batches, sampler = loader.batch_sampler, loader.sampler
@@ -168,7 +169,7 @@ def share_shuffled(loader: Any, rank: int, size: int, seed: int) -> Any:
         return share(loader, rank, size, pads=True)
     copied, own = copy.copy(loader), copy.copy(batches)
     object.__setattr__(copied, "_iterator", None)
-    own.sampler = DistributedSampler(loader.dataset, size, rank, seed=seed)
+    own.sampler = DistributedSampler(loader.dataset, size, rank, shuffle, seed)
     object.__setattr__(copied, "sampler", own.sampler)
     object.__setattr__(copied, "batch_sampler", own)
     return copied
