@@ -110,7 +110,7 @@ class DDPStrategy(ParallelStrategy):
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         if any(parameter.requires_grad for parameter in module.parameters()):
-            return self._averaged(module)
+            return _naming(self._averaged(module), self)
         return super().setup_module(module)
 
     def _averaged(self, module: nn.Module) -> nn.Module:
@@ -164,7 +164,7 @@ class DDPStrategy(ParallelStrategy):
                 return model(*args)
         except RuntimeError as error:
             if "finished reduction in the prior iteration" in str(error):
-                raise self._unused(error) from None
+                raise self.unused(self.module, error) from None
             raise
         finally:
             through.step = None
@@ -178,7 +178,7 @@ class DDPStrategy(ParallelStrategy):
         if not self._checked:
             self._checked = True
             if any(parameter.grad is None and parameter.requires_grad for parameter in parameters):
-                raise self._unused(None)
+                raise self.unused(self.module, None)
         if model.require_backward_grad_sync or self._alone or self.world_size == 1:
             return
         from leyden.runtime.collective import average_flat, gather_numbers  # noqa: PLC0415  # see launch
@@ -196,17 +196,35 @@ class DDPStrategy(ParallelStrategy):
         if grads:
             average_flat(grads)
 
-    def _unused(self, error: RuntimeError | None) -> RuntimeError:
-        """The error that names the parameters of this rank that took no part in the loss."""
-        names = [name for name, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
+    def unused(self, module: nn.Module, error: RuntimeError | None) -> RuntimeError:
+        """Return the error that names the parameters of this rank that took no part in the loss."""
+        names = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        what = f"these parameters of {type(self.module).__name__}" if names else "some parameters"
+        what = f"these parameters of {type(module).__name__}" if names else "some parameters"
         return RuntimeError(
-            f"On rank {self.global_rank}, {what} took no part in the loss that training_step returned, so the others wait"
+            f"On rank {self.global_rank}, {what} took no part in the loss of the last batch, so the others wait"
             f" for gradients that do not come: {shown or _first_line(error)}. If that is meant, use"
             " strategy='ddp_find_unused_parameters_true'; else let them take part, freeze them (requires_grad=False), or"
             " remove them."
         )
+
+
+def _naming(wrapper: nn.Module, strategy: DDPStrategy) -> nn.Module:
+    """Let a wrapper name the parameters that took no part in the last loss; a Trainer does so itself."""
+    kind: Any = type(wrapper)
+
+    class Naming(kind):  # type: ignore[misc]  # its class is known here only
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().forward(*args, **kwargs)
+            except RuntimeError as error:
+                if "finished reduction in the prior iteration" not in str(error):
+                    raise
+                raise strategy.unused(self.module, error) from None
+
+    Naming.__name__ = Naming.__qualname__ = kind.__name__
+    wrapper.__class__ = Naming
+    return wrapper
 
 
 class _Through:

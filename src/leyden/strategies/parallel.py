@@ -307,7 +307,11 @@ class ParallelStrategy(Strategy):
         if not self._exchanges:
             return tensor
         whole = tree_map(lambda leaf: torch.as_tensor(leaf, device=self.root_device), tensor, (Tensor, int, float))
-        shapes = self.gather_objects([tuple(leaf.shape) for leaf in leaves(whole)]) if group is None else []
+        shapes = (
+            self.gather_objects([tuple(t.shape) for t in leaves(whole) if isinstance(t, Tensor)])
+            if group is None
+            else []
+        )
         if any(other != shapes[0] for other in shapes):
             raise RuntimeError(f"all_gather() got tensors of other shapes on other ranks; by rank: {shapes}.")
 
