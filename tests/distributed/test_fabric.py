@@ -133,7 +133,7 @@ class _Steps(LightningModule):
 
 
 def _methods() -> Any:
-    fabric = make_fabric()
+    fabric = make_fabric(strategy="ddp_find_unused_parameters_true")
     model, optimizer = fabric.setup(own := _Steps(), torch.optim.SGD(own.parameters(), 0.1))
     x = torch.randn(4, 4, generator=torch.Generator().manual_seed(fabric.global_rank))
     fabric.backward(model.training_step((x, x[:, :1])))
@@ -152,8 +152,6 @@ def _methods() -> Any:
     assert own.global_rank == fabric.global_rank
     names = [name for name, _ in model.named_parameters()]
     assert names == [name for name, _ in own.named_parameters()] == list(model.state_dict())
-    with pytest.raises(RuntimeError, match=r"net\.2\.weight, net\.2\.bias.*find_unused_parameters"):
-        model(x)
     copied = copy.deepcopy(model)
     assert copied(x).tolist() == own(x).tolist()
     assert copied.module is not own
@@ -170,6 +168,21 @@ def test_steps_and_marked_methods_go_through_the_wrapper_and_others_must_not_run
     for found, parameter in zip(zero[0], own.parameters(), strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(torch.tensor(found), parameter.grad)
+
+
+def _unused() -> None:
+    fabric = make_fabric()
+    model = fabric.setup(own := _Steps())
+    model.mark_forward_method("embed")
+    fabric.backward(model.embed(torch.ones(1, 4)).sum())
+    with pytest.raises(RuntimeError, match=r"these parameters of _Steps.*net\.2\.weight, net\.2\.bias"):
+        model(torch.ones(1, 4))
+    assert fabric.setup(own.requires_grad_(False))(torch.ones(1, 4)).shape == (1, 1)
+    assert fabric.setup_module(nn.Identity())(3) == 3
+
+
+def test_n1_parameters_without_a_gradient_are_named_and_frozen_modules_need_no_wrapper() -> None:
+    on_ranks(2, _unused)
 
 
 # ---------------------------------------------------------------------------------------------- exchanges
