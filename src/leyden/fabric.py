@@ -7,8 +7,8 @@ import copy
 import functools
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -408,7 +408,7 @@ class Fabric(FabricFace):
 
     def init_tensor(self) -> AbstractContextManager[Any]:
         """Return a context in which tensors are made on the device and in the number format."""
-        return _made_here(self._strategy)
+        return self._strategy.tensor_init_context()
 
     def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
         """Return a context in which modules are made on the device and in the number format.
@@ -514,12 +514,6 @@ class Fabric(FabricFace):
         value = self._strategy.load_checkpoint(os.fspath(path), weights_only)
         if not self._contents.put_into(unwrapped(obj), value, strict, str(path)):
             raise TypeError(f"Fabric.load_raw(obj={obj!r}): it must be a module or an optimizer.")
-
-
-@contextmanager
-def _made_here(strategy: Strategy) -> Iterator[None]:
-    with strategy.root_device, strategy.precision.init_context():
-        yield
 
 
 def _launching(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -200,13 +200,19 @@ class Strategy:
         return nullcontext()
 
     @contextmanager
+    def tensor_init_context(self) -> Iterator[None]:
+        """A context in which tensors are made on the device and in the number format of the run."""
+        with self.root_device, self.precision.init_context():
+            yield
+
+    @contextmanager
     def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """A context in which modules are built on the device and in the number format of the run.
 
         Args:
             empty_init: True leaves the weights uninitialised (when a checkpoint follows).
         """
-        with self.root_device, self.precision.init_context(), WithoutInit() if empty_init else nullcontext():
+        with self.tensor_init_context(), WithoutInit() if empty_init else nullcontext():
             yield
 
     def clip_gradients_norm(
