@@ -275,7 +275,7 @@ class Fabric(FabricFace):
         return wrapper
 
     def setup_dataloaders(
-        self, *dataloaders: Any, use_distributed_sampler: bool = True, move_to_device: bool = True
+        self, *dataloaders: Any, use_distributed_sampler: bool = True, move_to_device: bool = True, pad: bool = True
     ) -> Any:
         """Give each process its share of the loaders, and bring batches to the device.
 
@@ -286,6 +286,8 @@ class Fabric(FabricFace):
             *dataloaders: DataLoaders.
             use_distributed_sampler: False: each process goes through all of the loader.
             move_to_device: False leaves batches where they are.
+            pad: Whether all ranks get as many samples, which training needs: the first ones may come twice. False, for
+                evaluation: each sample comes once, and some ranks may have a batch less.
 
         Returns:
             The loader, or a list of them. The user's own stay as they are.
@@ -304,18 +306,18 @@ class Fabric(FabricFace):
                 )
             if not isinstance(loader, DataLoader):
                 raise TypeError(f"Fabric.setup_dataloaders() takes DataLoaders; it got a {type(loader).__name__}.")
-        ready = [self._loader(loader, use_distributed_sampler, move_to_device) for loader in dataloaders]
+        ready = [self._loader(loader, use_distributed_sampler, move_to_device, pad) for loader in dataloaders]
         return ready[0] if len(ready) == 1 else ready
 
-    def _loader(self, loader: Any, shares: bool, moves: bool) -> _FabricDataLoader:
+    def _loader(self, loader: Any, shares: bool, moves: bool, pad: bool) -> _FabricDataLoader:
         strategy, begins = self._strategy, None
         rank, size = strategy.data_rank, strategy.data_size
         if shares and size > 1 and sharding.can_be_shared(loader):
-            if SEMANTICS[default_semantics()]["shared_order"] == "shuffled":
+            if pad and SEMANTICS[default_semantics()]["shared_order"] == "shuffled":
                 shuffles = isinstance(loader.sampler, RandomSampler)
                 loader = sharding.share_shuffled(loader, rank, size, given_seed(), shuffles)
             else:
-                loader = sharding.share(loader, rank, size, pads=True)
+                loader = sharding.share(loader, rank, size, pad)
             share = sharding.share_of(loader)
             if share is not None and not isinstance(share.sampler, SequentialSampler):
                 begins = partial(sharding.agree, [share], strategy.broadcast)

@@ -289,6 +289,8 @@ def _share() -> Any:
     found = [[batch.tolist() for batch in loader] for loader in loaders]
     alone = fabric.setup_dataloaders(DataLoader(range(4)), use_distributed_sampler=False)
     found.append([batch.item() for batch in alone])
+    once = fabric.setup_dataloaders(DataLoader(range(7), 2), pad=False)
+    found.append([batch.tolist() for batch in once])
     epochs = [own.epoch]
     list(loaders[1])
     epochs.append(own.epoch)
@@ -309,6 +311,7 @@ def test_i1_loaders_are_shared_by_their_stream_and_samplers_hear_of_the_epoch() 
     assert (zero[2], one[2]) == ([[0, 1], [4, 5]], [[2, 3], [6, 7]])
     assert sorted(x for batch in (*zero[3], *one[3]) for x in batch) == list(range(8))
     assert zero[4] == one[4] == [0, 1, 2, 3]
+    assert (zero[5], one[5]) == ([[0, 2], [4, 6]], [[1, 3], [5]])
     assert epochs == [0, 1, 7, 8, 20]
 
 
