@@ -34,7 +34,7 @@ class Contents:
         """Return the state of an object, or of all objects in a dict; what has none, as it is."""
         obj, strategy = unwrapped(obj), self.strategy
         if isinstance(obj, nn.Module):
-            strategy.connect(obj)
+            strategy.turn_to(obj)
             return strategy.module_state_dict()
         if isinstance(obj, Optimizer):
             self._connect_owner(obj)
@@ -48,7 +48,7 @@ class Contents:
         first = next((id(p) for group in optimizer.param_groups for p in group["params"]), None)
         for module in filter(None, (ref() for ref in self.modules)):
             if any(id(parameter) == first for parameter in module.parameters()):
-                self.strategy.connect(module)
+                self.strategy.turn_to(module)
                 return
 
     def put(self, found: dict[str, Any], state: dict[str, Any], strict: bool, source: str) -> None:
@@ -75,7 +75,7 @@ class Contents:
         """Load a state into an object; return whether the object has a state."""
         strategy = self.strategy
         if isinstance(obj, nn.Module):
-            strategy.connect(obj)
+            strategy.turn_to(obj)
             strategy.load_module_state_dict(value, strict, source)
         elif isinstance(obj, Optimizer):
             self._connect_owner(obj)

@@ -260,7 +260,9 @@ class Fabric(FabricFace):
         converted = self._strategy.precision.convert_module(original)
         if move:
             _warn_of_devices(converted)
-            converted = self.to_device(converted)
+            self._accelerator.setup_device(self.device)
+            self._strategy.turn_to(converted)
+            self._strategy.place()
         forward = self._strategy.setup_module(converted)
         for optimizer in optimizers:
             _follow(optimizer, names, dict(original.named_parameters()))
@@ -390,6 +392,7 @@ class Fabric(FabricFace):
                 f"Fabric.clip_gradients(clip_val={clip_val!r}, max_norm={max_norm!r}): give exactly one of the two."
             )
         module, optimizer = unwrapped(module), unwrapped(optimizer)
+        wrappers.exchange(self._strategy, optimizer)
         if max_norm is None:
             self._strategy.clip_gradients_value(module, optimizer, clip_val=clip_val)  # type: ignore[arg-type]  # one of the two is given
             return None

@@ -52,7 +52,7 @@ def save(obj: Any, path: PathLike, *, verify: bool = True, storage_options: Mapp
         else:
             atomic.write_file(
                 local_path(path),
-                lambda file: _write(obj, file),
+                lambda file: write(obj, file),
                 lambda file: verify and archive.check(file, repr(str(path))),
             )
 
@@ -91,7 +91,8 @@ def explained(path: PathLike) -> Iterator[None]:
         raise CheckpointError(f"The checkpoint {str(path)!r} could not be written: {atomic.explain(error)}") from error
 
 
-def _write(obj: Any, path: Path) -> None:
+def write(obj: Any, path: Path) -> None:
+    """Write ``obj`` to a new file, with checksums; for who sees to the rest: see ``save``."""
     with open(path, "xb") as file:
         _torch_save(obj, file)
 

@@ -408,12 +408,14 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
                     if id(parameter) not in own and parameter not in self._toggled:
                         self._toggled[parameter] = parameter.requires_grad
                         parameter.requires_grad = False
+        self.trainer.strategy.toggled()
 
     def untoggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
         """Give back what ``toggle_optimizer`` took."""
         for parameter, required in self._toggled.items():
             parameter.requires_grad = required
         self._toggled = {}
+        self.trainer.strategy.toggled()
 
     @contextmanager
     def toggled_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> Iterator[None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -21,12 +21,9 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from leyden import archive, folders
+from leyden import archive, folders, shards
 from leyden.errors import CheckpointDamagedError, CheckpointError
 from leyden.runtime.ranks import rank_zero_warn
-
-META = "meta.pt"
-"""The file with all of a checkpoint that is not sharded."""
 
 _DATA_CLASSES = {
     **{
@@ -127,18 +124,153 @@ def load(folder: Path, map_location: Any = None, weights_only: bool = True, *, v
     """
     if folders.is_committed(folder):
         (folders.check if verify else folders.manifest)(folder)
-    result = _rest(folder, map_location, weights_only)
-    if not folders.is_committed(folder):
-        if "leyden" in result:
-            folders.manifest(folder)  # ours: without a manifest it is not complete
-        rank_zero_warn(f"The checkpoint {str(folder)!r} has no manifest: whether it is complete cannot be known.")
-    if not (folder / ".metadata").is_file():
+    source = Source(folder, map_location, weights_only)
+    if isinstance(map_location, (str, torch.device)):
+        if torch.device(map_location).type == "meta":
+            return as_file(source.checkpoint)
+        return as_file(source.whole(lambda tensor: torch.empty_like(tensor, device=map_location)))
+    made: list[Tensor] = []
+
+    def make(tensor: Tensor) -> Tensor:
+        made.append(torch.empty_like(tensor, device="cpu"))
+        return made[-1]
+
+    whole = source.whole(make)
+    if map_location is not None:
+        moved = dict(zip(map(id, made), _moved(made, map_location), strict=True))
+        whole = shards.changed(whole, lambda _, tensor: moved.get(id(tensor), tensor))
+    return as_file(whole)
+
+
+def as_file(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint with the numbers of parameters in its optimizers, as files have them, in the place of names."""
+    states = checkpoint.get(shards.OPTIMIZERS)
+    if not isinstance(states, list):
+        return dict(checkpoint)
+    return {**checkpoint, shards.OPTIMIZERS: [shards.numbered(state) for state in states]}
+
+
+class Source:
+    """A checkpoint folder of which no tensor is read yet: an empty one, on the device ``meta``, stands for each.
+
+    Args:
+        folder: The folder; its checksums are compared by whoever wants that.
+        map_location: For what is not in shards, as in ``torch.load``.
+        weights_only: False unpickles anything, which lets the checkpoint run code.
+
+    Attributes:
+        checkpoint: What is in the folder, with the keys of a file.
+
+    Raises:
+        CheckpointError: if the folder is damaged, incomplete, or would run code.
+    """
+
+    def __init__(self, folder: Path, map_location: Any = None, weights_only: bool = True) -> None:
+        self.folder, self.weights_only = folder, weights_only
+        self._names: dict[int, str] = {}
+        self._held: list[Tensor] = []  # or the address of one could pass to another
+        rest = _rest(folder, map_location, weights_only)
+        if not folders.is_committed(folder):
+            if "leyden" in rest:
+                folders.manifest(folder)  # ours: without a manifest it is not complete
+            rank_zero_warn(f"The checkpoint {str(folder)!r} has no manifest: whether it is complete cannot be known.")
+        self.checkpoint = rest
+        if not (folder / ".metadata").is_file():
+            return
+        self._reader = Reader(folder)
+        self._contents = self._reader.read_metadata()
+        with _read(folder):
+            self._note_places(rest)
+            self.checkpoint = _joined(rest, self._others())
+
+    def _note_places(self, rest: dict[str, Any]) -> None:
+        """Note the names of the empty tensors that stand in a checkpoint of ours."""
+        names, there = shards.Names(), self._contents.state_dict_metadata
+
+        def note(path: shards.Path, tensor: Tensor) -> Tensor:
+            if tensor.device.type == "meta" and id(tensor) not in self._names:
+                name = names.name(path)
+                if name not in there:
+                    raise CheckpointDamagedError(
+                        f"The checkpoint {str(self.folder)!r} has no values of {name!r}. Use another one."
+                    )
+                self._stands_for(tensor, name)
+            return tensor
+
+        shards.changed(rest, note)
+
+    def _others(self) -> dict[str, Any]:
+        """What has no place in the rest, by name: empty tensors; values that are no tensors are few, and are read."""
+        known = set(self._names.values())
+        flat: dict[str, Any] = {}
+        for name, entry in self._contents.state_dict_metadata.items():
+            if name in known:
+                continue
+            if isinstance(entry, metadata.TensorStorageMetadata):
+                empty = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+                flat[name] = self._stands_for(empty, name)
+            else:
+                flat[name] = None
+        values: dict[str, Any] = {name: None for name, value in flat.items() if value is None}
+        if values:
+            self._read(values)
+        return _nested({**flat, **values}, self._contents.planner_data)
+
+    def _stands_for(self, tensor: Tensor, name: str) -> Tensor:
+        self._names[id(tensor)] = name
+        self._held.append(tensor)
+        return tensor
+
+    def knows(self, tensor: Any) -> bool:
+        """Return whether ``tensor`` is one of the empty ones."""
+        return id(tensor) in self._names
+
+    def fill(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Read what stands at each first place into the second: of one that is spread, the part of this process.
+
+        Raises:
+            CheckpointError: as for the class.
+        """
+        wanted: dict[str, Any] = {}
+        twice: list[tuple[Tensor, Tensor]] = []
+        for empty, target in pairs:
+            name = self._names[id(empty)]
+            if name in wanted and wanted[name] is not target:
+                twice.append((wanted[name], target))
+            else:
+                wanted[name] = target.detach()
+        if wanted:
+            with _read(self.folder):
+                self._read(wanted)
+        with torch.no_grad():
+            for first, second in twice:
+                second.copy_(first)
+
+    def whole(
+        self, make: Callable[[Tensor], Tensor], but: Callable[[shards.Path], bool] = lambda _: False
+    ) -> dict[str, Any]:
+        """Return the checkpoint with tensors that ``make`` makes of the empty ones, filled; ``but`` says where not."""
+        made: dict[int, Tensor] = {}
+
+        def real(path: shards.Path, tensor: Tensor) -> Tensor:
+            if not self.knows(tensor) or but(path):
+                return tensor
+            if id(tensor) not in made:  # tied weights stay so
+                made[id(tensor)] = make(tensor)
+            return made[id(tensor)]
+
+        result = dict(shards.changed(self.checkpoint, real))
+        self.fill((empty, made[id(empty)]) for empty in self._held if id(empty) in made)
         return result
-    reader = Reader(folder)
-    contents = reader.read_metadata()
-    with _read(folder):
-        flat = _values(reader, contents, weights_only)
-        return {**result, **_as_file(_nested(_moved(flat, map_location), contents.planner_data))}
+
+    def _read(self, wanted: dict[str, Any]) -> None:
+        """Read values by their names: into tensors that are there; others take their place."""
+        planner = Planner(self.weights_only, flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(wanted, self._contents, True)
+        reader = self._reader
+        reader.set_up_storage_reader(self._contents, True)
+        plan = reader.prepare_global_plan([reader.prepare_local_plan(planner.create_local_plan())])[0]
+        reader.read_data(planner.finish_plan(plan), planner).wait()
 
 
 @contextlib.contextmanager
@@ -146,26 +278,16 @@ def _read(folder: Path) -> Iterator[None]:
     """Turn what torch's reader raises in the block, a dozen kinds for damage of a dozen kinds, into one error."""
     try:
         yield
+    except CheckpointDamagedError as error:  # of one of its values, perhaps
+        if repr(str(folder)) in str(error):
+            raise
+        raise CheckpointDamagedError(f"The checkpoint {str(folder)!r} cannot be read: {error}") from error
     except (CheckpointError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise CheckpointDamagedError(
             f"The checkpoint {str(folder)!r} cannot be read: {type(error).__name__}: {error}. Use another one."
         ) from error
-
-
-def _values(reader: Reader, contents: Any, weights_only: bool) -> dict[str, Any]:
-    """Read all of a checkpoint folder, tensors to the CPU; values by the flat names that torch gave them."""
-    flat: dict[str, Any] = {}
-    for name, entry in contents.state_dict_metadata.items():
-        is_tensor = isinstance(entry, metadata.TensorStorageMetadata)
-        flat[name] = torch.empty(entry.size, dtype=entry.properties.dtype) if is_tensor else None
-    planner = Planner(weights_only, flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(flat, contents, True)
-    reader.set_up_storage_reader(contents, True)
-    plan = reader.prepare_global_plan([reader.prepare_local_plan(planner.create_local_plan())])[0]
-    reader.read_data(planner.finish_plan(plan), planner).wait()
-    return flat
 
 
 def look(folder: Path) -> dict[str, Any]:
@@ -183,38 +305,58 @@ def look(folder: Path) -> dict[str, Any]:
         return result
     contents = Reader(folder).read_metadata()
     with _read(folder):
+        paths = contents.planner_data or {}
         flat = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
             if isinstance(entry, metadata.TensorStorageMetadata)
             else "<a value>"
             for name, entry in contents.state_dict_metadata.items()
+            if not _has_place(result, paths.get(name, (name,)))
         }
-        return {**result, **_as_file(_nested(flat, contents.planner_data))}
+        return as_file(_joined(result, _nested(flat, paths)))
 
 
 def _rest(folder: Path, map_location: Any, weights_only: bool, *, any_name: bool = False) -> dict[str, Any]:
-    path = folder / META
+    path = folder / shards.META
     if not path.is_file():
         return {}
     found = archive.read(path, repr(str(path)), map_location, weights_only, any_name=any_name)
     if not isinstance(found, Mapping):
         raise CheckpointError(
-            f"The checkpoint {str(folder)!r} holds a {type(found).__name__} in {META}, where a dict is."
+            f"The checkpoint {str(folder)!r} holds a {type(found).__name__} in {shards.META}, where a dict is."
         )
     return dict(found)
 
 
-def _moved(flat: Mapping[str, Any], map_location: Any) -> dict[str, Any]:
-    """Put tensors where ``map_location`` says, as torch.load would."""
-    if map_location is None:
-        return dict(flat)
-    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
-    if isinstance(map_location, (str, torch.device)):
-        return {**flat, **{name: value.to(map_location) for name, value in tensors.items()}}
+def _moved(tensors: list[Tensor], map_location: Any) -> list[Tensor]:
+    """Put tensors where a function or a table says, as torch.load would."""
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     buffer.seek(0)
-    return {**flat, **torch.load(buffer, map_location=map_location, weights_only=True)}
+    moved: list[Tensor] = torch.load(buffer, map_location=map_location, weights_only=True)
+    return moved
+
+
+def _joined(rest: Mapping[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Put what has no place in the rest of a checkpoint beside it."""
+    others = _as_file(others)
+    weights = rest.get(shards.WEIGHTS)
+    if isinstance(weights, dict) and isinstance(others.get(shards.WEIGHTS), dict):
+        others[shards.WEIGHTS] = {**weights, **others[shards.WEIGHTS]}
+    return {**rest, **others}
+
+
+def _has_place(rest: Any, path: tuple[Any, ...]) -> bool:
+    """Whether a tensor stands in the rest of a checkpoint where ``path`` leads."""
+    first = str(path[0])
+    if first.startswith("optimizer_") and first[10:].isdigit():
+        path = (shards.OPTIMIZERS, int(first[10:]), *path[1:])
+    for key in path:
+        try:
+            rest = rest[key]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return isinstance(rest, Tensor)
 
 
 def _nested(flat: Mapping[str, Any], paths: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from leyden.data.loaders import set_epoch
 from leyden.precision import Precision
 from leyden.strategies.base import Strategy
+from leyden.strategies.through import Through
 from leyden.tree import move_to, tree_map
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -121,27 +122,16 @@ class _FabricModule(nn.Module):
     def _through_forward(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the module from inside the forward of what wraps it: there it stands in for the module's own."""
         original = self.module
-        inside, former = vars(original), vars(original).get("forward", _MISSING)
         method = getattr(original, name)
         if self._compiler is not None:
             method = self._compiled.get(name) or self._compiled.setdefault(name, self._compiler(method))
 
-        def give_back() -> None:
-            if inside.get("forward") is instead:
-                if former is _MISSING:
-                    del inside["forward"]
-                else:
-                    inside["forward"] = former
-
-        def instead(*args: Any, **kwargs: Any) -> Any:
-            give_back()  # the method may call forward
-            return method(*args, **kwargs)
-
-        inside["forward"] = instead
+        through = Through(original)
+        through.step = method  # which may call forward itself
         try:
             return self._in_precision(uncompiled(self._run)[0], args, kwargs)
         finally:
-            give_back()
+            through.remove()
 
     def _watched(self, method: Callable[..., Any], name: str) -> Callable[..., Any]:
         """Return the method, which must not run the forward of a module: it would go past the strategy."""
@@ -268,6 +258,13 @@ def backward(run: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         _backwards -= 1
 
 
+def exchange(strategy: Any, optimizer: Any) -> None:
+    """Average gradients that were not averaged while they were computed; doing it twice changes nothing."""
+    average = getattr(strategy, "exchange_gradients", None)
+    if average is not None:
+        average(optimizer)
+
+
 class _FabricOptimizer:
     """An optimizer whose step goes through the strategy and the precision. It is an instance of the optimizer's class.
 
@@ -284,6 +281,7 @@ class _FabricOptimizer:
 
     def __init__(self, optimizer: Any, strategy: Any, callbacks: list[Any] | None = None) -> None:
         vars(self).update(_optimizer=optimizer, _strategy=strategy, _callbacks=[] if callbacks is None else callbacks)
+        vars(self)["_exchanges"] = getattr(strategy, "exchange_gradients", None) is not None
 
     @property
     def optimizer(self) -> Any:
@@ -293,6 +291,8 @@ class _FabricOptimizer:
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters, unless gradients that were scaled are not finite; return what the optimizer returned."""
         optimizer = self._optimizer
+        if self._exchanges and closure is None:
+            exchange(self._strategy, optimizer)
         if closure is None:
             output = self._strategy.optimizer_step(optimizer)
         else:

@@ -27,6 +27,7 @@ from leyden.callbacks.checkpoint_files import (
     is_url,
     link,
     open_path,
+    replaceable,
     require_writable,
     warn_of_others,
 )
@@ -509,7 +510,7 @@ class ModelCheckpoint(Checkpoint):
         """Return the first path that is not taken; ``ours`` is free, because its file is to be replaced."""
         # rank 0's: a value of a step is another one on each rank
         path = trainer.strategy.broadcast(self.format_checkpoint_name(candidates, name))
-        version, ours = self.STARTING_VERSION, trainer.strategy.broadcast(ours)
+        version, ours = self.STARTING_VERSION, trainer.strategy.broadcast(replaceable(trainer, ours))
         while self._enable_version_counter and path != ours and self._ledger.is_taken(trainer, path):
             path = trainer.strategy.broadcast(self.format_checkpoint_name(candidates, name, ver=version))
             version += 1

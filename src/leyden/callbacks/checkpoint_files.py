@@ -14,6 +14,7 @@ from typing import Any
 from leyden import atomic
 from leyden.errors import CheckpointError
 from leyden.runtime.ranks import rank_zero_warn
+from leyden.shards import META
 from leyden.types import PathLike, TrainerView
 
 
@@ -62,7 +63,8 @@ class Ledger:
         """Give, and note, the path in ``folder`` for the state in which a signal ends the run, to be written inside."""
         before = list(self.files), list(self.doomed), self.interrupted
         former, path, version = self.interrupted, os.path.join(folder, f"interrupted{suffix}"), 1
-        while path != former and self.is_taken(trainer, path):
+        ours = trainer.strategy.broadcast(replaceable(trainer, former))
+        while path != ours and self.is_taken(trainer, path):
             path, version = os.path.join(folder, f"interrupted-v{version}{suffix}"), version + 1
         self.replace(trainer, former, path)
         self.add(path)
@@ -131,6 +133,15 @@ def exists(path: str) -> bool:
     return bool(_filesystem(path).exists(path)) if is_url(path) else os.path.lexists(path)
 
 
+def replaceable(trainer: TrainerView, path: str) -> str:
+    """Return ``path`` if a new checkpoint can take its place in one step, else an empty text.
+
+    A folder cannot take that of a file: a run may go on under a strategy that writes the other of them.
+    """
+    is_other = os.path.isfile(path) if trainer.strategy.saves_shards else os.path.isdir(path)
+    return "" if is_other and not os.path.islink(path) else path
+
+
 def paths_in(folder: str) -> list[str]:
     """Return the paths of what is in ``folder``; nothing if there is no such folder."""
     if not exists(folder):
@@ -186,6 +197,8 @@ def bears(path: str, mark: str) -> bool:
     for them; nothing is unpickled.
     """
     name = os.path.basename(path if is_url(path) else os.path.realpath(path))  # a link is judged by its target
+    if not is_url(path) and os.path.isdir(path):
+        path = os.path.join(path, META)
     try:
         with open_path(path, "rb") as stream, zipfile.ZipFile(stream) as archive:
             text = b"".join(archive.read(part) for part in archive.namelist() if part.endswith("data.pkl"))

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from leyden.callbacks.checkpoint import Checkpoint
-from leyden.callbacks.checkpoint_files import Ledger, is_inside
+from leyden.callbacks.checkpoint_files import Ledger, is_inside, replaceable
 from leyden.errors import MisconfigurationException
 from leyden.runtime.ranks import rank_zero_info
 from leyden.types import PathLike, TrainerFn, TrainerView
@@ -68,7 +68,8 @@ class OnExceptionCheckpoint(Checkpoint):
         if trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING:
             return
         path, version = self._path or self._named(self.filename), 1
-        while path != self._path and self._ledger.is_taken(trainer, path):
+        ours = trainer.strategy.broadcast(replaceable(trainer, self._path))
+        while path != ours and self._ledger.is_taken(trainer, path):
             path, version = self._named(f"{self.filename}-v{version}"), version + 1
         before, self._path = self._path, path
         self._ledger.add(path)

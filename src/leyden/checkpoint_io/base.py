@@ -16,7 +16,7 @@ from leyden.types import PathLike
 class CheckpointIO(ABC):
     """Where checkpoints go. Extend it to keep them elsewhere, and pass it as ``Trainer(plugins=[MyIO()])``.
 
-    Three methods have to be written. Where a save returns before the checkpoint is complete, the last five say how to
+    Three methods have to be written. Where a save returns before the checkpoint is complete, the last six say how to
     wait for it; here, a save that has returned is complete.
     """
 
@@ -54,6 +54,10 @@ class CheckpointIO(ABC):
     def together(self) -> AbstractContextManager[None]:
         """For saves of one moment: nothing that they hold changes between them, so that they can share a snapshot."""
         return nullcontext()
+
+    def hand_over(self, content: Any, write: Callable[[Any], None]) -> None:
+        """Call ``write(content)``; those that write behind take a snapshot of ``content``, and call it with that later."""
+        write(content)
 
     def then(self, action: Callable[[], None]) -> None:
         """Call ``action`` when all that was saved so far is complete."""

@@ -10,7 +10,7 @@ from threading import Thread, current_thread
 from typing import Any, NamedTuple
 
 from leyden.checkpoint_io.base import CheckpointIO, TorchCheckpointIO, load_by
-from leyden.checkpoint_io.staging import Snapshot, Staging
+from leyden.checkpoint_io.staging import Staging
 from leyden.types import PathLike
 
 
@@ -57,12 +57,17 @@ class AsyncCheckpointIO(CheckpointIO):
             CheckpointError: if something in ``checkpoint`` cannot be pickled.
             Exception: what an earlier save failed with.
         """
+        save = partial(self.checkpoint_io.save_checkpoint, path=path, storage_options=storage_options)
+        self.hand_over(checkpoint, save)
+
+    def hand_over(self, content: Any, write: Callable[[Any], None]) -> None:
+        """Take a snapshot of ``content`` and return; ``write`` is called with it on the thread. Errors are those of a save."""
         if self._is_thread():  # somebody who was told of a file saves another one
-            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
+            write(content)
             return
         with self.together():
-            snapshot = self._staging.take(checkpoint)
-            self._add(_Task(partial(self._write, snapshot, path, storage_options)))
+            snapshot = self._staging.take(content)
+            self._add(_Task(lambda: write(snapshot.build())))
 
     def load_checkpoint(
         self, path: PathLike, map_location: Any = None, weights_only: bool | None = None
@@ -140,9 +145,6 @@ class AsyncCheckpointIO(CheckpointIO):
     def _add(self, task: _Task) -> None:
         assert self._tasks is not None
         self._tasks.append(task)
-
-    def _write(self, snapshot: Snapshot, path: PathLike, storage_options: Any) -> None:
-        self.checkpoint_io.save_checkpoint(snapshot.build(), path, storage_options=storage_options)
 
     def _run(self, tasks: list[_Task]) -> None:
         """Do the tasks in order; if one fails, none after it is done, and those that undo are, the last one first."""

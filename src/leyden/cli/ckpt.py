@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``leyden ckpt``: look into checkpoints, check them, compare two, take the weights out; none of their code runs."""
+"""``leyden ckpt``: look into checkpoints, check and compare them, make one file of a folder, take the weights out.
+
+No code of a checkpoint runs.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,13 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("show", "what is in a checkpoint: step, hyperparameters, callbacks, tensors by prefix"),
         ("verify", "compare checkpoints with their checksums and manifests; status 1 if one is damaged"),
         ("diff", "in which tensors, counters and settings two checkpoints differ; status 1 if they do"),
+        ("consolidate", "write a checkpoint folder of several processes as one file, a tensor at a time"),
         ("export", "write the weights of a checkpoint to a safetensors file"),
     ):
         action = actions.add_parser(name, help=help_text, description=f"Tell {help_text}.")
         if name in ("show", "verify"):
             action.add_argument("files", nargs="+", metavar="FILE", help="a checkpoint: a file, a folder or a URL")
         else:
-            action.add_argument("files", nargs=2, metavar="FILE", help="two checkpoints; for export, from and to")
+            action.add_argument("files", nargs=2, metavar="FILE", help="two checkpoints, or from and to")
         action.add_argument("--json", action="store_true", help="print JSON")
         if name == "show":
             action.add_argument(
@@ -67,7 +74,7 @@ def main(options: argparse.Namespace) -> int:
         text = "\n".join(f"{one['what']}: {one['difference']}" for one in differences) or "They are the same."
         say(json.dumps(differences, indent=1) if options.json else text)
         return int(bool(differences))
-    written = export(*options.files)
+    written = consolidate(*options.files) if options.action == "consolidate" else export(*options.files)
     say(json.dumps(written, indent=1) if options.json else f"{written['file']}: {written['tensors']} tensors.")
     return 0
 
@@ -281,6 +288,59 @@ def _distance(one: Tensor, other: Tensor) -> tuple[float, int]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def consolidate(source: str, target: str) -> dict[str, Any]:
+    """Write a checkpoint folder as the one file that a single process would have written; return what was written.
+
+    Of the tensors none is held in memory: they are put together, one after the other, in files beside the target, which
+    are mapped into memory while they are written to it and are gone then. So that takes their room on the disk twice.
+
+    Raises:
+        CheckpointError: for something that is no checkpoint folder, is damaged or would run code; or if the file cannot be
+            written.
+    """
+    from leyden import folders, sharded  # noqa: PLC0415  # loads torch.distributed.checkpoint
+
+    folder, place = files.require_file(files.local_path(source)), files.require_local(target)
+    if not folder.is_dir():
+        raise CheckpointError(f"{source} is one file already.")
+    if folders.is_committed(folder):
+        folders.check(folder)
+    count = 0
+    with (
+        files.explained(target),
+        tempfile.TemporaryDirectory(prefix=".leyden-", dir=_made(place.parent), ignore_cleanup_errors=True) as aside,
+    ):
+
+        def mapped(tensor: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return _mapped(tensor, Path(aside) / str(count))
+
+        content = sharded.as_file(sharded.Source(folder, "cpu").whole(mapped))
+        files.save(content, place)
+    return {"file": target, "tensors": count}
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _mapped(tensor: Tensor, path: Path) -> Tensor:
+    """Return a tensor like ``tensor`` whose memory is a file, which has no name any more where the system allows that."""
+    if not tensor.numel():
+        return torch.empty_like(tensor, device="cpu")
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):  # a disk that is full is an error here, and kills the process later
+            os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+        else:
+            file.truncate(tensor.nbytes)
+    found = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+    with contextlib.suppress(OSError):
+        path.unlink()
+    return found
 
 
 def export(source: str, target: str) -> dict[str, Any]:

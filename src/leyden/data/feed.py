@@ -127,6 +127,8 @@ class Feed:
         self.loader, self.seeding, self.seed = loader, seeding, seed
         self.how = _how(loader)
         self.key: tuple[Any, ...] = ()
+        self.share: int | None = None
+        """Which share of the data this is: processes that work on one batch draw the same. None: each process has its own."""
         self.run: Pass | None = None
         self.passes = 0
         self.resume: tuple[Pass, int] | None = None
@@ -269,7 +271,10 @@ class Feed:
         from leyden.data.workers import Start  # noqa: PLC0415  # only runs with workers need it
 
         own = self.loader.worker_init_fn
-        return Start(own, rank_zero_only.rank if self.seeding == "worker" and own is None else None)
+        return Start(own, self._rank() if self.seeding == "worker" and own is None else None)
+
+    def _rank(self) -> int:
+        return rank_zero_only.rank if self.share is None else self.share
 
     def settle(self) -> None:
         """Bring home what iterating has changed on the copy: the workers that are kept, attributes of a subclass."""
@@ -304,7 +309,7 @@ class Feed:
         if self.seeding != "batch" or not self.workers:
             return 0
         states = [begin[name].numpy().tobytes() for name in ("torch", "generator") if name in begin]
-        return digest(rank_zero_only.rank, *self.key, number, *states)
+        return digest(self._rank(), *self.key, number, *states)
 
     # ------------------------------------------------------------------ indices
 

@@ -314,6 +314,8 @@ def supply(session: Session, combined: CombinedLoader, prefix: str, step: Callab
 
         shares = [share for loader in combined.flattened if (share := sharding.share_of(loader)) is not None]
         made.agree = partial(sharding.agree, shares, session.strategy.broadcast)
+        for feed in made.feeds:
+            feed.share = session.strategy.data_rank
     return made
 
 

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from leyden.data.combined import CombinedLoader
@@ -87,7 +86,7 @@ class EvaluationLoop:
         self.before = Before(session, self) if fitting and not session.trainer.sanity_checking else None
         # inside fit tensors of a validation may be wanted by training later: inference tensors could not
         inference = session.config.inference_mode and not fitting
-        with torch.inference_mode() if inference else torch.no_grad():
+        with session.strategy.evaluating(inference):
             self.load_data(session)
             assert self.loader is not None
             limits = self.limits(session)
@@ -131,7 +130,7 @@ class EvaluationLoop:
         seen = session.progress.val_batches if session.trainer.state.fn is TrainerFn.FITTING else [0] * len(limits)
         outputs: list[dict[str, Any]] = [{} for _ in (limits if loader.mode == "sequential" else (0,))]
         current = done = 0
-        for batch, batch_idx, loader_idx in batches.remaining(iterator):
+        for batch, batch_idx, loader_idx in session.strategy.paced(batches.remaining(iterator)):
             while current < loader_idx:
                 outputs[current] = self._end_loader(session, current if several else None, done)
                 current, done = current + 1, 0

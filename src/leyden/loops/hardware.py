@@ -32,6 +32,10 @@ STRATEGIES: dict[str, Any] = {
         for name, start in _STARTS.items()
         for suffix, unused in _UNUSED.items()
     },
+    "fsdp": "leyden.strategies.fsdp:FSDPStrategy",
+    "fsdp_cpu_offload": ("leyden.strategies.fsdp:FSDPStrategy", {"cpu_offload": True}),
+    "tensor_parallel": "leyden.strategies.tensor_parallel:TensorParallelStrategy",
+    "model_parallel": "leyden.strategies.model_parallel:ModelParallelStrategy",
 }
 LATER = ("xla", "xla_debug", "single_xla", "single_tpu", "xla_fsdp")
 

@@ -154,7 +154,12 @@ def _beside_it(trainer: Any, cluster: Any, path: str) -> str:
 
 
 def _second_name(path: str, name: str) -> None:
-    """Make ``name`` the same file as ``path``, or a copy where a file cannot have two names."""
+    """Make ``name`` the same file as ``path``, or a copy where a file cannot have two names; of a folder, its files."""
+    if os.path.isdir(path):
+        from leyden import folders  # noqa: PLC0415  # only for checkpoints of several processes
+
+        folders.second(Path(path), Path(name))
+        return
     try:
         os.link(path, name)
     except OSError:

@@ -37,6 +37,8 @@ class Optimization:
         )
         self.exchange: Callable[[Optimizer], None] | None = getattr(session.strategy, "exchange_gradients", None)
         """Averages, before a step, gradients that several processes have not averaged yet; None for one process."""
+        self._join: Any = getattr(session.strategy, "join_backward", None)
+        """Prepares a loss for its backward, where a strategy has to know of it."""
         self.stepped = 0
         """How many updates of the model were made since the current batch began."""
         self._leads = 0
@@ -85,6 +87,8 @@ class Optimization:
         if hooks.on_before_backward or self.own_backward is not None:
             loss = self.precision.scale(loss)
             hooks.on_before_backward(loss)
+            if self._join is not None:
+                loss, kwargs = self._join(loss, kwargs)
             if self.own_backward is not None:
                 outer, self.store.hook = self.store.hook, "backward"
                 self.own_backward(loss, *args, **kwargs)
@@ -132,9 +136,7 @@ class Optimization:
         self.precision.unscale(optimizer)
         if self.window_weight is not None or self.rescale != 1.0:
             factor = self.rescale if self.window_weight is None else _inverse(self.weight_of_all())
-            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            if grads:
-                torch._foreach_mul_(grads, factor)
+            self.strategy.scale_gradients(optimizer, factor)
         if self.hooks.on_before_optimizer_step:
             self.hooks.on_before_optimizer_step(optimizer)
         if self.automatic:
@@ -168,15 +170,15 @@ class Optimization:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the gradients of a window of accumulation that is open, and the weight that was declared for them."""
-        gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
-        return {"gradients": gradients, "weight": self.window_weight, "weights": dict(self.window_weights)}
+        return {
+            "gradients": self.strategy.gradients(),
+            "weight": self.window_weight,
+            "weights": dict(self.window_weights),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` returned."""
-        for name, parameter in self.module.named_parameters():
-            gradient = state["gradients"].get(name)
-            if gradient is not None and gradient.shape == parameter.shape:
-                parameter.grad = gradient.to(parameter.device, parameter.dtype)
+        self.strategy.load_gradients(state["gradients"])
         self.window_weight, self.window_weights = state["weight"], dict(state.get("weights", {}))
 
     def no_batch(self, first: bool, steps: bool) -> Any:

@@ -55,7 +55,7 @@ class PredictLoop:
     def run(self, session: Session) -> list[Any] | None:
         """Predict; return the list of predictions (of lists, with several loaders), or None."""
         session.enter(RunningStage.PREDICTING)
-        with torch.inference_mode() if session.config.inference_mode else torch.no_grad():
+        with session.strategy.evaluating(session.config.inference_mode):
             return self._predict(session)
 
     def _predict(self, session: Session) -> list[Any] | None:
@@ -97,7 +97,7 @@ class PredictLoop:
             iterator = batches.DataLoaderIter(iterator, math.inf).turns()
         num_args = 1 if draws else 3 if several else max(batches.positional(module.predict_step), 1)
         transfer = session.transfer(draws)
-        for batch, batch_idx, loader_idx in batches.remaining(iterator):
+        for batch, batch_idx, loader_idx in session.strategy.paced(batches.remaining(iterator)):
             if transfer is not None:
                 batch = transfer(batch, loader_idx)
             self.current_batch_indices = indices[loader_idx](batch_idx)

@@ -130,7 +130,7 @@ class Session:
         build = [
             name for name in ("configure_sharded_model", "configure_model") if is_written(module, name, LightningModule)
         ]
-        if build:
+        if build and self.strategy.builds():
             with self.strategy.root_device, self.strategy.precision.init_context():
                 for name in build:
                     getattr(module, name)()

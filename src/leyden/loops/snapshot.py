@@ -28,6 +28,7 @@ from leyden.progress import Progress
 from leyden.results import Results
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.runtime.seed import rng_state
+from leyden.shards import is_spread
 from leyden.strategies.base import Strategy
 from leyden.tree import move_to
 
@@ -107,8 +108,7 @@ def gather(
             ours["window"] = optimization.state_dict()
     checkpoint["leyden"] = ours
     if strategy.world_size > 1 and not weights_only:
-        own = move_to({key: ours[key] for key in _OF_EACH_RANK if key in ours}, torch.device("cpu"))
-        ours["ranks"] = strategy.gather_objects(own)
+        ours["ranks"] = _of_all_ranks(ours, strategy)
     for owner in (module, datamodule):
         if owner is not None and owner.hparams:
             _add_hparams(checkpoint, owner)
@@ -125,12 +125,40 @@ _OF_EACH_RANK = ("rng", "data", "results", "metrics", "window")
 """What each rank has its own of: random generators, the place in its share of the data, what it has counted so far."""
 
 
+def _of_all_ranks(ours: dict[str, Any], strategy: Strategy) -> list[dict[str, Any]]:
+    """Return what each rank has its own of.
+
+    Where checkpoints are written in shards, gradients of an open window do not travel: every rank writes what it has of
+    them, and of those of the others it has empty ones.
+    """
+    own, mine = {key: ours[key] for key in _OF_EACH_RANK if key in ours}, {}
+    if in_shards := strategy.saves_shards and "window" in own:
+        gradients = own["window"]["gradients"]
+        spread = {name: gradient for name, gradient in gradients.items() if is_spread(gradient)}
+        mine = {name: gradient for name, gradient in gradients.items() if name not in spread}
+        ours["window"] = {**ours["window"], "gradients": spread}
+        own["window"] = {**own["window"], "gradients": {}}
+    own = move_to(own, torch.device("cpu"))
+    if in_shards:
+        own["window"]["gradients"] = {name: torch.empty_like(each, device="meta") for name, each in mine.items()}
+        own["window"]["and_spread"] = True
+    if buffers := strategy.own_buffers():
+        own["buffers"] = move_to(buffers, torch.device("cpu"))
+    ranks = strategy.gather_objects(own)
+    if in_shards:
+        ranks[strategy.global_rank]["window"]["gradients"] = mine
+    return ranks
+
+
 def _of_this_rank(checkpoint: dict[str, Any], strategy: Strategy) -> dict[str, Any]:
     """Put in the place of what rank 0 has written about itself what this rank has written."""
     ours = checkpoint.get("leyden") or {}
     ranks = ours.pop("ranks", None)
     if ranks is not None and len(ranks) == strategy.world_size:
+        shared = (ours.get("window") or {}).get("gradients", {})
         ours.update(ranks[strategy.global_rank])
+        if (ours.get("window") or {}).get("and_spread"):
+            ours["window"] = {**ours["window"], "gradients": {**shared, **ours["window"]["gradients"]}}
     if ours:
         ours["written_by"] = 1 if ranks is None else len(ranks)
     return checkpoint
@@ -244,6 +272,7 @@ def restore_training(
             )
         progress.load_state_dict(ours["progress"])
         last, steps = ours.get("last", False), ours.get("steps", True)
+        strategy.load_own_buffers(ours.get("buffers", {}))
         if "results" in ours:
             metrics = metrics_of(strategy.module)
             results.load_state_dict(ours["results"], metrics)

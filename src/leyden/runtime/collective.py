@@ -121,10 +121,10 @@ def gather_numbers(numbers: Tensor) -> Tensor:
     return torch.stack(rows).to(numbers.device)
 
 
-def gather_objects(item: Any) -> list[Any]:
-    """Return the objects of all ranks (whatever can be pickled), in their order."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, item)
+def gather_objects(item: Any, group: Any = None) -> list[Any]:
+    """Return the objects of all ranks (whatever can be pickled), in their order; with a ``group``, in any thread of its own."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, item, group=group)
     return found
 
 
@@ -135,15 +135,15 @@ def broadcast_object(item: Any, src: int = 0) -> Any:
     return box[0]
 
 
-def average_flat(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its mean over all ranks, in one collective for each dtype and device."""
+def average_flat(tensors: list[Tensor], group: Any = None) -> None:
+    """Replace each tensor by its mean over all ranks (of a ``group``), in one collective for each dtype and device."""
     kinds: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for together in kinds.values():
         flat = torch.cat([tensor.reshape(-1) for tensor in together])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
         _put_back(flat, together)
 
 

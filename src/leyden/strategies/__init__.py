@@ -10,12 +10,33 @@ from leyden.strategies.base import Strategy
 
 if TYPE_CHECKING:
     from leyden.strategies.ddp import DDPStrategy
+    from leyden.strategies.fsdp import FSDPStrategy
+    from leyden.strategies.mesh import MeshStrategy
+    from leyden.strategies.model_parallel import ModelParallelStrategy
     from leyden.strategies.parallel import ParallelStrategy
     from leyden.strategies.single import SingleDeviceStrategy
+    from leyden.strategies.tensor_parallel import TensorParallelStrategy
 
-__all__ = ["DDPStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
+__all__ = [
+    "DDPStrategy",
+    "FSDPStrategy",
+    "MeshStrategy",
+    "ModelParallelStrategy",
+    "ParallelStrategy",
+    "SingleDeviceStrategy",
+    "Strategy",
+    "TensorParallelStrategy",
+]
 
-_WHERE = {"DDPStrategy": "ddp", "ParallelStrategy": "parallel", "SingleDeviceStrategy": "single"}
+_WHERE = {
+    "DDPStrategy": "ddp",
+    "FSDPStrategy": "fsdp",
+    "MeshStrategy": "mesh",
+    "ModelParallelStrategy": "model_parallel",
+    "ParallelStrategy": "parallel",
+    "SingleDeviceStrategy": "single",
+    "TensorParallelStrategy": "tensor_parallel",
+}
 """What is imported when it is asked for: the class, and the file that it is in."""
 
 

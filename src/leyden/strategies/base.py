@@ -38,6 +38,8 @@ class Strategy:
     """
 
     strategy_name = "single"
+    saves_shards = False
+    """Whether a checkpoint is a folder to which every process writes its part, rather than one file."""
 
     def __init__(
         self,
@@ -128,9 +130,17 @@ class Strategy:
         """Take the module of the coming run."""
         self.module = module
 
+    def builds(self) -> bool:
+        """Whether ``configure_model`` is to be called in the coming run; not for a module that is as it left it."""
+        return True
+
     def setup(self) -> None:
         """Bring the module to its device and number format."""
         self.module = self.precision.convert_module(self.module)
+        self.place()
+
+    def place(self) -> None:
+        """Bring the module to its device."""
         self.module.to(self.root_device)
 
     def distribute(self, fitting: bool) -> None:
@@ -173,7 +183,12 @@ class Strategy:
         for wrapped in self.lightning_optimizers:
             wrapped.release()  # user code may have kept it
         self._step = self._manual_backward = None
-        if self.root_device.type != "cpu" and self.module is not None:
+        if self.module is not None:
+            self.come_home()
+
+    def come_home(self) -> None:
+        """Bring the module and the optimizer state back to the host."""
+        if self.root_device.type != "cpu":
             host = torch.device("cpu")
             self.module.to(host)
             for optimizer in self.optimizers:
@@ -181,6 +196,10 @@ class Strategy:
                     optimizer.state[key] = move_to(value, host)
 
     # -- a loop of the user's own (leyden.fabric)
+
+    def turn_to(self, module: nn.Module) -> None:
+        """What follows, states say, is about ``module``, which ``setup_module`` has had; it may be one of several."""
+        self.module = module
 
     def begin(self) -> None:
         """Start the processes that are missing, and meet them, for the rest of the program."""
@@ -282,6 +301,37 @@ class Strategy:
         self.precision.unscale(optimizer)
         return self.precision.clip([p for group in optimizer.param_groups for p in group["params"]], value, algorithm)
 
+    def scale_gradients(self, optimizer: Optimizer, factor: Any) -> None:
+        """Multiply the gradients of the optimizer's parameters by a number, or by a tensor with one element."""
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, factor)
+
+    def toggled(self) -> None:
+        """Some parameters require gradients from now on, or do not any more: in the middle of a step as well."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        """What this process has of the gradients of a window of accumulation that is open, by the names of parameters."""
+        return {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+
+    def load_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Take over what ``gradients`` returned; what is of another shape is left out."""
+        for name, parameter in self.module.named_parameters():
+            gradient = gradients.get(name)
+            if gradient is not None and gradient.shape == parameter.shape:
+                parameter.grad = gradient.to(parameter.device, parameter.dtype)
+
+    def evaluating(self, inference: bool) -> AbstractContextManager[Any]:
+        """Return the context of an evaluation; ``inference`` says that nothing of it is wanted by training later."""
+        return torch.inference_mode() if inference else torch.no_grad()
+
+    def paced(self, batches: Iterator[tuple[Any, int, int]]) -> Iterator[tuple[Any, int, int]]:
+        """Return the batches of an evaluation, with their number and that of their loader, as this process is to run them.
+
+        Where all processes take part in each step of any, one that has fewer batches keeps up with the others here.
+        """
+        return batches
+
     # -- between processes
 
     def barrier(self, name: str | None = None) -> None:
@@ -353,6 +403,18 @@ class Strategy:
         """Load weights; what does not fit is an error that lists it."""
         apply_state_dict(self.module, state, strict, source)
 
+    def own_buffers(self) -> dict[str, Tensor]:
+        """The buffers of the module that are others on other processes: the statistics of a batch norm, say."""
+        return {}
+
+    def load_own_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Take over what ``own_buffers`` returned."""
+        own = dict(self.module.named_buffers())
+        with torch.no_grad():
+            for name, value in buffers.items():
+                if name in own and own[name].shape == value.shape:
+                    own[name].copy_(value)
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of one optimizer."""
         return dict(optimizer.state_dict())
@@ -372,7 +434,11 @@ class Strategy:
         )
 
     def save_folder(
-        self, path: PathLike, write: Callable[[Path], None], record: Mapping[str, Any] | None = None
+        self,
+        path: PathLike,
+        write: Callable[[Path], None],
+        record: Mapping[str, Any] | None = None,
+        gather: Callable[[Any], list[Any]] | None = None,
     ) -> None:
         """Let every process write its part of a checkpoint folder, and commit it only when all of them have.
 
@@ -380,6 +446,7 @@ class Strategy:
             path: Where, on a file system that the processes share; see ``files.save_folder``.
             write: Called on every process with the folder to write into.
             record: Plain data by which the checkpoint is known without opening it: ``global_step``, ``epoch``.
+            gather: How the processes hear of each other on this thread; None is ``gather_objects``.
 
         Raises:
             CheckpointError: on every process, if any of them failed; then what was there before is still there.
@@ -387,22 +454,25 @@ class Strategy:
         from leyden import folders  # noqa: PLC0415  # only for checkpoints of several processes
 
         place = files.require_local(path)
-        folder: Path = self.on_rank_zero(lambda: folders.begin(place), path)
+        folder: Path = self.on_rank_zero(lambda: folders.begin(place), path, gather)
         try:
-            self.on_all_ranks(lambda: write(folder), path)
-            self.on_all_ranks(lambda: folders.note(folder, self.global_rank, self.world_size), path)
-            self.on_rank_zero(lambda: folders.commit(folder, place, record), path)
+            self.on_all_ranks(lambda: write(folder), path, gather)
+            self.on_all_ranks(lambda: folders.note(folder, self.global_rank, self.world_size), path, gather)
+            self.on_rank_zero(lambda: folders.commit(folder, place, record), path, gather)
         except BaseException:
             if self.is_global_zero:
                 folders.abandon(folder)
             raise
 
-    def on_rank_zero(self, work: Callable[[], T], path: PathLike = "") -> T:
+    def on_rank_zero(
+        self, work: Callable[[], T], path: PathLike = "", gather: Callable[[Any], list[Any]] | None = None
+    ) -> T:
         """Return what ``work`` returns on rank 0, on every process; what it raises there is raised on every process.
 
         Args:
             work: Writes a checkpoint, or a part of it. What it returns must be something that can be broadcast.
             path: What it writes, for the message of an error that is none of ours.
+            gather: As for ``save_folder``.
         """
         result, error = None, None
         if self.is_global_zero:
@@ -411,23 +481,34 @@ class Strategy:
                     result = work()
             except CheckpointError as failure:
                 error = failure
-        result, message = self.broadcast((result, None if error is None else str(error)))
+        said = result, None if error is None else str(error)
+        result, message = self.broadcast(said) if gather is None else gather(said)[0]
         if message is not None:
             raise error if error is not None else CheckpointError(f"On rank 0: {message}")
         return cast("T", result)
 
-    def on_all_ranks(self, work: Callable[[], None], path: PathLike = "") -> None:
-        """Call ``work`` on every process; if any of them fails, every process raises CheckpointError."""
+    def on_all_ranks(
+        self, work: Callable[[], None], path: PathLike = "", gather: Callable[[Any], list[Any]] | None = None
+    ) -> None:
+        """Call ``work`` on every process; if any of them fails, every process raises CheckpointError.
+
+        Args:
+            work: Writes or reads a part of a checkpoint.
+            path: As for ``on_rank_zero``.
+            gather: As for ``save_folder``.
+        """
         error = None
         try:
             with files.explained(path):
                 work()
         except CheckpointError as failure:
             error = failure
-        if not self.reduce_boolean_decision(error is None):
-            raise error or CheckpointError(
-                f"The checkpoint {str(path)!r} could not be written: another process failed, and says why."
-            )
+        said = (gather or self.gather_objects)(None if error is None else str(error))
+        if error is not None:
+            raise error
+        failed = next(((rank, message) for rank, message in enumerate(said) if message is not None), None)
+        if failed is not None:
+            raise CheckpointError(f"On rank {failed[0]}: {failed[1]}")
 
     def load_checkpoint(self, filepath: PathLike, weights_only: bool | None = True) -> dict[str, Any]:
         """Read a checkpoint to host memory, and compare it with its checksums."""

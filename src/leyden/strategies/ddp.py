@@ -20,6 +20,7 @@ from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.precision import Precision
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.strategies.parallel import ParallelStrategy
+from leyden.strategies.through import Through
 
 _WRAPPER = (
     "bucket_cap_mb", "broadcast_buffers", "init_sync", "find_unused_parameters", "check_reduction",
@@ -104,8 +105,7 @@ class DDPStrategy(ParallelStrategy):
                 copy_flat([tensor.detach() for tensor in (*module.parameters(), *module.buffers())])
 
     def _wrap(self, module: nn.Module) -> None:
-        self._through = through = _Through(module)
-        vars(module)["forward"] = through  # past nn.Module's own bookkeeping; given back in teardown
+        self._through = _Through(module)  # given back in teardown
         self.model = self._averaged(module)
 
     def setup_module(self, module: nn.Module) -> nn.Module:
@@ -227,29 +227,23 @@ def _naming(wrapper: nn.Module, strategy: DDPStrategy) -> nn.Module:
     return wrapper
 
 
-class _Through:
-    """Stands on a module as its ``forward`` while a wrapper trains it: the way for ``training_step`` through that wrapper.
+class _Through(Through):
+    """Lets a batch without a loss count with gradients of 0.
 
     Attributes:
-        step: What the next call runs; None is the module's own forward.
         counts: Whether the others wait for gradients of what the next call returns.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.former = vars(module).get("forward")
-        self.forward = module.forward
-        self.step: Callable[..., Any] | None = None
-        self.counts = self._weighs = False
+    counts = weighs = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        step, self.step = self.step, None
-        if step is None:
-            return self.forward(*args, **kwargs)
-        output = step(*args, **kwargs)
+        stepping = self.step is not None
+        output = super().__call__(*args, **kwargs)
+        if not stepping:
+            return output
         if self.counts and (output is None or (isinstance(output, Mapping) and output.get("loss", 0) is None)):
             return self.nothing()
-        self._weighs = isinstance(output, Mapping) and "num_items" in output
+        self.weighs = isinstance(output, Mapping) and "num_items" in output
         return output
 
     def nothing(self) -> Any:
@@ -260,14 +254,7 @@ class _Through:
         )
         parts = [(parameter * 0.0).sum() for parameter in self.module.parameters() if parameter.requires_grad]
         loss = torch.stack(parts).sum()
-        return {"loss": loss, "num_items": 0.0} if self._weighs else loss
-
-    def remove(self) -> None:
-        """Give the module its forward back."""
-        if vars(self.module).get("forward") is self:
-            del vars(self.module)["forward"]
-            if self.former is not None:
-                vars(self.module)["forward"] = self.former
+        return {"loss": loss, "num_items": 0.0} if self.weighs else loss
 
 
 def _first_line(error: BaseException | None) -> str:

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import os
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -75,6 +76,8 @@ class ParallelStrategy(Strategy):
         self._world = World()
         self.sync_batchnorm = False
         self._norms: list[Any] = []
+        self._begun = False
+        """Whether a loop of the user's own runs, not that of a Trainer."""
         self._alone = False
         """Whether this rank is on its way out of a run by itself: it must not wait for the others any more."""
         self._watch: Any = None
@@ -170,6 +173,7 @@ class ParallelStrategy(Strategy):
             )
 
     def begin(self) -> None:
+        self._begun = True
         self.launch(Interrupt(), SimpleNamespace(batches=0))
         if self._watch is not None:
             self._watch.to_the_end = True
@@ -245,6 +249,11 @@ class ParallelStrategy(Strategy):
                 wrapper.set_requires_gradient_sync(True)
         else:
             yield
+
+    def own_buffers(self) -> dict[str, Tensor]:
+        found = {name: buffer for name, buffer in self.module.named_buffers() if _is_plain(buffer)}
+        sums = self.gather_objects({name: _checksum(buffer) for name, buffer in found.items()}) if found else []
+        return {name: buffer for name, buffer in found.items() if any(s.get(name) != sums[0].get(name) for s in sums)}
 
     # ------------------------------------------------------------------ between processes
 
@@ -358,6 +367,15 @@ class ParallelStrategy(Strategy):
             if interrupt.error is None and text is not None:
                 interrupt.error = CheckpointError(f"The run was ended by {text}")
         return interrupt.received
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
+
+
+def _checksum(tensor: Tensor) -> int:
+    content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(content)
 
 
 _STARTERS = {

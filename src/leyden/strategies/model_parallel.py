@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parallelism that a module applies to itself, in ``configure_model``, over a mesh of devices with two dimensions."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from leyden.errors import LeydenWarning, MisconfigurationException
+from leyden.hooks import is_written
+from leyden.module import LightningModule
+from leyden.runtime.collective import copy_flat
+from leyden.runtime.ranks import rank_zero_warn
+from leyden.strategies.fully_sharded import come_apart, sharded_layers
+from leyden.strategies.mesh import DATA, TENSOR, MeshStrategy, is_spread
+from leyden.strategies.tensor_parallel import TensorParallelStrategy, bring, checked_size
+
+
+class ModelParallelStrategy(TensorParallelStrategy):
+    """Gives ``configure_model`` a mesh, over which the module splits and shards itself by torch's own functions.
+
+    ::
+
+        def configure_model(self):
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], {"fc1": ColwiseParallel(), ...})
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    Processes along ``"tensor_parallel"`` get the same batches. After a run the module stays as ``configure_model`` made it:
+    further runs do not call that again, checkpoints are whole. Build large layers under ``torch.device("meta")``: they come
+    to the device when they are split, and are filled by their ``reset_parameters``, or from the checkpoint.
+
+    Args:
+        data_parallel_size: How many shares of the data there are; ``"auto"``: what ``tensor_parallel_size`` leaves, or one
+            for each machine.
+        tensor_parallel_size: How many devices work on one batch; ``"auto"``: what ``data_parallel_size`` leaves, or all of
+            one machine.
+        save_distributed_checkpoint: Whether a checkpoint is a folder to which each process writes its part, or one file.
+        process_group_backend: torch's name for how tensors travel; None is NCCL for GPUs and Gloo for CPUs.
+        timeout: After how long an exchange that not all ranks take part in is an error.
+
+    Raises:
+        MisconfigurationException: for sizes that are not possible.
+    """
+
+    strategy_name = "model_parallel"
+
+    def __init__(
+        self,
+        data_parallel_size: str | int = "auto",
+        tensor_parallel_size: str | int = "auto",
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = timedelta(minutes=30),
+    ) -> None:
+        super().__init__(
+            None,
+            tensor_parallel_size,
+            process_group_backend=process_group_backend,
+            timeout=timedelta(minutes=30) if timeout is None else timeout,
+        )
+        self.data_parallel_size = checked_size(type(self).__name__, "data_parallel_size", data_parallel_size)
+        self.save_distributed_checkpoint = self.saves_shards = bool(save_distributed_checkpoint)
+
+    def assign(self, devices: list[torch.device], num_nodes: int) -> None:
+        MeshStrategy.assign(self, devices, num_nodes)
+        shape = self.mesh_shape()
+        if shape[DATA] * shape[TENSOR] != self.world_size:
+            raise MisconfigurationException(
+                f"{type(self).__name__}(data_parallel_size={self.data_parallel_size!r},"
+                f" tensor_parallel_size={self.tensor_parallel_size!r}) are {shape[DATA]} x {shape[TENSOR]} processes, but there"
+                f" are {self.world_size} (devices times num_nodes). One of the two may be 'auto'."
+            )
+
+    def _size(self) -> int:
+        data, tensor = self.data_parallel_size, self.tensor_parallel_size
+        if isinstance(tensor, int):
+            return tensor
+        return max(self.world_size // data, 1) if isinstance(data, int) else self.num_processes
+
+    def mesh_shape(self) -> dict[str, int]:
+        size, data = self._size(), self.data_parallel_size
+        return {DATA: data if isinstance(data, int) else max(self.world_size // size, 1), TENSOR: size}
+
+    def connect(self, module: nn.Module) -> None:
+        if not is_written(module, "configure_model", LightningModule):
+            raise TypeError(
+                f"When using the {type(self).__name__}, you are required to override the `configure_model()` hook of"
+                f" {type(module).__name__} and apply parallelization there. strategy='tensor_parallel' and 'fsdp' take any"
+                " module as it is."
+            )
+        super().connect(module)
+
+    def builds(self) -> bool:
+        return not is_spread(self.module)
+
+    def distribute(self, fitting: bool) -> None:
+        module = self.module
+        fill(module, self.root_device)
+        plain = [tensor for tensor in (*module.parameters(), *module.buffers()) if not isinstance(tensor, DTensor)]
+        bring(plain, self.root_device)
+        if self.world_size > 1 and plain:
+            with torch.no_grad():
+                copy_flat([tensor.detach() for tensor in plain])
+        layers = sharded_layers(module)
+        if layers and layers[0] is not module:
+            # what the module has sharded of itself is then brought together and let go of as fsdp does it
+            rest = {parameter for parameter in module.parameters() if id(parameter) not in _sharded(layers)}
+            fully_shard(module, mesh=self.data_mesh(), ignored_params=rest)
+        super().distribute(fitting)
+
+    def spread(self, module: nn.Module, fitting: bool) -> None:
+        """The module has not spread anything: it is whole on each process, as with ddp."""
+
+    def unspread(self, module: nn.Module) -> None:
+        come_apart(module)  # only its own code could split it anew
+
+
+def _sharded(layers: list[Any]) -> set[int]:
+    return {id(parameter) for layer in layers for parameter in layer.parameters()}
+
+
+def fill(module: nn.Module, device: torch.device) -> None:
+    """Bring what is on the meta device to ``device``, with the values that ``reset_parameters`` of its layer gives it."""
+    empty: list[str] = []
+    for name, child in module.named_modules():
+        own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
+        if not any(tensor.is_meta for tensor in own):
+            continue
+        child.to_empty(device=device, recurse=False)
+        reset: Any = getattr(child, "reset_parameters", None)
+        if callable(reset):
+            reset()
+        else:
+            empty.append(f"{name} ({type(child).__name__})")
+    if empty:
+        rank_zero_warn(
+            f"{', '.join(empty[:8])} {'was' if len(empty) == 1 else 'were'} built on the meta device and cannot fill"
+            " themselves: they have no reset_parameters(). Load a checkpoint, or their values are whatever memory held.",
+            category=LeydenWarning,
+        )
