@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
 from leyden import Fabric, LightningModule
@@ -35,9 +36,9 @@ def make_fabric(devices: int = 2, **arguments: Any) -> Fabric:
     return fabric
 
 
-def make_net() -> nn.Sequential:
+def make_net(width: int = 5) -> nn.Sequential:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 1))
 
 
 def loss_of(model: Any, batch: Any) -> Tensor:
@@ -433,3 +434,91 @@ def _nobody_is_left(folder: Path) -> None:
     ]:
         assert time.monotonic() < until, left
         time.sleep(0.1)
+
+
+# ---------------------------------------------------------------------------------------------- parameters that are spread
+
+
+def _spread(strategy: str, folder: Path) -> Any:
+    fabric = make_fabric(2, strategy=strategy)
+    net = make_net(6)
+    model, optimizer = fabric.setup(net, torch.optim.Adam(net.parameters(), 0.05))
+    assert any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+    loader = fabric.setup_dataloaders(DataLoader(data(16), 8 // fabric.strategy.data_size))
+    losses, norms = [], []
+    for epoch in range(3):
+        for index, batch in enumerate(loader):
+            with fabric.no_backward_sync(model, enabled=index % 2 == 0):
+                loss = loss_of(model, batch)
+                fabric.backward(loss / 2)
+            losses.append(fabric.all_reduce(loss.detach().clone()).item())
+            if index % 2:
+                norms.append(fabric.clip_gradients(model, optimizer, max_norm=0.1).item())
+                optimizer.step()
+                optimizer.zero_grad()
+        if epoch == 1:
+            fabric.save(folder / "a.ckpt", {"model": model, "optimizer": optimizer, "epoch": epoch})
+    again = make_net(6)
+    other, its = fabric.setup(again, torch.optim.Adam(again.parameters(), 0.05))
+    state = {"model": other, "optimizer": its, "epoch": 0}
+    fabric.load(folder / "a.ckpt", state)
+    for index, batch in enumerate(loader):
+        with fabric.no_backward_sync(other, enabled=index % 2 == 0):
+            fabric.backward(loss_of(other, batch) / 2)
+    fabric.clip_gradients(other, its, max_norm=0.1)
+    its.step()
+    fabric.save(folder / "b.ckpt", {"model": model})
+    fabric.save(folder / "c.ckpt", {"model": other})
+    with pytest.raises(ValueError, match="exactly one"):
+        fabric.clip_gradients(model, optimizer)
+    fabric.backward(loss_of(model, batch))
+    inf = fabric.clip_gradients(model, optimizer, max_norm=1e9, norm_type=float("inf"))
+    fabric.clip_gradients(model, optimizer, clip_val=1e-6)
+    return losses, norms, state["epoch"], float(inf)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "tensor_parallel"])
+def test_f1_f2_spread_parameters_give_the_numbers_of_one_process(strategy: str, tmp_path: Path) -> None:
+    zero, one = on_ranks(2, _spread, strategy, tmp_path)
+    assert zero == one
+    net = make_net(6)
+    optimizer = torch.optim.Adam(net.parameters(), 0.05)
+    losses, norms = [], []
+    for _ in range(3):
+        for index, batch in enumerate(DataLoader(data(16), 8)):
+            loss = loss_of(net, batch)
+            (loss / 2).backward()
+            losses.append(loss.item())
+            if index % 2:
+                norms.append(nn.utils.clip_grad_norm_(net.parameters(), 0.1).item())
+                optimizer.step()
+                optimizer.zero_grad()
+    assert zero[0] == pytest.approx(losses, abs=1e-5)
+    assert zero[1] == pytest.approx(norms, abs=1e-5)
+    assert zero[2] == 1
+    saved = [torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["model"] for name in "bc"]
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(saved[0][name], parameter.detach(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(saved[1][name], saved[0][name], atol=1e-6, rtol=0)
+    loss_of(net, batch).backward()
+    assert zero[3] == pytest.approx(
+        max(p.grad.abs().max().item() for p in net.parameters() if p.grad is not None), abs=1e-5
+    )
+
+
+def _meta(folder: Path) -> Any:
+    fabric = make_fabric(2, strategy="fsdp")
+    with fabric.init_module(empty_init=True):
+        net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+    assert net[0].weight.is_meta
+    model = fabric.setup_module(net)
+    fabric.load_raw(folder / "a.pt", model)
+    fabric.setup_optimizers(torch.optim.SGD(model.parameters(), 0.1))
+    return model(torch.ones(2, 4)).tolist()
+
+
+def test_a_module_without_memory_is_spread_and_then_loaded(tmp_path: Path) -> None:
+    torch.save(make_net().state_dict(), tmp_path / "a.pt")
+    zero, one = on_ranks(2, _meta, tmp_path)
+    assert zero == one
+    torch.testing.assert_close(torch.tensor(zero), make_net()(torch.ones(2, 4)).detach())

@@ -257,10 +257,10 @@ class MeshStrategy(ShardedCheckpoints):
         grads = [p.grad for p in _parameters(optimizer) if p.grad is not None]
         if norm_type == 2.0 or not grads:
             norm = self.total_norm(grads)
-        else:  # one exchange for each tensor
-            each = [torch.linalg.vector_norm(grad, norm_type) for grad in grads]
-            plain = [one.full_tensor() if isinstance(one, DTensor) else one for one in each]
-            norm = torch.linalg.vector_norm(torch.stack([one.to(self.root_device) for one in plain]), norm_type)
+        else:  # few ask: each tensor is brought together
+            plain = [_whole(grad) if isinstance(grad, DTensor) else grad for grad in grads]
+            each = [torch.linalg.vector_norm(grad, norm_type).to(self.root_device) for grad in plain]
+            norm = torch.linalg.vector_norm(torch.stack(each), norm_type)
         if error_if_nonfinite and not bool(norm.isfinite()):
             raise RuntimeError(
                 f"The total norm of order {norm_type} of the gradients is non-finite ({norm.item()}), so they were not"
