@@ -17,13 +17,15 @@ import psutil
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
-from leyden import Fabric, LightningModule
+from leyden import Fabric, LightningModule, files
 from leyden.config import set_default_semantics
 from leyden.errors import CheckpointError
-from leyden.strategies import DDPStrategy
+from leyden.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from ranks import data, on_ranks
 from test_launch import _environment, _free_port
 
@@ -439,8 +441,21 @@ def _nobody_is_left(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------- parameters that are spread
 
 
-def _spread(strategy: str, folder: Path) -> Any:
-    fabric = make_fabric(2, strategy=strategy)
+def _sharded_strategy(kind: str) -> Any:
+    if kind == "fsdp, shards":
+        return FSDPStrategy(state_dict_type="sharded")
+    if kind != "model_parallel":
+        return kind
+
+    def split(module: Any, mesh: Any) -> Any:
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        return fully_shard(parallelize_module(module, mesh["tensor_parallel"], plan), mesh=mesh["data_parallel"])
+
+    return ModelParallelStrategy(2, 2, parallelize_fn=split)
+
+
+def _spread(strategy: str, ranks: int, folder: Path) -> Any:
+    fabric = make_fabric(ranks, strategy=_sharded_strategy(strategy))
     net = make_net(6)
     model, optimizer = fabric.setup(net, torch.optim.Adam(net.parameters(), 0.05))
     assert any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
@@ -477,10 +492,13 @@ def _spread(strategy: str, folder: Path) -> Any:
     return losses, norms, state["epoch"], float(inf)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "tensor_parallel"])
-def test_f1_f2_spread_parameters_give_the_numbers_of_one_process(strategy: str, tmp_path: Path) -> None:
-    zero, one = on_ranks(2, _spread, strategy, tmp_path)
-    assert zero == one
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # torch's, of the split module itself
+@pytest.mark.parametrize(
+    ("strategy", "ranks"), [("fsdp", 2), ("fsdp, shards", 2), ("tensor_parallel", 2), ("model_parallel", 4)]
+)
+def test_f1_f2_spread_parameters_give_the_numbers_of_one_process(strategy: str, ranks: int, tmp_path: Path) -> None:
+    zero, *others = on_ranks(ranks, _spread, strategy, ranks, tmp_path)
+    assert all(other == zero for other in others)
     net = make_net(6)
     optimizer = torch.optim.Adam(net.parameters(), 0.05)
     losses, norms = [], []
@@ -496,7 +514,8 @@ def test_f1_f2_spread_parameters_give_the_numbers_of_one_process(strategy: str, 
     assert zero[0] == pytest.approx(losses, abs=1e-5)
     assert zero[1] == pytest.approx(norms, abs=1e-5)
     assert zero[2] == 1
-    saved = [torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["model"] for name in "bc"]
+    assert (tmp_path / "b.ckpt").is_dir() is (strategy in ("fsdp, shards", "model_parallel"))
+    saved = [files.load(tmp_path / f"{name}.ckpt")["model"] for name in "bc"]
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(saved[0][name], parameter.detach(), atol=1e-5, rtol=0)
         torch.testing.assert_close(saved[1][name], saved[0][name], atol=1e-6, rtol=0)
