@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from leyden import Fabric, LightningModule, seed_everything
+from leyden.config import set_default_semantics
 from leyden.errors import CheckpointError, CheckpointNotFoundError, MisconfigurationException, PossibleUserWarning
 from leyden.loggers import CSVLogger
 from leyden.precision import MixedPrecision, Precision
@@ -538,10 +539,17 @@ def test_arguments_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("LT_CLI_USED", "1")
     with pytest.raises(MisconfigurationException, match=r"Fabric\(precision='64-true'\).*LT_PRECISION"):
         Fabric(precision="64-true")
-    with pytest.raises(RuntimeError, match="LT_CLI_USED"):
-        Fabric().launch()
-    with pytest.raises(TypeError, match="run"):
-        _Runs()
+    monkeypatch.delenv("LT_PRECISION")
+    assert Fabric().launch(lambda fabric: fabric.world_size) == 1
+    assert _Runs().run(1)[1] == (1,)
+    before = set_default_semantics("lightning")
+    try:
+        with pytest.raises(RuntimeError, match="LT_CLI_USED"):
+            Fabric().launch()
+        with pytest.raises(TypeError, match="run"):
+            _Runs()
+    finally:
+        set_default_semantics(before)
 
 
 @pytest.mark.parametrize(

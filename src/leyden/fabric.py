@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
@@ -96,7 +95,7 @@ class Fabric(FabricFace):
         if self._loggers:
             weakref.finalize(self, _save_all, self._loggers)  # rows that are in memory when the program ends
         if is_started_by_cli():
-            if type(self).run is not Fabric.run:
+            if type(self).run is not Fabric.run and default_semantics() == "lightning":
                 raise TypeError(
                     f"{type(self).__name__}.run() is overridden, and LT_CLI_USED says that a command line has started the"
                     " processes: run the script by itself, or call the methods of Fabric without run()."
@@ -128,9 +127,9 @@ class Fabric(FabricFace):
 
         Raises:
             TypeError: for something that cannot be called with a Fabric, or where a function is needed.
-            RuntimeError: where LT_CLI_USED says that the processes are there.
+            RuntimeError: in a program that imports Lightning's Fabric, where LT_CLI_USED says that the processes are there.
         """
-        if is_started_by_cli():
+        if is_started_by_cli() and default_semantics() == "lightning":
             raise RuntimeError(
                 "LT_CLI_USED says that a command line has started the processes: leave Fabric.launch() out."
             )
@@ -154,11 +153,22 @@ class Fabric(FabricFace):
 
     def _call_launched(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._strategy.spawns:
-            from leyden.strategies.launch import spawn  # noqa: PLC0415  # for those who start processes so
-
-            return spawn.call(self._strategy, _in_process, self, function, args, kwargs)
+            given = {"model": (args, kwargs), "function": function, "args": args, "kwargs": kwargs}
+            return self._strategy.run_elsewhere(self, "run_in_process", given)
         self._begin()
         return function(self, *args, **kwargs)
+
+    def run_in_process(self, model: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What one of the processes does that ``launch`` has started for a function; ``model`` is where modules may be."""
+        self._begin()
+        try:
+            returned = function(self, *args, **kwargs)
+        except BaseException as error:
+            self._strategy.fail(error, together=False)
+            raise
+        self._strategy.barrier("Fabric.launch")
+        self._strategy.land()
+        return returned
 
     def _begin(self) -> None:
         """Meet the other processes, once."""
@@ -533,20 +543,6 @@ def _launching(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def _run(fabric: Fabric, *args: Any, **kwargs: Any) -> Any:
     return fabric.run(*args, **kwargs)
-
-
-def _in_process(fabric: Fabric, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """What one of the processes does that were started for a function."""
-    strategy = fabric.strategy
-    fabric._begin()  # noqa: SLF001  # of this file
-    try:
-        returned = function(fabric, *args, **kwargs)
-    except BaseException as error:
-        strategy.fail(error, together=False)
-        raise
-    strategy.barrier("Fabric.launch")
-    strategy.land()
-    return move_to(returned, torch.device("cpu")) if fabric.is_global_zero else None
 
 
 def _as_list(given: Any) -> list[Any]:

@@ -243,7 +243,9 @@ def from_environment(name: str, given: Any, default: Any) -> Any:
                 f"Fabric({name}={given!r}): the command line says {found!r} (LT_{name.upper()}). Say it in one place only."
             )
         rank_zero_info(f"Fabric({name}={given!r}): {found!r} is taken, which LT_{name.upper()} says.")
-    return found
+    started = is_started_by_cli() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # machines come and go: as many as are there
+    return default if started and name in ("devices", "num_nodes") and found.isdigit() else found
 
 
 def is_started_by_cli() -> bool:

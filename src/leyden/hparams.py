@@ -72,6 +72,10 @@ class _Constructing(threading.local):
     def __init__(self) -> None:
         self.calls: list[_Call] = []
 
+    def __reduce__(self) -> str:
+        # a class that is pickled by value takes its constructor along, and that one means this object, wherever it is
+        return "_constructing"
+
 
 _constructing = _Constructing()
 

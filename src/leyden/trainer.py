@@ -194,7 +194,7 @@ class Trainer(TrainerFace):
         self._datamodule: Any = None
         self._session: Session | None = None
         self._interrupt = Interrupt()
-        self._cluster = hardware.cluster(plugins)
+        self._cluster = hardware.cluster(plugins, self._strategy)
         self._ckpt_path: Any = None
         self._dated = False
         self._told_semantics = semantics is not None

@@ -137,6 +137,15 @@ class Judged(Net):
         return batch[2]
 
 
+class Broken(Net):
+    """Fails on rank 1, in the third batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_rank == 1 and batch_idx == 2:
+            raise ValueError("broken on rank 1")
+        return super().training_step(batch, batch_idx)
+
+
 def data(count: int) -> torch.utils.data.TensorDataset:
     """``count`` samples: four features, their sum, and the number of the sample."""
     generator = torch.Generator().manual_seed(7)

@@ -12,6 +12,10 @@ from typing import NamedTuple
 VERSIONS = {"lightning": "2.6.6", "pytorch_lightning": "2.6.6", "lightning_fabric": "2.6.6", "test_tube": "0.7.5"}
 """The packages whose names are answered, and the version that each says it is: libraries look at it."""
 
+_ENVIRONMENTS = (
+    "ClusterEnvironment KubeflowEnvironment LSFEnvironment LightningEnvironment MPIEnvironment SLURMEnvironment"
+    " TorchElasticEnvironment"
+)
 _WRITERS = "leyden.callbacks.prediction_writer"
 
 _PYTORCH = (
@@ -62,8 +66,13 @@ _PYTORCH = (
     ("loggers.tensorboard", "leyden.loggers.tensorboard", "TensorBoardLogger"),
     ("plugins", "leyden.precision", "DoublePrecision HalfPrecision MixedPrecision Precision"),
     ("plugins", "leyden.checkpoint_io", "AsyncCheckpointIO CheckpointIO TorchCheckpointIO"),
-    ("plugins.environments", "leyden.runtime.cluster", "ClusterEnvironment SLURMEnvironment"),
+    ("plugins.environments", "leyden.runtime.cluster", _ENVIRONMENTS),
+    ("plugins.environments.cluster_environment", "leyden.runtime.cluster", "ClusterEnvironment"),
+    ("plugins.environments.kubeflow_environment", "leyden.runtime.cluster", "KubeflowEnvironment"),
+    ("plugins.environments.lightning_environment", "leyden.runtime.cluster", "LightningEnvironment"),
+    ("plugins.environments.lsf_environment", "leyden.runtime.cluster", "LSFEnvironment"),
     ("plugins.environments.slurm_environment", "leyden.runtime.cluster", "SLURMEnvironment"),
+    ("plugins.environments.torchelastic_environment", "leyden.runtime.cluster", "TorchElasticEnvironment"),
     ("plugins.io", "leyden.checkpoint_io", "AsyncCheckpointIO CheckpointIO TorchCheckpointIO"),
     ("plugins.io.async_plugin", "leyden.checkpoint_io", "AsyncCheckpointIO"),
     ("plugins.io.checkpoint_plugin", "leyden.checkpoint_io", "CheckpointIO"),
@@ -171,9 +180,14 @@ _FABRIC = (
     ("accelerators", "leyden.runtime.devices", "find_usable_cuda_devices"),
     ("loggers.logger", "leyden.loggers.base", "rank_zero_experiment"),
     ("plugins", "leyden.checkpoint_io", "CheckpointIO TorchCheckpointIO"),
-    ("plugins.environments", "leyden.runtime.cluster", "ClusterEnvironment SLURMEnvironment"),
+    ("plugins.environments", "leyden.runtime.cluster", _ENVIRONMENTS),
     ("plugins.environments.cluster_environment", "leyden.runtime.cluster", "ClusterEnvironment"),
+    ("plugins.environments.kubeflow", "leyden.runtime.cluster", "KubeflowEnvironment"),
+    ("plugins.environments.lightning", "leyden.runtime.cluster", "LightningEnvironment"),
+    ("plugins.environments.lsf", "leyden.runtime.cluster", "LSFEnvironment"),
+    ("plugins.environments.mpi", "leyden.runtime.cluster", "MPIEnvironment"),
     ("plugins.environments.slurm", "leyden.runtime.cluster", "SLURMEnvironment"),
+    ("plugins.environments.torchelastic", "leyden.runtime.cluster", "TorchElasticEnvironment"),
     ("plugins.io", "leyden.checkpoint_io", "CheckpointIO TorchCheckpointIO"),
     ("plugins.io.checkpoint_io", "leyden.checkpoint_io", "CheckpointIO"),
     ("plugins.io.torch_io", "leyden.checkpoint_io", "TorchCheckpointIO"),

@@ -12,12 +12,12 @@ import torch
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.loops.resolve import load, made, shown
 from leyden.precision import Precision, make_precision
-from leyden.runtime.devices import Accelerator, make_accelerator, parse_devices
+from leyden.runtime.devices import ACCELERATORS, Accelerator, make_accelerator, parse_devices
 from leyden.runtime.ranks import rank_zero_info
 from leyden.strategies import Strategy
 
 # how the processes of ddp are started, and what DistributedDataParallel is told
-_STARTS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
+_STARTS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "notebook", "ddp_ray": "ray"}
 _UNUSED = {"": {}, "_find_unused_parameters_true": {"find_unused_parameters": True}} | {
     "_find_unused_parameters_false": {"find_unused_parameters": False}
 }
@@ -54,14 +54,27 @@ def strategy(
     Raises:
         MisconfigurationException: for an unknown name, or a number of devices that the strategy cannot use.
     """
-    backend = make_accelerator(accelerator)
     if not isinstance(num_nodes, int) or isinstance(num_nodes, bool) or num_nodes < 1:
         raise MisconfigurationException(f"Trainer(num_nodes={num_nodes!r}) is not valid: it must be an int >= 1.")
     is_object = isinstance(given, Strategy)
     automatic = not is_object and str(given).lower() == "auto"
     kind: Any
     kind, arguments = (type(given), {}) if is_object else (None, {}) if automatic else _named(given)
-    chosen, num_nodes = _devices(backend, devices, num_nodes, hasattr(kind, "assign"))
+    plugin, checkpoint_io, environment = _plugins(plugins) if plugins is not None else (None, None, None)
+    if is_object and getattr(given, "names_environment", False):
+        if environment is not None:
+            raise MisconfigurationException(
+                f"Trainer(strategy={type(given).__name__}(cluster_environment=...), plugins={plugins!r}): both name a cluster"
+                " environment. Give one of them."
+            )
+        environment = given.cluster_environment
+    remote = _remote(arguments.get("start_method", getattr(given, "start_method", None)), accelerator, devices)
+    backend = make_accelerator(accelerator) if remote is None else ACCELERATORS["cuda"]()
+    chosen, num_nodes = (
+        (remote, num_nodes)
+        if remote is not None
+        else _devices(backend, devices, num_nodes, hasattr(kind, "assign"), environment)
+    )
     count = len(chosen) * num_nodes
     if automatic:
         kind, arguments = _named("single" if count == 1 else "ddp_notebook" if hasattr(sys, "ps1") else "ddp")
@@ -71,7 +84,6 @@ def strategy(
             f"Trainer(devices={devices!r}, num_nodes={num_nodes!r}) asks for {count} devices, but {name} trains on one. Use"
             " strategy='ddp'."
         )
-    plugin, checkpoint_io = _plugins(plugins) if plugins is not None else (None, None)
     if plugin is not None and precision is not None:
         raise MisconfigurationException(
             f"Trainer(precision={precision!r}, plugins={plugins!r}): both say how numbers are stored. Give one of them."
@@ -80,6 +92,8 @@ def strategy(
         given = kind(**arguments) if hasattr(kind, "assign") else kind(chosen[0], **arguments)
         plugin = plugin or make_precision(precision, chosen[0])
     if hasattr(given, "assign"):
+        if environment is not None:
+            given.cluster_environment = environment
         given.assign(chosen, num_nodes)
         given.sync_batchnorm = sync_batchnorm
     if plugin is not None or precision is not None:
@@ -88,6 +102,24 @@ def strategy(
         given.checkpoint_io = checkpoint_io
     fits = accelerator != "auto" or given.root_device.type == backend.name()
     return given, backend if fits else make_accelerator(given.root_device.type)
+
+
+def _remote(start: Any, accelerator: Any, devices: Any) -> list[torch.device] | None:
+    """Return the GPUs of another machine that are asked for, where processes start on a Ray cluster; None for devices here.
+
+    Raises:
+        MisconfigurationException: where they are not counted: nobody here knows what that machine has.
+    """
+    if not (start == "ray" or hasattr(start, "run")) or str(accelerator).lower() not in ("gpu", "cuda"):
+        return None
+    if "RANK" in os.environ or (torch.cuda.is_available() and not isinstance(devices, int)):
+        return None
+    if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
+        raise MisconfigurationException(
+            f"Trainer(accelerator={accelerator!r}, devices={devices!r}): on a Ray cluster devices is the number of GPUs of"
+            " each node, an int >= 1."
+        )
+    return [torch.device("cuda", index) for index in range(devices)]
 
 
 def _named(given: Any) -> tuple[Any, dict[str, Any]]:
@@ -112,13 +144,18 @@ def _named(given: Any) -> tuple[Any, dict[str, Any]]:
     return target if isinstance(target, type) else load(target), arguments
 
 
-def _devices(backend: Accelerator, devices: Any, num_nodes: int, several: bool) -> tuple[list[torch.device], int]:
+def _devices(
+    backend: Accelerator, devices: Any, num_nodes: int, several: bool, environment: Any
+) -> tuple[list[torch.device], int]:
     """Return the devices of this machine and the number of machines; ``"auto"`` is as many as a launcher has started."""
     if devices != "auto":
         return parse_devices(backend, devices), num_nodes
     from leyden.runtime.world import joined  # noqa: PLC0415  # when a Trainer is made, not when its name is imported
 
     world = joined()
+    if environment is not None and environment.creates_processes_externally:
+        # the user's own says how many there are, but not how many of them are here
+        world = environment.world() if hasattr(environment, "world") else None
     if world is not None and world.size > 1 and (several or world.starter != "leyden"):
         return parse_devices(backend, world.local_size), world.nodes
     chosen = parse_devices(backend, devices)
@@ -128,44 +165,45 @@ def _devices(backend: Accelerator, devices: Any, num_nodes: int, several: bool) 
     return chosen, num_nodes
 
 
-def _plugins(given: Any) -> tuple[Precision | None, Any]:
-    """Return the Precision and the CheckpointIO among the plug-ins; None for one that is not there.
+def _plugins(given: Any) -> tuple[Precision | None, Any, Any]:
+    """Return the Precision, the CheckpointIO and the cluster environment among the plug-ins; None for what is not there.
 
     Raises:
         MisconfigurationException: for something that is no plug-in, or two of a kind.
     """
     from leyden.checkpoint_io.base import CheckpointIO  # noqa: PLC0415 - for Trainers that get plug-ins
 
-    found: dict[type, Any] = {}
+    found: dict[Any, Any] = {}
     for item in given if isinstance(given, (list, tuple)) else [given]:
         if _is_environment(item):
+            if "environment" in found:
+                raise MisconfigurationException(
+                    f"Trainer(plugins={given!r}): give one cluster environment, not several."
+                )
+            found["environment"] = item
             continue
         kind = next((kind for kind in (Precision, CheckpointIO) if isinstance(item, kind)), None)
         if kind is None:
             raise MisconfigurationException(
                 f"Trainer(plugins={shown(item)}): on one device a plugin must be a Precision, CheckpointIO or"
-                f" SLURMEnvironment object, not {'a class' if isinstance(item, type) else type(item).__name__}.{made(item)}"
+                f" ClusterEnvironment object, not {'a class' if isinstance(item, type) else type(item).__name__}.{made(item)}"
             )
         if kind in found:
             raise MisconfigurationException(f"Trainer(plugins={given!r}): give one {kind.__name__}, not several.")
         found[kind] = item
-    return found.get(Precision), found.get(CheckpointIO)
+    return found.get(Precision), found.get(CheckpointIO), found.get("environment")
 
 
 def _is_environment(item: Any) -> bool:
     return any(cls.__name__ == "ClusterEnvironment" for cls in type(item).__mro__)
 
 
-def cluster(plugins: Any) -> Any:
-    """Return what starts a job of a cluster anew, where this is one, and the user has not switched that off; else None.
-
-    Raises:
-        MisconfigurationException: for two of them.
-    """
+def cluster(plugins: Any, used: Strategy) -> Any:
+    """Return what starts a job of a cluster anew, where this is one, and the user has not switched that off; else None."""
     items = plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
     given = [item for item in items if _is_environment(item)]
-    if len(given) > 1:
-        raise MisconfigurationException(f"Trainer(plugins={plugins!r}): give one cluster environment, not several.")
+    if getattr(used, "names_environment", False):
+        given = [used.cluster_environment]  # type: ignore[attr-defined]
     if not os.environ.get("SLURM_JOB_ID"):
         return None
     slurm = load("leyden.runtime.cluster:SLURMEnvironment")

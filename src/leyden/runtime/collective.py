@@ -30,9 +30,13 @@ _STORES: dict[int, Store] = {}
 none yet. One is enough, and each costs a look-up of the address that may take seconds."""
 
 
-def serve() -> int:
-    """Open the store at which the processes of this machine will meet, at a free port of 127.0.0.1; return the port."""
-    store = _STORES[os.getpid()] = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def serve(address: str = "127.0.0.1") -> int:
+    """Open the store at which processes will meet, in this one, at a free port; return the port.
+
+    Args:
+        address: Of this machine, where the processes reach it.
+    """
+    store = _STORES[os.getpid()] = TCPStore(address, 0, is_master=True, wait_for_workers=False)
     return int(store.port)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from leyden.errors import MisconfigurationException
 
+LOCALHOST = "127.0.0.1"
 OURS = "LEYDEN_LAUNCHED"
 """Set in the processes that our own launcher starts."""
 
@@ -26,7 +27,8 @@ class World:
         node: Index of this node.
         address: Where rank 0 can be reached.
         port: At which port; 0 is not known yet: whoever starts the processes chooses a free one.
-        starter: Who starts the processes: ``"leyden"``, ``"torchrun"``, ``"slurm"``, ``"mpi"`` or ``"lsf"``.
+        starter: Who starts the processes: ``"leyden"``, ``"torchrun"``, ``"slurm"``, ``"mpi"``, ``"lsf"``, ``"kubeflow"``,
+            or the class of the user's own cluster environment.
     """
 
     rank: int = 0
@@ -34,7 +36,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     node: int = 0
-    address: str = "127.0.0.1"
+    address: str = LOCALHOST
     port: int = 0
     starter: str = "leyden"
 
@@ -59,6 +61,26 @@ class World:
         }
 
 
+try:
+    BEGAN_IN: str | None = os.getcwd()
+    """The working directory of this process when it imported this."""
+except OSError:  # it is gone
+    BEGAN_IN = None
+
+_STARTED: dict[int, World] = {}
+"""By process, the world that its script has started: all its Trainers that use several processes share it."""
+
+
+def started(world: World) -> None:
+    """Remember the world whose other processes this one has started."""
+    _STARTED[os.getpid()] = world
+
+
+def has_started() -> bool:
+    """Whether this process has started the others of its world already."""
+    return os.getpid() in _STARTED
+
+
 def joined(environment: Mapping[str, str] | None = None) -> World | None:
     """Return the world that somebody has started this process in, or None if nobody has.
 
@@ -68,17 +90,34 @@ def joined(environment: Mapping[str, str] | None = None) -> World | None:
     Raises:
         MisconfigurationException: for variables that contradict each other.
     """
+    if environment is None and has_started():
+        return _STARTED[os.getpid()]
     given = os.environ if environment is None else environment
     for find in (_torchrun, _slurm, _lsf, _mpi):
         found = find(given)
         if found is not None:
-            if not 0 <= found.rank < found.size or not 0 <= found.local_rank < found.local_size:
-                raise MisconfigurationException(
-                    f"The environment of this process says that it is rank {found.rank} of {found.size} (local rank"
-                    f" {found.local_rank} of {found.local_size}), which cannot be. It was read as {found.starter} sets it."
-                )
-            return found
+            return sound(found)
     return None
+
+
+def sound(world: World) -> World:
+    """Return ``world``.
+
+    Raises:
+        MisconfigurationException: where its numbers contradict each other.
+    """
+    if not 0 <= world.rank < world.size or not 0 <= world.local_rank < world.local_size:
+        raise MisconfigurationException(
+            f"The environment of this process says that it is rank {world.rank} of {world.size} (local rank"
+            f" {world.local_rank} of {world.local_size}), which cannot be. It was read as {world.starter} sets it."
+        )
+    return world
+
+
+def read_as(launcher: str, environment: Mapping[str, str] | None = None) -> World | None:
+    """Return the world as one launcher has set its variables (``"torchrun"``, ``"slurm"``, …); None if it has not."""
+    found = _READERS[launcher](os.environ if environment is None else environment)
+    return None if found is None else sound(found)
 
 
 def planned(local_size: int, nodes: int, environment: Mapping[str, str] | None = None) -> World:
@@ -127,22 +166,25 @@ def _torchrun(given: Mapping[str, str]) -> World | None:
     node = _number(given, "GROUP_RANK", "NODE_RANK")
     return World(
         rank, size, local, local_size, rank // local_size if node is None else node,
-        given.get("MASTER_ADDR", "127.0.0.1"), _number(given, "MASTER_PORT") or 29500,
+        given.get("MASTER_ADDR", LOCALHOST), _number(given, "MASTER_PORT") or 29500,
         "leyden" if given.get(OURS) else "torchrun",
     )  # fmt: skip
 
 
 def _slurm(given: Mapping[str, str]) -> World | None:
+    """A job that nobody sits in front of."""
+    return None if given.get("SLURM_JOB_NAME") in ("bash", "interactive") else _srun(given)
+
+
+def _srun(given: Mapping[str, str]) -> World | None:
     """What ``srun`` sets in each task; a job with one task is none."""
     rank, local = _number(given, "SLURM_PROCID"), _number(given, "SLURM_LOCALID")
     size = _number(given, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     if rank is None or local is None or size is None or size < 2:
         return None
-    if given.get("SLURM_JOB_NAME") in ("bash", "interactive"):
-        return None
     nodes = _number(given, "SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES") or 1
     names = given.get("SLURM_STEP_NODELIST") or given.get("SLURM_NODELIST") or given.get("SLURM_JOB_NODELIST")
-    address = given.get("MASTER_ADDR") or (first_host(names) if names and nodes > 1 else "127.0.0.1")
+    address = given.get("MASTER_ADDR") or (first_host(names) if names and nodes > 1 else LOCALHOST)
     port = _number(given, "MASTER_PORT") or 15000 + int(given.get("SLURM_JOB_ID", "0")[-4:] or 0)
     return World(rank, size, local, max(size // nodes, 1), _number(given, "SLURM_NODEID") or 0, address, port, "slurm")
 
@@ -163,7 +205,7 @@ def _lsf(given: Mapping[str, str]) -> World | None:
     local_size = _number(given, "JSM_NAMESPACE_LOCAL_SIZE") or size
     # the first name is the machine that the job was submitted from
     hosts = given.get("LSB_HOSTS", "").split()[1:]
-    address = given.get("MASTER_ADDR") or (hosts[0] if hosts and size > local_size else "127.0.0.1")
+    address = given.get("MASTER_ADDR") or (hosts[0] if hosts and size > local_size else LOCALHOST)
     port = _number(given, "MASTER_PORT") or 10000 + (_number(given, "LSB_JOBID") or 0) % 1000
     return World(rank, size, local, local_size, rank // local_size, address, port, "lsf")
 
@@ -183,5 +225,16 @@ def _mpi(given: Mapping[str, str]) -> World | None:
     port = _number(given, "MASTER_PORT") or 15000 + os.getppid() % 15000  # of mpirun's daemon: the same for all
     return World(
         rank, size, rank % local_size if local is None else local, local_size, rank // local_size,
-        given.get("MASTER_ADDR", "127.0.0.1"), port, "mpi",
+        given.get("MASTER_ADDR", LOCALHOST), port, "mpi",
     )  # fmt: skip
+
+
+def _kubeflow(given: Mapping[str, str]) -> World | None:
+    """What a PyTorchJob of Kubeflow sets in each pod, which runs one process."""
+    rank, size, port = (_number(given, name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if rank is None or size is None or not port or not given.get("MASTER_ADDR"):
+        return None
+    return World(rank, size, 0, 1, rank, given["MASTER_ADDR"], port, "kubeflow")
+
+
+_READERS = {"torchrun": _torchrun, "slurm": _srun, "lsf": _lsf, "mpi": _mpi, "kubeflow": _kubeflow}

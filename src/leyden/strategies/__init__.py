@@ -11,6 +11,7 @@ from leyden.strategies.base import Strategy
 if TYPE_CHECKING:
     from leyden.strategies.ddp import DDPStrategy
     from leyden.strategies.fsdp import FSDPStrategy
+    from leyden.strategies.launch.ray import OnRay
     from leyden.strategies.mesh import MeshStrategy
     from leyden.strategies.model_parallel import ModelParallelStrategy
     from leyden.strategies.parallel import ParallelStrategy
@@ -22,6 +23,7 @@ __all__ = [
     "FSDPStrategy",
     "MeshStrategy",
     "ModelParallelStrategy",
+    "OnRay",
     "ParallelStrategy",
     "SingleDeviceStrategy",
     "Strategy",
@@ -33,6 +35,7 @@ _WHERE = {
     "FSDPStrategy": "fsdp",
     "MeshStrategy": "mesh",
     "ModelParallelStrategy": "model_parallel",
+    "OnRay": "launch.ray",
     "ParallelStrategy": "parallel",
     "SingleDeviceStrategy": "single",
     "TensorParallelStrategy": "tensor_parallel",

@@ -39,7 +39,7 @@ class DDPStrategy(ParallelStrategy):
     Args:
         accelerator: Accepted for compatibility.
         parallel_devices: One device for each process of this machine; None takes the Trainer's.
-        cluster_environment: Accepted for compatibility; the environment variables say who started the processes.
+        cluster_environment: Says which process this is and where they meet; None reads what the launchers set that we know.
         checkpoint_io: As in the base class.
         precision_plugin: The number format; None is the Trainer's.
         ddp_comm_state: State of ``ddp_comm_hook``.
@@ -48,7 +48,8 @@ class DDPStrategy(ParallelStrategy):
         process_group_backend: torch's name for how tensors travel; None is NCCL for GPUs and Gloo for CPUs.
         timeout: After how long an exchange that not all ranks take part in is an error.
         start_method: Where nobody else starts the processes: ``"popen"`` runs the same script once more in each;
-            ``"spawn"``, ``"fork"`` and ``"forkserver"`` run the one call (``fit``, say) in each, and bring its results back.
+            ``"spawn"``, ``"fork"``, ``"forkserver"`` and ``"fresh"`` run the one call (``fit``, say) in each, and bring its
+            results back; ``"notebook"`` chooses among these; ``"ray"`` or an ``OnRay`` runs it in actors of a Ray cluster.
         **kwargs: Arguments of DistributedDataParallel: ``find_unused_parameters``, ``static_graph``,
             ``gradient_as_bucket_view``, ``bucket_cap_mb``, ``broadcast_buffers``.
 
@@ -70,12 +71,13 @@ class DDPStrategy(ParallelStrategy):
         ddp_comm_wrapper: Callable[..., Any] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
-        start_method: str = "popen",
+        start_method: Any = "popen",
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            parallel_devices, precision_plugin, checkpoint_io, process_group_backend, timeout, start_method
-        )
+            parallel_devices, precision_plugin, checkpoint_io, process_group_backend, timeout, start_method,
+            cluster_environment,
+        )  # fmt: skip
         unknown = next((name for name in kwargs if name not in _WRAPPER), None)
         if unknown is not None:
             raise MisconfigurationException(

@@ -14,7 +14,6 @@ import os
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -28,12 +27,12 @@ from leyden.runtime import world as worlds
 from leyden.runtime.ranks import rank_zero_only
 from leyden.runtime.world import World
 from leyden.signals import Interrupt
+from leyden.strategies import launch
 from leyden.strategies.base import Strategy
 from leyden.tree import leaves, tree_map
 
 _RUNS = itertools.count()
 """All ranks run the same script, and so make the same runs in the same order."""
-_STARTS = ("popen", "spawn", "fork", "forkserver")
 
 
 class ParallelStrategy(Strategy):
@@ -46,7 +45,9 @@ class ParallelStrategy(Strategy):
         process_group_backend: torch's name for how tensors travel; None is NCCL for GPUs and Gloo for CPUs.
         timeout: After how long an exchange that not all ranks take part in is an error.
         start_method: Where nobody else starts the processes: ``"popen"`` runs the same script once more in each;
-            ``"spawn"``, ``"fork"`` and ``"forkserver"`` run the one call (``fit``, say) in each, and bring its results back.
+            ``"spawn"``, ``"fork"``, ``"forkserver"`` and ``"fresh"`` run the one call (``fit``, say) in each, and bring its
+            results back; ``"notebook"`` chooses among these; ``"ray"`` or an ``OnRay`` runs it in actors of a Ray cluster.
+        cluster_environment: Says which process this is and where they meet; None reads what the launchers set that we know.
 
     Raises:
         MisconfigurationException: for a value that is not possible.
@@ -59,13 +60,15 @@ class ParallelStrategy(Strategy):
         checkpoint_io: Any = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
-        start_method: str = "popen",
+        start_method: Any = "popen",
+        cluster_environment: Any = None,
     ) -> None:
         super().__init__("cpu", precision, checkpoint_io)
         name = type(self).__name__
-        if start_method not in _STARTS:
+        if start_method not in launch.STARTS and not callable(getattr(start_method, "run", None)):
             raise MisconfigurationException(
-                f"{name}(start_method={start_method!r}) is not valid: it must be one of {list(_STARTS)}."
+                f"{name}(start_method={start_method!r}) is not valid: it must be one of {list(launch.STARTS)}, or an OnRay"
+                " object."
             )
         if timeout <= timedelta(0):
             raise MisconfigurationException(
@@ -73,6 +76,7 @@ class ParallelStrategy(Strategy):
             )
         self.parallel_devices: Any = parallel_devices
         self.process_group_backend, self.timeout, self.start_method = process_group_backend, timeout, start_method
+        self._cluster_environment = cluster_environment
         self._world = World()
         self.sync_batchnorm = False
         self._norms: list[Any] = []
@@ -93,14 +97,21 @@ class ParallelStrategy(Strategy):
         if self.parallel_devices is not None:
             devices = self.parallel_devices
         self.parallel_devices = devices = list(devices)
-        found = worlds.joined()
-        if found is None:
+        environment = self._cluster_environment
+        if environment is not None:
+            from leyden.runtime.cluster import world_of  # noqa: PLC0415  # for those who name their cluster
+
+            self._world = world_of(environment, len(devices), num_nodes)
+            environment.set_world_size(self._world.size)
+            environment.set_global_rank(self._world.rank)
+        elif (found := worlds.joined()) is None:
             self._world = worlds.planned(len(devices), num_nodes)
         else:
             if found.size != len(devices) * num_nodes:
+                starter = _STARTERS.get(found.starter, found.starter)
                 raise MisconfigurationException(
                     f"Trainer(devices={len(devices)}, num_nodes={num_nodes}) asks for {len(devices) * num_nodes}"
-                    f" processes, but {_STARTERS[found.starter]} has started {found.size}. Ask for as many of both."
+                    f" processes, but {starter} has started {found.size}. Ask for as many of both."
                 )
             self._world = found
         self._root_device = devices[self._world.local_rank % len(devices)]
@@ -109,12 +120,30 @@ class ParallelStrategy(Strategy):
     @property
     def spawns(self) -> bool:
         """Whether an entry point of the Trainer is to run in processes that are started for it alone."""
-        return self.start_method != "popen" and self._world.starter == "leyden" and worlds.OURS not in os.environ
+        if self.start_method == "popen" or self._world.starter != "leyden":
+            return False
+        return worlds.OURS not in os.environ and not worlds.has_started()
 
     def run_elsewhere(self, trainer: Any, entry: str, given: Mapping[str, Any]) -> Any:
-        from leyden.strategies.launch import spawn  # noqa: PLC0415  # for those who start processes so
+        return launch.run(self.start_method, trainer, entry, given)
 
-        return spawn.run(trainer, entry, given)
+    @property
+    def cluster_environment(self) -> Any:
+        """What says which process this is: the user's, or the one of ours that fits what has started the processes."""
+        if self._cluster_environment is None:
+            from leyden.runtime.cluster import environment_of  # noqa: PLC0415  # few ask
+
+            return environment_of(self._world)
+        return self._cluster_environment
+
+    @cluster_environment.setter
+    def cluster_environment(self, environment: Any) -> None:
+        self._cluster_environment = environment
+
+    @property
+    def names_environment(self) -> bool:
+        """Whether the user has named a cluster environment."""
+        return self._cluster_environment is not None
 
     @property
     def world_size(self) -> int:
@@ -155,8 +184,9 @@ class ParallelStrategy(Strategy):
         if world.starter == "leyden":
             from leyden.strategies.launch import script  # noqa: PLC0415  # in a script that we have started
 
-            if world.port == 0:
-                self._world = world = replace(world, port=script.start_others(world))
+            if worlds.OURS not in os.environ and not worlds.has_started():
+                script.start_others(world)
+            self._world = world = worlds.joined() or world  # of an earlier Trainer of this script, maybe
             script.enter()
         collective.meet(world, self._backend(), self.timeout)
         self._alone = False
@@ -192,6 +222,8 @@ class ParallelStrategy(Strategy):
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.close()
+        if self._cluster_environment is not None:
+            self._cluster_environment.teardown()
         if self._world.starter == "leyden" and (script := sys.modules.get("leyden.strategies.launch.script")):
             script.leave()
 

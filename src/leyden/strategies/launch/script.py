@@ -18,6 +18,7 @@ import time
 
 from leyden.errors import MisconfigurationException
 from leyden.runtime import collective
+from leyden.runtime import world as worlds
 from leyden.runtime.world import World
 
 GRACE = 5.0
@@ -102,8 +103,8 @@ class Others:
 _OTHERS: list[Others] = []
 
 
-def start_others(world: World) -> int:
-    """Start the other processes of this machine, once; return the port at which all meet.
+def start_others(world: World) -> None:
+    """Start the other processes of this machine, once for the whole script.
 
     Raises:
         MisconfigurationException: where there is no script that could be run once more.
@@ -116,9 +117,11 @@ def start_others(world: World) -> int:
     for local_rank in range(1, world.local_size):
         environment = {**os.environ, **complete.environment(local_rank)}
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // world.local_size, 1)))
-        processes.append(subprocess.Popen([sys.executable, "-c", _FIRST, parent, *command], env=environment))
+        processes.append(
+            subprocess.Popen([sys.executable, "-c", _FIRST, parent, *command], env=environment, cwd=_folder())
+        )
     _OTHERS.append(Others(processes))
-    return port
+    worlds.started(complete)
 
 
 def again() -> list[str]:
@@ -130,16 +133,24 @@ def again() -> list[str]:
     main = sys.modules.get("__main__")
     path = getattr(main, "__file__", None)
     words = list(sys.orig_argv[1:])
-    runs_code = getattr(main, "__spec__", None) is not None or "-c" in words[:-1]
+    runs_code = getattr(main, "__spec__", None) is not None or (path is None and "-c" in words[:-1])
     if not runs_code and (path is None or not os.path.exists(path)):
         raise MisconfigurationException(
             "strategy='ddp' starts the other processes by running this script once more, but there is no script: this is"
             " an interactive session or a notebook, or the program came from a pipe. Use strategy='ddp_notebook' (or"
             " 'ddp_fork', 'ddp_spawn'), or put the program into a file."
         )
-    if not runs_code and path is not None and sys.argv and sys.argv[0] in words:
-        words[words.index(sys.argv[0])] = os.path.abspath(path)  # the working directory may be another one by now
+    if not runs_code and path is not None:
+        # sys.argv may have been changed by now, and so may the working directory
+        mine = next((i for i, word in enumerate(words) if os.path.basename(word) == os.path.basename(path)), None)
+        if mine is not None and os.path.exists(path):
+            words[mine] = os.path.abspath(path)
     return [sys.executable, *words]
+
+
+def _folder() -> str | None:
+    """The folder in which this script began: it may have gone to another one, as the others are going to do themselves."""
+    return worlds.BEGAN_IN if worlds.BEGAN_IN and os.path.isdir(worlds.BEGAN_IN) else None
 
 
 def enter() -> None:

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What travels when one call of a Trainer runs in other processes: there its arguments, and back what it changed."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.multiprocessing.spawn import ProcessRaisedException
+
+from leyden.errors import MisconfigurationException
+from leyden.runtime.world import OURS, World
+from leyden.tree import leaves, move_to
+
+_KEPT = ("callback", "logged", "bar")
+_OWN = ("history", "should_stop", "_bounds_known", "_ckpt_path", "_dated")
+"""What a Trainer knows after a run, for the next one."""
+Dumps = Callable[[Any], bytes]
+
+
+def arguments_of(trainer: Any, entry: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``trainer.<entry>`` that are among ``given``, with the module that it runs.
+
+    Raises:
+        MisconfigurationException: where there is no module.
+    """
+    if not _is_trainer(trainer):
+        return dict(given)
+    names = inspect.signature(getattr(type(trainer), entry)).parameters
+    arguments = {name: value for name, value in given.items() if name in names and name != "self"}
+    arguments["model"] = trainer.lightning_module if arguments["model"] is None else arguments["model"]
+    if arguments["model"] is None:
+        raise MisconfigurationException(
+            f"Trainer.{entry}(model=None): this Trainer has not run any module yet. Pass one."
+        )
+    return arguments
+
+
+def _is_trainer(owner: Any) -> bool:
+    """Whether a call changes what it belongs to; Fabric's only returns something."""
+    return hasattr(owner, "results")
+
+
+def uncompiled(model: Any) -> Any:
+    """Return the module that ``torch.compile`` has wrapped, or ``model`` itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def become(world: World, threads: int) -> None:
+    """Let this process be one of ``world``, with so many threads."""
+    os.environ.update({**world.environment(world.local_rank), OURS: "spawn"})
+    torch.set_num_threads(threads)
+
+
+def own_memory(module: Any) -> None:
+    """Give this process weights of its own, of one module or of a tree of them: pickled tensors are shared by processes."""
+    for part in leaves(module):
+        for tensor in (*part.parameters(), *part.buffers()) if isinstance(part, nn.Module) else ():
+            tensor.data = tensor.data.clone()
+
+
+def report(trainer: Any, module: nn.Module, returned: Any, dumps: Dumps) -> dict[str, Any]:
+    """Return what the process that called wants to know, on the CPU; attributes of callbacks that ``dumps`` can pickle."""
+    host = torch.device("cpu")
+    if not _is_trainer(trainer):
+        return {"returned": move_to(returned, host)}
+    return {
+        "weights": move_to(dict(module.state_dict()), host),
+        "metrics": {name: move_to(dict(getattr(trainer.results, name)), host) for name in _KEPT},
+        "progress": trainer.progress.state_dict(),
+        "state": (trainer.state.status, trainer.state.fn),
+        "trainer": {name: vars(trainer)[name] for name in _OWN if name in vars(trainer)},
+        "bounds": (trainer.fit_loop.min_epochs, trainer.fit_loop.max_epochs),
+        "callbacks": [_picklable(vars(callback), dumps) for callback in trainer.callbacks],
+        "versions": [logger.version for logger in trainer.loggers if hasattr(logger, "follow")],
+        "returned": move_to(returned, host),
+    }
+
+
+def _picklable(attributes: Mapping[str, Any], dumps: Dumps) -> dict[str, Any]:
+    found = {}
+    for name, value in attributes.items():
+        with contextlib.suppress(Exception):
+            dumps(value)
+            found[name] = value
+    return found
+
+
+def take(trainer: Any, model: Any, found: Mapping[str, Any]) -> Any:
+    """Bring what rank 0 reported into this process; return what the call returned there."""
+    if not _is_trainer(trainer):
+        return found["returned"]
+    module = uncompiled(model)
+    module.load_state_dict(found["weights"])
+    module.trainer = trainer
+    trainer.strategy.connect(module)
+    for name in _KEPT:
+        setattr(trainer.results, name, found["metrics"][name])
+    trainer.progress.load_state_dict(found["progress"])
+    trainer.state.status, trainer.state.fn = found["state"]
+    vars(trainer).update(found["trainer"])
+    trainer.fit_loop.min_epochs, trainer.fit_loop.max_epochs = found["bounds"]
+    for callback, attributes in zip(trainer.callbacks, found["callbacks"], strict=False):
+        vars(callback).update(attributes)
+    followers = [logger for logger in trainer.loggers if hasattr(logger, "follow")]
+    for logger, version in zip(followers, found["versions"], strict=False):
+        logger.follow(version)  # the next call goes on in the same folder
+    return found["returned"]
+
+
+class Failure(NamedTuple):
+    """What one process ended with."""
+
+    when: float
+    """By the clock of its machine."""
+    rank: int
+    text: str
+    """The traceback."""
+    error: bytes | None
+    """The exception itself, where it can be pickled."""
+
+
+def failure(rank: int, error: BaseException, dumps: Dumps) -> Failure:
+    """Return what is said of an exception that ended a process."""
+    when, text, pickled = time.time(), "".join(traceback.format_exception(error)), None
+    with contextlib.suppress(Exception):
+        pickled = dumps(error.with_traceback(None))
+    return Failure(when, rank, text, pickled)
+
+
+def raised(first: Failure, loads: Callable[[bytes], Any], pid: int = 0) -> Exception:
+    """Return the exception to raise for the process that failed first; what it raised there is its cause, if it is known."""
+    found = ProcessRaisedException(
+        f"\n\n-- Rank {first.rank} ended with the following error:\n{first.text}", first.rank, pid
+    )
+    if first.error is not None:
+        with contextlib.suppress(Exception):
+            found.__cause__ = loads(first.error)
+    return found
