@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +31,9 @@ from leyden.strategies.base import Strategy
 from leyden.tree import move_to
 from leyden.types import PathLike
 from leyden.wrappers import _FabricDataLoader, _FabricModule, _FabricOptimizer, unwrapped
+
+AFTER = 1.0
+"""Seconds by which a process that fails after another one ends later: so that the first is seen first."""
 
 
 class Fabric(FabricFace):
@@ -130,9 +134,7 @@ class Fabric(FabricFace):
             RuntimeError: in a program that imports Lightning's Fabric, where LT_CLI_USED says that the processes are there.
         """
         if is_started_by_cli() and default_semantics() == "lightning":
-            raise RuntimeError(
-                "LT_CLI_USED says that a command line has started the processes: leave Fabric.launch() out."
-            )
+            raise RuntimeError("LT_CLI_USED: a command line has started the processes. Leave Fabric.launch() out.")
         if function is ...:
             if self._strategy.spawns:
                 raise TypeError(
@@ -147,7 +149,7 @@ class Fabric(FabricFace):
             )
         if not takes_arguments(function):
             raise TypeError(
-                f"Fabric.launch(function={function!r}): it needs to take at least one argument, which is this Fabric."
+                f"Fabric.launch(function={function!r}): it needs to take at least one argument, this Fabric."
             )
         return self._call_launched(function, args, kwargs)
 
@@ -164,7 +166,8 @@ class Fabric(FabricFace):
         try:
             returned = function(self, *args, **kwargs)
         except BaseException as error:
-            self._strategy.fail(error, together=False)
+            if self._strategy.fail(error, together=False):
+                time.sleep(AFTER)
             raise
         self._strategy.barrier("Fabric.launch")
         self._strategy.land()

@@ -383,7 +383,7 @@ def _torchrun() -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *where]
 
 
-@pytest.mark.parametrize("launcher", ["ours", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("ours", marks=pytest.mark.slow), "torchrun"])
 def test_a_script_runs_once_in_each_process(launcher: str, tmp_path: Path) -> None:
     code, output = _run([sys.executable] if launcher == "ours" else _torchrun(), tmp_path, "uneven")
     assert code == 0, output

@@ -121,8 +121,13 @@ class Strategy:
     def land(self) -> None:
         """A run is over, in whatever way."""
 
-    def fail(self, error: BaseException, together: bool) -> None:
-        """``error`` ends the run; ``together`` says that it does so on all ranks, after the same batch."""
+    def fail(self, error: BaseException, together: bool) -> bool:
+        """``error`` ends the run; ``together`` says that it does so on all ranks, after the same batch.
+
+        Returns:
+            Whether it comes after the failure of another process.
+        """
+        return False
 
     # -- the life of a module
 

@@ -227,9 +227,9 @@ class ParallelStrategy(Strategy):
         if self._world.starter == "leyden" and (script := sys.modules.get("leyden.strategies.launch.script")):
             script.leave()
 
-    def fail(self, error: BaseException, together: bool) -> None:
+    def fail(self, error: BaseException, together: bool) -> bool:
         if together or self._watch is None:
-            return
+            return False
         self._alone = True
         first = self._watch.failed(error)
         if first is not None:
@@ -239,6 +239,7 @@ class ParallelStrategy(Strategy):
                     file=sys.stderr,
                     flush=True,
                 )
+        return first is not None
 
     def _backend(self) -> str:
         if self.process_group_backend is not None:
