@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import os
 import sys
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -31,6 +32,7 @@ from leyden.strategies import launch
 from leyden.strategies.base import Strategy
 from leyden.tree import leaves, tree_map
 
+_PROGRAMS = itertools.count()
 _RUNS = itertools.count()
 """All ranks run the same script, and so make the same runs in the same order."""
 
@@ -205,18 +207,27 @@ class ParallelStrategy(Strategy):
     def begin(self) -> None:
         self._begun = True
         self.launch(Interrupt(), SimpleNamespace(batches=0))
-        if self._watch is not None:
-            self._watch.to_the_end = True
-        atexit.register(self._leave)
+        atexit.register(self._leave, f"program{next(_PROGRAMS)}/left")
 
-    def _leave(self) -> None:
+    def _leave(self, key: str) -> None:
         """The program of this rank is over, by an error or not."""
         error = getattr(sys, "last_value", None)  # of a traceback that has been printed
         if error is not None:
             self.fail(error, together=False)
         elif self._watch is not None:
-            self._watch.leave_last()
+            with contextlib.suppress(Exception):  # the store is gone
+                self._leave_last(key)
         self.land()
+
+    def _leave_last(self, key: str) -> None:
+        """Say that this rank leaves; rank 0, which may keep the store, waits for the others, unless the watch ends it."""
+        from leyden.runtime import collective  # noqa: PLC0415  # see launch
+
+        store = collective.store_of(self._world)
+        store.add(key, 1)
+        until = time.monotonic() + self.timeout.total_seconds()
+        while self.global_rank == 0 and store.add(key, 0) < self.world_size and time.monotonic() < until:
+            time.sleep(0.05)
 
     def land(self) -> None:
         watch, self._watch = self._watch, None

@@ -62,8 +62,6 @@ class Watch:
         self._answered = False
         self._since = 0.0
         self._lock = threading.Lock()  # two questions that belong together, two threads
-        self.to_the_end = False
-        """Whether the run ends with the program, and each rank may leave it when it likes."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="leyden-watch", daemon=True)
         self._thread.start()
@@ -117,17 +115,6 @@ class Watch:
                 return first
         return None
 
-    def leave_last(self) -> None:
-        """Leave a run that ends with the program; the store may be in rank 0, which waits until the others know that."""
-        with contextlib.suppress(Exception):  # it is gone already
-            if self.rank:
-                self._write(f"knows/{self.rank}", "")
-                return
-            self._write("over", "")
-            until = time.monotonic() + ANSWER
-            while time.monotonic() < until and any(self._read(f"knows/{n}") is None for n in range(1, self.size)):
-                time.sleep(PERIOD / 4)
-
     def close(self) -> None:
         """Stop to look."""
         self._over.set()
@@ -150,9 +137,6 @@ class Watch:
             try:
                 self._answer()
                 failed = self._read("failed") or self._silent()
-                if failed is None and self.to_the_end and self.rank and self._read("over") is not None:
-                    self.leave_last()
-                    return
             except Exception as error:
                 if self._over.is_set():
                     return
