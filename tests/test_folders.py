@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import warnings
 from argparse import Namespace
 from pathlib import Path
@@ -380,3 +381,24 @@ def test_map_location_moves_tensors_whatever_else_there_is(tmp_path: Path, to: A
     content = files.load(tmp_path / "a.ckpt", map_location=to)
     assert content["hyper_parameters"] == Namespace(lr=0.1)
     assert content["state_dict"]["w"].device.type == ("meta" if to == torch.device("meta") else "cpu")
+
+
+def test_a_second_folder_has_the_same_files_and_outlives_the_first(path: Path) -> None:
+    other = path.parent / "b.ckpt"
+    folders.second(path, other)
+    assert folders.check(other)["record"] == folders.manifest(path)["record"]
+    assert all((path / name).samefile(other / name) for name in folders.manifest(path)["files"])
+    folders.remove(path)
+    assert files.load(other)["global_step"] == 3
+    assert names(path.parent) == ["b.ckpt"]
+
+
+def test_several_processes_share_out_the_checksums(path: Path) -> None:
+    noted = list(folders.manifest(path)["files"])
+    spoilt = path / noted[1]
+    content = bytearray(spoilt.read_bytes())
+    content[-1] ^= 1
+    spoilt.write_bytes(bytes(content))
+    folders.check(path, 0, 2)
+    with pytest.raises(CheckpointDamagedError, match=re.escape(repr(noted[1]))):
+        folders.check(path, 1, 2)

@@ -124,11 +124,13 @@ def load(folder: Path, map_location: Any = None, weights_only: bool = True, *, v
     """
     if folders.is_committed(folder):
         (folders.check if verify else folders.manifest)(folder)
+    device = torch.device(map_location) if isinstance(map_location, (str, torch.device)) else None
+    if device is not None and device.type == "meta":
+        empty = Source(folder, "cpu", weights_only).checkpoint  # empty ones mark the places of those in shards
+        return as_file(shards.changed(empty, lambda _, tensor: tensor if tensor.is_meta else tensor.to(device)))
     source = Source(folder, map_location, weights_only)
-    if isinstance(map_location, (str, torch.device)):
-        if torch.device(map_location).type == "meta":
-            return as_file(source.checkpoint)
-        return as_file(source.whole(lambda tensor: torch.empty_like(tensor, device=map_location)))
+    if device is not None:
+        return as_file(source.whole(lambda tensor: torch.empty_like(tensor, device=device)))
     made: list[Tensor] = []
 
     def make(tensor: Tensor) -> Tensor:

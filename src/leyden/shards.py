@@ -109,7 +109,16 @@ class Shards:
 
         writer = FileSystemWriter(folder, sync_files=False)
         planner = _planner(self.plan, self.tensors)
-        save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
+        if not alone:
+            save({}, storage_writer=writer, planner=planner, process_group=group)
+            return
+        writer.reset()  # what `save` does, which warns where there is but one process
+        planner.set_up_planner({}, writer.storage_meta(), True)
+        writer.set_up_storage_writer(True)
+        plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
+        writes = writer.write_data(planner.finish_plan(writer.prepare_global_plan(plans)[0]), planner)
+        writes.wait()
+        writer.finish(metadata, [writes.value()])
 
 
 def take_out(checkpoint: Mapping[str, Any], first: bool) -> tuple[dict[str, Any], Shards]:

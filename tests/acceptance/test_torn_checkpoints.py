@@ -33,10 +33,10 @@ def faulty_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-def run(library: Path, scene: str, modes: str, every: int) -> dict[str, Any]:
+def run(library: Path, scene: str, modes: str, every: int, *more: str, script: str = "disk") -> dict[str, Any]:
     """Do all trials of a scene; show how many there were, and return what the script found."""
     done = subprocess.run(
-        [sys.executable, str(HERE / "faulty_disk_script.py"), scene, modes, str(every)],
+        [sys.executable, str(HERE / f"faulty_{script}_script.py"), scene, modes, str(every), *more],
         env={**os.environ, "LD_PRELOAD": str(library)}, capture_output=True, text=True, timeout=1500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -75,6 +75,26 @@ def test_C2_a_failing_disk_raises_and_leaves_what_was_there(faulty_disk: Path, s
     found = run(faulty_disk, scene, "ENOSPC+stays,EIO", every)
     assert found["failures"] == []
     assert found["raised"] >= found["trials"] / 3
+
+
+@pytest.mark.parametrize(("rank", "mode", "every", "how"), [(0, "kill", 9, "sync"), (1, "ENOSPC+stays", 6, "behind")])
+def test_C1_C2_a_folder_of_two_ranks_is_whole_whatever_happens_to_one(
+    faulty_disk: Path, rank: int, mode: str, every: int, how: str
+) -> None:
+    found = run(faulty_disk, str(rank), mode, every, how, "over", script="ranks")
+    assert found["failures"] == []
+    assert found["trials"] >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("how", ["sync", "behind"])
+@pytest.mark.parametrize("name", ["over", "new"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_C1_C2_every_call_of_every_rank(faulty_disk: Path, rank: int, name: str, how: str) -> None:
+    found = run(faulty_disk, str(rank), f"{KILLS},{ERRORS}", 1, how, name, script="ranks")
+    assert found["failures"] == []
+    assert found["trials"] == 6 * len(found["calls"])
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ class FakeIO(TorchCheckpointIO):
 
 
 class FakeStrategy:
+    saves_shards = False
     root_device = torch.device("cpu")
     world_size = 1
 

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import signal
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +23,8 @@ from torch.utils.data import DataLoader
 
 import leyden as L
 from leyden import files, folders
+from leyden.callbacks import ModelCheckpoint
+from leyden.checkpoint_io import AsyncCheckpointIO
 from leyden.cli import ckpt
 from leyden.errors import CheckpointError
 from leyden.strategies.fsdp import FSDPStrategy
@@ -225,6 +232,29 @@ def test_f3_a_file_of_one_process_is_what_ranks_go_on_with(tmp_path: Path) -> No
     assert on_ranks(2, _from_file, tmp_path / "a.ckpt") == [state] * 2
 
 
+def _from_lightning(path: Path) -> Any:
+    warnings.simplefilter("ignore")  # that the folder has no manifest
+    seen = _Seen()
+    trainer = make_trainer(2, strategy=strategy("sharded"), max_epochs=2, callbacks=[seen])
+    trainer.fit(Net(), DataLoader(data(32), 8), ckpt_path=path)
+    return seen.begin
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:.*has no manifest")
+def test_f3_a_folder_of_lightning_is_what_ranks_go_on_with(saved: Any, tmp_path: Path) -> None:
+    path, state = saved
+    content = files.load(path)
+    names = [name for name, _ in Net().named_parameters()]
+    optimizer = content.pop("optimizer_states")[0]
+    optimizer["state"] = {names[number]: each for number, each in optimizer["state"].items()}
+    optimizer["param_groups"][0]["params"] = names
+    del content["leyden"]
+    folder = tmp_path / "theirs.ckpt"
+    dcp.save({"model": content.pop("state_dict"), "optimizer_0": optimizer}, checkpoint_id=folder, no_dist=True)
+    torch.save(content, folder / "meta.pt")
+    assert on_ranks(2, _from_lightning, folder) == [state] * 2
+
+
 class _Renamed(Net):
     """The same, with another name for a layer, and one more."""
 
@@ -266,6 +296,22 @@ def test_f3_a_hook_renames_weights_that_are_not_read_yet(saved: Any, strict: boo
         assert shown["layers.1.weight"] == ("meta", (5, 6))
         assert {name.replace("body.", "layers."): v for name, v in loaded.items() if "extra" not in name} == weights
         assert (loaded["extra.weight"] == [[1.0, 1.0], [1.0, 1.0]]) is strict
+
+
+class _Computes(Net):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"]["layers.1.weight"] = checkpoint["state_dict"]["layers.1.weight"] * 2
+
+
+def _computed(path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        make_trainer(2, strategy=strategy("sharded")).test(_Computes(), DataLoader(data(8), 2), ckpt_path=path)
+    return str(caught.value)
+
+
+def test_a_hook_that_computes_with_weights_that_are_not_read_yet_is_told_so(saved: Any) -> None:
+    for message in on_ranks(2, _computed, saved[0]):
+        assert message.startswith("on_load_checkpoint has computed layers.1.weight of weights that are not read yet")
 
 
 def _misfit(path: Path) -> str:
@@ -356,3 +402,235 @@ def test_r4_two_ranks_go_on_exactly_after_any_batch(tmp_path: Path, steps: list[
             assert their_end == end
             assert their_rows == rows[len(rows) - len(their_rows) :]
             assert their_rows or at == 8
+
+
+# ---------------------------------------------------------------------------------------------- callbacks that save
+
+
+class _Judged(Net):
+    """A metric that gets better and worse, so that the best are not the newest."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", float([3, 1, 2, 4][self.current_epoch]))
+
+
+def _with_callback(folder: Path, behind: bool) -> Any:
+    saving = ModelCheckpoint(
+        folder, "{epoch}", monitor="val", save_top_k=2, save_last=True, async_save=behind, every_n_epochs=1
+    )
+    given: dict[str, Any] = {"enable_checkpointing": True, "callbacks": [saving]}
+    trainer = make_trainer(2, strategy=strategy("sharded"), max_epochs=3, **given)
+    loaders = DataLoader(data(16), 4), DataLoader(data(4), 2)
+    trainer.fit(_Judged(), *loaders)
+    best, kept = saving.best_model_path, sorted(saving.best_k_models)
+    trainer.test(None, loaders[1], ckpt_path="best", verbose=False)
+    saving = ModelCheckpoint(
+        folder, "{epoch}", monitor="val", save_top_k=2, save_last=True, async_save=behind, every_n_epochs=1
+    )
+    again = make_trainer(2, strategy=strategy("sharded"), max_epochs=4, enable_checkpointing=True, callbacks=[saving])
+    again.fit(_Judged(), *loaders, ckpt_path="last")
+    return best, kept, again.global_step, sorted(saving.best_k_models), saving.last_model_path
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_best_last_and_deletion_work_with_folders(tmp_path: Path, behind: bool) -> None:
+    zero, one = on_ranks(2, _with_callback, tmp_path, behind)
+    assert zero == one
+    best, kept, steps, kept_then, last = zero
+    assert Path(best).name == "epoch=1.ckpt"
+    assert kept == kept_then == [str(tmp_path / f"epoch={epoch}.ckpt") for epoch in (1, 2)]
+    assert steps == 8
+    assert last == str(tmp_path / "last.ckpt")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["epoch=1.ckpt", "epoch=2.ckpt", "last.ckpt"]
+    assert files.newest(tmp_path) == tmp_path / "last.ckpt"
+    assert all(folders.check(entry) for entry in tmp_path.iterdir())
+
+
+def _in_turn(folder: Path, kind: str, epochs: int) -> Any:
+    saving = ModelCheckpoint(folder, save_last=True)
+    trainer = make_trainer(2, strategy=strategy(kind), max_epochs=epochs, enable_checkpointing=True, callbacks=[saving])
+    trainer.fit(Net(), DataLoader(data(16), 4), ckpt_path="last" if epochs > 1 else None)
+    return trainer.global_step
+
+
+def test_a_run_that_changes_its_strategy_goes_on_in_its_folder(tmp_path: Path) -> None:
+    for epochs, kind in enumerate(("ddp", "sharded", "ddp"), 1):
+        assert on_ranks(2, _in_turn, tmp_path, kind, epochs) == [2 * epochs] * 2
+        entries = list(tmp_path.iterdir())
+        assert len(entries) == 2
+        assert all(entry.is_dir() is (kind == "sharded") for entry in entries)
+
+
+# ---------------------------------------------------------------------------------------------- what goes wrong
+
+
+class _FullDisk(FSDPStrategy):
+    """The disk of one rank fails while it writes its shards, or of rank 0 while it writes the rest."""
+
+    fails = ""
+
+    def _write_folder(self, path: Any, plan: Any, record: Any, group: Any, content: Any) -> None:
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        with pytest.MonkeyPatch.context() as patch:
+            if self.fails == f"shards of {self.global_rank}":
+                patch.setattr("torch.distributed.checkpoint.filesystem._FileSystemWriter.write_data", full)
+            elif self.fails == "rest" and self.global_rank == 0:
+                patch.setattr(files, "write", full)
+            elif self.fails == f"flush of {self.global_rank}":
+                patch.setattr("leyden.atomic.sync_file", full)
+            super()._write_folder(path, plan, record, group, content)
+
+
+def _fails(path: Path, behind: bool) -> Any:
+    spread = _FullDisk(state_dict_type="sharded", checkpoint_io=AsyncCheckpointIO() if behind else None)
+    found: list[Any] = []
+
+    class Saves(L.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            for fails in ("", "shards of 1", "shards of 0", "rest", "flush of 1", ""):
+                spread.fails = fails
+                try:
+                    trainer.save_checkpoint(path)
+                    spread.checkpoint_io.settle()
+                except CheckpointError as error:
+                    found.append((fails, str(error), folders.manifest(path)["record"]["global_step"]))
+                if not fails:
+                    trainer.progress.global_step += 1
+
+    trainer = make_trainer(2, strategy=spread, max_epochs=1, callbacks=[Saves()])
+    with pytest.raises(CheckpointError, match="No space") if behind else contextlib.nullcontext():
+        trainer.fit(Net(), DataLoader(data(16), 4))  # the run ends with what a save behind it has failed with
+    return found
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_c2_a_write_that_fails_on_one_rank_raises_on_every_rank(tmp_path: Path, behind: bool) -> None:
+    for found in on_ranks(2, _fails, tmp_path / "a.ckpt", behind):
+        assert [fails for fails, *_ in found] == ["shards of 1", "shards of 0", "rest", "flush of 1"]
+        assert all("No space left on device" in message and step == 2 for _, message, step in found)
+    assert folders.check(tmp_path / "a.ckpt")["record"]["global_step"] == 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+class _SlowDisk(FSDPStrategy):
+    """Writes when it is told to."""
+
+    def _write_folder(self, *given: Any) -> None:
+        while not self.waits_for.exists():
+            time.sleep(0.01)
+        super()._write_folder(*given)
+
+
+def _behind(folder: Path) -> Any:
+    spread = _SlowDisk(state_dict_type="sharded", checkpoint_io=AsyncCheckpointIO())
+    spread.waits_for = folder / "go"
+    found: list[Any] = []
+
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 1:
+                found.append(state_of(trainer))
+                trainer.save_checkpoint(folder / "a.ckpt")
+            found.append((folder / "a.ckpt").exists())
+            if trainer.global_step == 4 and trainer.is_global_zero:
+                spread.waits_for.touch()
+
+    trainer = make_trainer(2, strategy=spread, max_epochs=1, callbacks=[Saves()])
+    trainer.fit(Net(), DataLoader(data(32), 4))
+    return found, (folder / "a.ckpt").exists(), trainer.strategy._group
+
+
+def test_behind_the_training_the_values_are_those_of_the_step_and_the_end_waits(tmp_path: Path) -> None:
+    for found, is_there, group in on_ranks(2, _behind, tmp_path):
+        (weights, *_), *there = found
+        assert there == [False] * 4
+        assert is_there
+        assert group is None
+        content = files.load(tmp_path / "a.ckpt")
+        assert content["global_step"] == 1
+        assert {name: value.tolist() for name, value in content["state_dict"].items() if "norm.r" not in name} == {
+            name: value for name, value in weights.items() if "norm.r" not in name
+        }
+
+
+def _killed(folder: Path, rank: int, moment: str) -> None:
+    class Dies(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                if trainer.global_step == 2 and trainer.global_rank == rank:
+                    patch.setattr(moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+                trainer.save_checkpoint(folder / "a.ckpt")
+
+    trainer = make_trainer(2, strategy=strategy("sharded"), max_epochs=1, callbacks=[Dies()])
+    trainer.fit(Net(), DataLoader(data(32), 4))
+
+
+@pytest.mark.parametrize(
+    ("rank", "moment"),
+    [
+        (1, "torch.distributed.checkpoint.filesystem._FileSystemWriter.write_data"),
+        (0, "leyden.folders._put_in_place"),
+        pytest.param(1, "leyden.folders.note", marks=pytest.mark.slow),
+        pytest.param(0, "leyden.folders.note", marks=pytest.mark.slow),
+        pytest.param(0, "leyden.folders._discard", marks=pytest.mark.slow),
+        pytest.param(0, "leyden.files.write", marks=pytest.mark.slow),
+    ],
+)
+def test_c1_a_rank_that_is_killed_while_all_write_leaves_the_one_before(tmp_path: Path, rank: int, moment: str) -> None:
+    with pytest.raises(AssertionError, match="without a result|by peer"):
+        on_ranks(2, _killed, tmp_path, rank, moment)
+    newest = files.newest(tmp_path)
+    assert newest == tmp_path / "a.ckpt"
+    assert files.recorded_step(newest) == (2 if moment.endswith("discard") else 1)
+    begin, _ = on_ranks(1, _fit, tmp_path, 1, "auto", newest)[0]
+    assert begin is not None
+    folders.sweep(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+# ---------------------------------------------------------------------------------------------- signals
+
+
+class _Signalled(_Exact):
+    def __init__(self, rank: int, batch: int) -> None:
+        super().__init__(None)
+        self.rank, self.batch = rank, batch
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.global_rank == self.rank and len(self.record) == self.batch:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.02)
+
+
+def _preempted(folder: Path, rank: int | None) -> Any:
+    L.seed_everything(4, verbose=False)
+    module = _Signalled(-1 if rank is None else rank, 3)
+    seen = _Seen()
+    trainer = make_trainer(
+        2, strategy=strategy("sharded"), max_epochs=6, accumulate_grad_batches=3, enable_checkpointing=True,
+        callbacks=[ModelCheckpoint(folder, save_last=True), seen], log_every_n_steps=1,
+    )  # fmt: skip
+    torch.manual_seed(torch.initial_seed() + trainer.global_rank)
+    stopped = None
+    try:
+        trainer.fit(module, DataLoader(data(16), 2, shuffle=True), DataLoader(data(5), 2), ckpt_path="last")
+    except BaseException as error:
+        stopped = type(error).__name__
+    return stopped, module.record, seen.end
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_r4_a_signal_to_one_rank_saves_once_and_the_run_goes_on_exactly(tmp_path: Path, rank: int) -> None:
+    warnings.simplefilter("ignore")
+    whole = on_ranks(2, _preempted, tmp_path / "whole", None)
+    first = on_ranks(2, _preempted, tmp_path / "cut", rank)
+    second = on_ranks(2, _preempted, tmp_path / "cut", None)
+    for (_, record, end), (stopped, before, _), (_, after, their_end) in zip(whole, first, second, strict=True):
+        assert stopped is not None
+        assert 3 < len(before) < len(record)
+        assert before == record[: len(before)]
+        assert after == record[len(record) - len(after) :]
+        assert 0 <= len(before) + len(after) - len(record) < 3  # an open window may come once more
+        assert their_end == end

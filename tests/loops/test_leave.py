@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 import leyden as L
 from leyden import files
 from leyden.errors import CheckpointNotFoundError, LeydenWarning, SIGTERMException
+from leyden.loops import leave
 from leyden.loops.leave import is_whole
 from leyden.runtime import cluster
 
@@ -284,3 +285,17 @@ def test_P4_what_workers_that_are_gone_interrupt_is_saved_between_two_steps_only
     assert caught.value.__cause__ is gone
     assert (tmp_path / "checkpoints" / "interrupted.ckpt").exists() == saved
     assert not is_whole(trainer, None, ValueError())
+
+
+def test_a_folder_gets_its_second_name_for_the_job_that_goes_on(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        torch.save({"global_step": 3, "leyden": {"format": 1}}, folder / "meta.pt")
+
+    files.save_folder(tmp_path / "a.ckpt", write, {"global_step": 3})
+    leave._second_name(str(tmp_path / "a.ckpt"), str(tmp_path / ".hpc_ckpt.1.tmp"))
+    (tmp_path / "hpc_ckpt_1.ckpt").write_text("of another job")
+    path = leave._take_name(str(tmp_path / ".hpc_ckpt.1.tmp"), str(tmp_path), 1)
+    assert path == str(tmp_path / "hpc_ckpt_2.ckpt")
+    files.remove(tmp_path / "a.ckpt")
+    assert files.load(path)["global_step"] == 3
+    assert names(tmp_path) == ["hpc_ckpt_1.ckpt", "hpc_ckpt_2.ckpt"]

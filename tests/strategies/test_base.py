@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from leyden import files
@@ -29,10 +28,10 @@ class TwoProcesses(Strategy):
         dist.broadcast_object_list(box, src)
         return box[0]
 
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        vote = torch.tensor(int(decision))
-        dist.all_reduce(vote, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
-        return bool(vote)
+    def gather_objects(self, item: Any) -> list[Any]:
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, item)
+        return found
 
 
 def _process(rank: int, port: int, folder: Path, answers: Any) -> None:
@@ -90,7 +89,8 @@ def test_C2_a_failed_write_raises_on_every_process(tmp_path: Path) -> None:
         assert there in no_pickle
         assert "there is a file where a folder is needed" in nowhere
         for failure, failed in ((other, 1), (mine, 0)):
-            assert ("the disk or the quota is full" if rank == failed else "another process failed") in failure
+            assert failure.startswith("The checkpoint" if rank == failed else f"On rank {failed}: The checkpoint")
+            assert "the disk or the quota is full" in failure
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "c.ckpt", "file"]
     assert files.load(tmp_path / "a.ckpt")["global_step"] == 1
     assert files.recorded_step(tmp_path / "c.ckpt") == 5

@@ -22,6 +22,7 @@ from leyden.loops.metric_state import metrics_of
 from leyden.loops.session import Session
 from leyden.results import to_floats
 from leyden.runtime.seed import rng_state, set_rng_state
+from leyden.strategies.base import IDLE
 from leyden.types import RunningStage, TrainerFn
 
 if TYPE_CHECKING:
@@ -134,6 +135,9 @@ class EvaluationLoop:
             while current < loader_idx:
                 outputs[current] = self._end_loader(session, current if several else None, done)
                 current, done = current + 1, 0
+            if batch is IDLE:
+                session.strategy.keep_up()
+                continue
             self.batch_idx = batch_idx
             done += 1
             if transfer is not None:

@@ -16,6 +16,7 @@ from leyden.data.loaders import stop_workers
 from leyden.errors import MisconfigurationException
 from leyden.loops import batches
 from leyden.loops.session import Session
+from leyden.strategies.base import IDLE
 from leyden.tree import move_to
 from leyden.types import RunningStage
 
@@ -98,6 +99,9 @@ class PredictLoop:
         num_args = 1 if draws else 3 if several else max(batches.positional(module.predict_step), 1)
         transfer = session.transfer(draws)
         for batch, batch_idx, loader_idx in session.strategy.paced(batches.remaining(iterator)):
+            if batch is IDLE:
+                session.strategy.keep_up()
+                continue
             if transfer is not None:
                 batch = transfer(batch, loader_idx)
             self.current_batch_indices = indices[loader_idx](batch_idx)

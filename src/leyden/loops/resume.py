@@ -37,7 +37,8 @@ def find_checkpoint(given: Any, trainer: TrainerCore) -> Any:
     if given != "last":
         return given  # a file that is not there is an error when it is read
     places = _Places(trainer)
-    found = places.newest()
+    # on one process: it may mean to read all of a checkpoint, and only one sees what is there at one moment
+    found = trainer.strategy.on_rank_zero(places.newest)
     fn = str(trainer.state.fn)
     if found is None:
         rank_zero_warn(

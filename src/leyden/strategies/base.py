@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+IDLE: Any = object()
+"""Stands in the place of a batch in a turn of an evaluation in which only other processes have one."""
+
 
 class Strategy:
     """Runs the steps of a module on ``root_device``, in the number format of its ``precision``.
@@ -333,9 +336,12 @@ class Strategy:
     def paced(self, batches: Iterator[tuple[Any, int, int]]) -> Iterator[tuple[Any, int, int]]:
         """Return the batches of an evaluation, with their number and that of their loader, as this process is to run them.
 
-        Where all processes take part in each step of any, one that has fewer batches keeps up with the others here.
+        Where all processes take part in each step of any, one without a batch gets ``IDLE``, and calls ``keep_up``.
         """
         return batches
+
+    def keep_up(self) -> None:
+        """Take part in the exchanges of a step that other processes run, where this one has no batch."""
 
     # -- between processes
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
@@ -29,12 +29,12 @@ from leyden.precision.base import TruePrecision
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.strategies import fully_sharded, units
 from leyden.strategies.mesh import DATA, MeshStrategy, local, rebuilt
-from leyden.strategies.through import Through
 from leyden.tree import leaves, tree_map
 
 STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2", "NO_SHARD")
 STATE_DICT_TYPES = ("full", "sharded")
 REPLICATE = "replicate"
+_ROOT = "_leyden_root"
 _ALWAYS = ("use_orig_params", "sync_module_states", "limit_all_gathers", "forward_prefetch", "backward_prefetch")
 """Arguments of torch's first FSDP about what is always so here, or what torch now decides itself."""
 _OURS = (
@@ -128,7 +128,9 @@ class FSDPStrategy(MeshStrategy):
         self.state_dict_type = _one_of("state_dict_type", state_dict_type, STATE_DICT_TYPES)
         self.saves_shards = self.state_dict_type == "sharded"
         self._given_mesh = _read_mesh(device_mesh, self.sharding_strategy)
-        self._through: Through | None = None
+        self._root: Any = None
+        """What a step runs in, which brings the weights together that belong to no sharded layer."""
+        self._gap: _Gap | None = None
         self._loop: Any = None
         self._by_hand = False
         """Whether training_step runs backward itself."""
@@ -146,7 +148,6 @@ class FSDPStrategy(MeshStrategy):
         """Whether the next step of an evaluation has all weights together already."""
         self._reshards = self.sharding_strategy in ("FULL_SHARD", "HYBRID_SHARD")
         """Whether the weights of a layer are let go of after its forward."""
-        self._handles: list[Any] = []
         self._recomputed: list[tuple[nn.Module, Any]] = []
 
     # ------------------------------------------------------------------ who and where
@@ -176,7 +177,11 @@ class FSDPStrategy(MeshStrategy):
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         self._own_scaler()
-        return super().setup_module(module)
+        return self.entered(super().setup_module(module))
+
+    def entered(self, module: nn.Module) -> nn.Module:
+        """Return what a loop of the user's own calls in the place of a module that is spread."""
+        return _Entered(module) if _ROOT in vars(module) else module
 
     def _own_scaler(self) -> None:
         """Let the scaler of ``"16-mixed"`` look at the gradients of all processes."""
@@ -205,17 +210,21 @@ class FSDPStrategy(MeshStrategy):
             mp_policy=policy,
             offload_policy=CPUOffloadPolicy() if self.cpu_offload and self._on_gpu else OffloadPolicy(),
         )
+        _make_contiguous(module)
         ties = _Ties(module)
         for layer in units.inner_first(module):
             units.initialise(layer, self.root_device, filled=self._held is not None)
             ties.tie(layer)
             if id(layer) in chosen:
                 shard(layer, ignored_params=self._whole_on_each(module))
-        _make_contiguous(module)
         if any(True for _ in module.parameters()):
             # the batch is cast, if at all, before the call: what the loss is computed with as well
             root_policy = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, policy.output_dtype, False)
-            shard(module, mp_policy=root_policy, ignored_params=self._whole_on_each(module))
+            self.stand_around(module, partial(shard, mp_policy=root_policy), self._whole_on_each(module))
+
+    def stand_around(self, module: nn.Module, shard: Callable[..., Any], ignored: set[nn.Parameter]) -> None:
+        """Let steps run in what ``shard`` makes of a layer around ``module``."""
+        vars(module)[_ROOT] = shard(_Root(module), ignored_params=ignored)
 
     def _whole_on_each(self, module: nn.Module) -> set[nn.Parameter]:
         ignored: list[nn.Parameter] = []
@@ -238,21 +247,29 @@ class FSDPStrategy(MeshStrategy):
     def _begin(self) -> None:
         """Stand on the module for the length of the run."""
         module: Any = self.module
-        if not isinstance(module, FSDPModule):
+        self._root = root = vars(module).get(_ROOT)
+        if root is None:
             return  # it has no parameters
-        self._through = Through(module)
-        for layer in () if self._begun else self._layers():  # what only a Trainer asks for
-            self._handles.append(layer.register_forward_pre_hook(self._note_call))
-            self._handles.append(layer.register_forward_hook(self._note_output))
-        # layers that are called by themselves, in a hook or after a backward by hand, find their weights as well
-        for part in fully_sharded.own_parts(module):
-            owner = part._module_info.module  # noqa: SLF001  # torch does not tell otherwise
-            if owner is not module:
-                self._handles.append(owner.register_forward_pre_hook(self._bring_together))
-        # the first call makes the module the root: it must not be one of its layers, called in some hook
+        root.let_be()
+        if self._begun:  # a loop of the user's own goes through _Entered, and asks for none of what follows
+            with torch.no_grad():
+                root(lambda: None)
+            root.reshard()
+            return
+        untraced: Any = torch.compiler.disable  # like torch's own hooks, where steps are compiled
+        note_call, note_output = untraced(self._note_call), untraced(self._note_output)
+        self._gap = gap = _Gap(untraced(root.unshard))
+        for layer in self._layers():
+            root.handles.append(layer.register_forward_pre_hook(note_call))
+            root.handles.append(layer.register_forward_hook(note_output))
+        # what is called by itself, in a hook or after a backward by hand, finds its weights as well
+        owners = {part._module_info.module for part in fully_sharded.own_parts(root)}  # noqa: SLF001  # torch does not tell
+        for owner in (module, *(owners - {module})):
+            root.handles.append(owner.register_forward_pre_hook(gap.before_call))
+        # the first call makes this the root: it must not be one of the layers, called in some hook
         with torch.no_grad():
             self._call(lambda: None)
-        module.reshard()
+        root.reshard()
 
     def accompany(self, loop: Any, automatic: bool) -> None:
         self._loop, self._by_hand = loop, not automatic
@@ -260,8 +277,11 @@ class FSDPStrategy(MeshStrategy):
         self._pending = False
 
     def unspread(self, module: nn.Module) -> None:
-        fully_sharded.come_apart(module)
-        fully_sharded.take_off(module)
+        root = vars(module).pop(_ROOT, None)
+        if root is not None:
+            root.let_be()
+            fully_sharded.come_apart(root)
+            fully_sharded.take_off(root)
         super().unspread(module)
         for layer, former in self._recomputed:
             vars(layer).pop("forward", None)
@@ -270,13 +290,11 @@ class FSDPStrategy(MeshStrategy):
         self._recomputed = []
 
     def come_home(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        if self._through is not None:
-            self._through.remove()
-        self._handles, self._through, self._loop, self._tape = [], None, None, None
-        self._order = []
         super().come_home()
+        self._loop, self._tape, self._order = None, None, []
+        self._by_hand = self._pending = False
+        if self._root is not None and vars(self.module).get(_ROOT) is None:
+            self._root = self._gap = None
 
     def _recompute(self, layers: list[nn.Module]) -> None:
         for layer in layers:
@@ -287,18 +305,18 @@ class FSDPStrategy(MeshStrategy):
 
     def _call(self, step: Callable[..., Any], *args: Any) -> Any:
         """Run ``step`` inside a call of the module, where the weights that belong to no layer are brought together."""
-        through = self._through
-        if through is None:
+        root, gap = self._root, self._gap
+        if root is None or gap is None:
             return step(*args)
-        through.step = step
+        gap.open = self._by_hand
         try:
-            return self.module(*args)
+            return root(partial(step, *args))
         except RuntimeError as error:
             if "mixed torch.Tensor and DTensor" in str(error):
                 raise _uncalled(error) from error
             raise
         finally:
-            through.step = None
+            gap.open = True
 
     def _cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         policy = self.mixed_precision
@@ -309,7 +327,7 @@ class FSDPStrategy(MeshStrategy):
         return cast
 
     def training_step(self, *args: Any) -> Any:
-        if self._through is None:
+        if self._root is None:
             return super().training_step(*args)
         exchanging = self._by_hand or self._loop.steps
         if exchanging is not self._exchanging:
@@ -349,8 +367,8 @@ class FSDPStrategy(MeshStrategy):
 
     def _let_go(self) -> None:
         """Leave each process with its share of the weights, also of those that a step has kept together."""
-        if self._through is not None:
-            for layer in fully_sharded.sharded_layers(self.module):
+        if self._root is not None:
+            for layer in fully_sharded.sharded_layers(self._root):
                 layer.reshard()
         if self._held_together:
             self._held_together = False
@@ -359,33 +377,33 @@ class FSDPStrategy(MeshStrategy):
 
     def _note_call(self, layer: Any, _args: Any) -> None:
         self._order.append(layer)
+        if self._gap is not None and self._gap.open:
+            self._gap.used = True
 
     def _note_output(self, _layer: Any, _args: Any, output: Any) -> None:
         if self._tape is not None and not self._by_hand and torch.is_grad_enabled():
             self._tape.append(output)
 
-    def _bring_together(self, _layer: Any, _args: Any) -> None:
-        self.module.unshard()
-
     # ------------------------------------------------------------------ gradients
 
     def _exchange(self, exchanging: bool) -> None:
         self._exchanging = exchanging
-        if self._through is not None:
-            self.module.set_requires_gradient_sync(exchanging)
+        if self._root is not None:
+            self._root.set_requires_gradient_sync(exchanging)
 
     def join_backward(self, loss: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Prepare what ``loss.backward(**kwargs)`` is to be called on; runs before each backward."""
-        if self._through is None:
+        if self._root is None:
             return loss, kwargs
         if kwargs.get("inputs") is not None:
-            twins = {id(part.sharded_param): fully_sharded.twin(part) for part in fully_sharded.parts(self.module)}
+            twins = {id(part.sharded_param): fully_sharded.twin(part) for part in fully_sharded.parts(self._root)}
             kwargs = {
                 **kwargs,
                 "inputs": [found for p in kwargs["inputs"] if (found := twins.get(id(p), p)) is not None],
             }
         if self._by_hand:
-            loss = self._call(torch.clone, loss)  # backward is to find the module's own hooks
+            # backward is to find the module's own hooks; no argument, which torch would take for its input
+            loss = self._call(loss.clone)
         return loss, kwargs
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -398,31 +416,37 @@ class FSDPStrategy(MeshStrategy):
 
     def flush(self) -> None:
         """Exchange the gradients that a window of accumulation, or a backward by hand, has left waiting."""
-        waits = self._pending or (self._by_hand and self._through is not None and self._left_over())
+        waits = self._pending or (self._by_hand and self._root is not None and self._left_over())
         if waits and not self._alone:
             self._flush()
 
     def _left_over(self) -> bool:
         """Whether backward was called in a way that the module has not noticed."""
-        return any(fully_sharded.waiting(part) is not None for part in fully_sharded.own_parts(self.module))
+        return any(fully_sharded.waiting(part) is not None for part in fully_sharded.own_parts(self._root))
 
     def _flush(self) -> None:
         """Exchange the gradients that are waiting."""
         self._pending = False
         self._exchange(True)
         with torch.enable_grad():
-            loss = self._call(torch.clone, torch.zeros((), device=self.root_device, requires_grad=True))
+            loss = self._call(torch.zeros((), device=self.root_device, requires_grad=True).clone)
         loss.backward()
+
+    def clip_gradients(self, optimizer: Optimizer, value: float, algorithm: str) -> Tensor | None:
+        if self._by_hand:
+            self.exchange_gradients(optimizer)  # else that has been done
+        return super().clip_gradients(optimizer, value, algorithm)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, **kwargs)
-        if self._by_hand and self._through is not None:
+        if self._gap is not None and self._gap.used:
+            self._gap.used = False
             self._let_go()  # what has been brought together since backward is out of date
         return result
 
     def toggled(self) -> None:
-        if self._through is not None:
-            fully_sharded.follow_requires_grad(self.module)
+        if self._root is not None:
+            fully_sharded.follow_requires_grad(self._root)
 
     def _nothing(self) -> Tensor:
         """A loss whose gradients are 0: the batch of a rank that skips it, so that the others need not wait."""
@@ -433,11 +457,11 @@ class FSDPStrategy(MeshStrategy):
         if not self._tape and self._layers():
             return self._ghost()
         outputs = [tensor for tensor in leaves(self._tape) if isinstance(tensor, Tensor) and tensor.requires_grad]
-        return _zero(outputs) + _zero(self._own_parameters(self.module))
+        return _zero(outputs) + _zero(self._own_parameters(self._root))
 
     def _layers(self) -> list[Any]:
         """The layers that are sharded each by itself, outer ones first."""
-        return fully_sharded.sharded_layers(self.module)[1:]
+        return fully_sharded.sharded_layers(self._root)[1:]
 
     @staticmethod
     def _own_parameters(layer: Any) -> list[Any]:
@@ -446,7 +470,7 @@ class FSDPStrategy(MeshStrategy):
 
     def _ghost(self) -> Tensor:
         """Take part in a training step of the others without a batch: each layer adds nothing, and has gradients of 0."""
-        total = _zero(self._own_parameters(self.module))
+        total = _zero(self._own_parameters(self._root))
         for layer in self._layers():
             with _standing_in(layer, lambda tensor, layer=layer: tensor + _zero(self._own_parameters(layer))):
                 total = layer(total)
@@ -456,13 +480,13 @@ class FSDPStrategy(MeshStrategy):
 
     def paced(self, batches: Iterator[tuple[Any, int, int]]) -> Iterator[tuple[Any, int, int]]:
         self._knows = False
-        return super().paced(batches) if self._through is not None else batches
+        return super().paced(batches) if self._root is not None else batches
 
     def knows_the_step(self) -> bool:
         return self._knows
 
     def hold_together(self) -> None:
-        for layer in fully_sharded.sharded_layers(self.module):
+        for layer in fully_sharded.sharded_layers(self._root):
             layer.unshard()
             if self._reshards:
                 layer.set_reshard_after_forward(False, recurse=False)
@@ -470,7 +494,7 @@ class FSDPStrategy(MeshStrategy):
 
     def keep_up(self) -> None:
         if not self._held_together:
-            self.module.unshard()
+            self._root.unshard()
             for layer in self._order:
                 layer.unshard()
                 if self._reshards:
@@ -481,33 +505,86 @@ class FSDPStrategy(MeshStrategy):
 
     def gradients(self) -> dict[str, Tensor]:
         found = super().gradients()
-        if self._through is None:
+        if self._root is None:
             return found
         self._let_go()
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        for part in fully_sharded.parts(self.module):
+        for part in fully_sharded.parts(self._root):
             gradient = fully_sharded.waiting(part)
             if gradient is not None:
                 found[names[id(part.sharded_param)]] = local(gradient)
         return found
 
     def load_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        gradients = self.read_gradients(gradients)
-        if self._through is not None:
+        if self._root is not None:
             names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-            for layer in fully_sharded.sharded_layers(self.module):
+            for layer in fully_sharded.sharded_layers(self._root):
                 layer.unshard()  # makes what gradients that wait stand on
                 layer.reshard()
-            for part in fully_sharded.parts(self.module):
+            for part in fully_sharded.parts(self._root):
                 gradient = gradients.get(names.get(id(part.sharded_param), ""))
                 whole = fully_sharded.twin(part)
-                if gradient is None or isinstance(gradient, DTensor) or gradient.shape != local(whole).shape:
-                    continue
-                if gradient.shape != local(part.sharded_param).shape:
+                if gradient is not None and gradient.shape == local(whole).shape:
                     waits = rebuilt(gradient, whole) if isinstance(whole, DTensor) else gradient
                     fully_sharded.let_wait(part, waits)
                     self._pending = True
         super().load_gradients(gradients)
+
+
+class _Root(nn.Module):
+    """Stands around a module, so that the module itself may be called any number of times in one step."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.handles: list[Any] = []
+        """The hooks of the strategy that has it."""
+
+    def let_be(self) -> None:
+        """Take away the hooks of the strategy that had it."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def forward(self, step: Callable[[], Any]) -> Any:
+        """Run a step."""
+        return step()
+
+
+class _Entered(nn.Module):
+    """Calls a module inside the call of what stands around it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        module: Any = self.module
+        return vars(module)[_ROOT](partial(module, *args, **kwargs))
+
+    def set_requires_gradient_sync(self, exchanging: bool) -> None:
+        """Say whether the next backward exchanges gradients."""
+        vars(self.module)[_ROOT].set_requires_gradient_sync(exchanging)
+
+
+class _Gap:
+    """Brings the weights that belong to no sharded layer together when one of theirs is called outside a step.
+
+    Attributes:
+        open: Whether they may be apart. A plain attribute, so that a step can be compiled through this.
+        used: Whether anything was brought together that no backward lets go of.
+    """
+
+    def __init__(self, bring_together: Callable[[], Any]) -> None:
+        self.bring_together = bring_together
+        self.open, self.used = True, False
+
+    def before_call(self, _layer: Any, _args: Any) -> None:
+        """Runs before each call of a layer."""
+        if self.open:
+            self.used = True
+            self.bring_together()
 
 
 class _Ties:

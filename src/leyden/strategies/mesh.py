@@ -25,6 +25,7 @@ from leyden.loading import apply_state_dict, clean_names
 from leyden.precision.base import CLIP_ALGORITHMS
 from leyden.runtime.collective import average_flat, copy_flat
 from leyden.runtime.ranks import rank_zero_info
+from leyden.strategies.base import IDLE
 from leyden.strategies.spread import ShardedCheckpoints, local, rebuilt
 from leyden.tree import tree_map
 
@@ -34,6 +35,8 @@ DATA, TENSOR = "data_parallel", "tensor_parallel"
 """The dimensions of a mesh, as Lightning calls them: along one the data differ, along the other they are the same."""
 _MESHES: dict[tuple[Any, ...], DeviceMesh] = {}
 """The meshes of this process: each has groups of its own, and every run of a script wants the same."""
+_SHARE = " (share)"
+"""Follows the name of a parameter of whose gradient a process has its share only."""
 _CHUNK = 1 << 26
 """How many bytes are copied from rank 0 at a time."""
 
@@ -170,11 +173,28 @@ class MeshStrategy(ShardedCheckpoints):
             return  # the others do not take part any more
         elif self.reduce_boolean_decision(_fits(module, self.num_processes)):
             self.unspread(module)
+            for optimizer in self.optimizers if self.root_device.type != "cpu" else ():
+                for key, value in optimizer.state.items():
+                    optimizer.state[key] = tree_map(self.at_home, value)
         else:
             rank_zero_info(
                 f"{type(module).__name__} stays spread over {self.world_size} processes: the memory of this machine does not"
                 " hold it once for each of them. Call it on all ranks together; its weights are whole in checkpoints."
             )
+
+    def at_home(self, tensor: Tensor) -> Tensor:
+        """Return a tensor with what this process has of it in host memory."""
+        if not isinstance(tensor, DTensor):
+            return tensor.cpu()
+        mesh, whole = tensor.device_mesh, self.device_mesh
+        names, all_names = mesh.mesh_dim_names or (), whole.mesh_dim_names or ()
+        is_part = mesh != whole and bool(names) and set(names) < set(all_names)
+        made = whole if is_part else mesh  # all processes take part in making one
+        key = (os.getpid(), "home", id(made))
+        if key not in _MESHES:  # the same processes, whose tensors are elsewhere
+            _MESHES[key] = DeviceMesh("cpu", made.mesh, mesh_dim_names=made.mesh_dim_names)
+        home = _MESHES[key][names] if is_part else _MESHES[key]
+        return rebuilt(local(tensor).cpu(), tensor, home)
 
     # ------------------------------------------------------------------ steps
 
@@ -188,16 +208,16 @@ class MeshStrategy(ShardedCheckpoints):
         while True:
             item = next(batches, None)
             mine = math.inf if item is None else float(item[2])
-            while True:
+            first = -1.0
+            while first != mine:
                 turns = self.gather_numbers(torch.tensor([mine, float(self.knows_the_step())], dtype=torch.float64))
                 first = float(turns[:, 0].min())
                 if first == math.inf:
                     return
                 if bool(((turns[:, 0] > first) & (turns[:, 1] == 0)).any()):
                     self.hold_together()
-                if first == mine:
-                    break
-                self.keep_up()
+                if first != mine:
+                    yield IDLE, 0, int(first)
             assert item is not None
             yield item
 
@@ -208,21 +228,21 @@ class MeshStrategy(ShardedCheckpoints):
     def hold_together(self) -> None:
         """Make all exchanges of the next step now, the same on all ranks, so that it has none."""
 
-    def keep_up(self) -> None:
-        """Take part in the exchanges of a step that other ranks run, where this one has no batch."""
-
     def exchange_gradients(self, optimizer: Optimizer) -> None:
         """Average the gradients of parameters that are not spread; runs before each step of an optimizer."""
-        plain = [p for group in optimizer.param_groups for p in group["params"] if not isinstance(p, DTensor)]
-        if not plain or self._alone or self.world_size == 1:
+        if self.world_size > 1 and not self._alone:
+            self.average([p for p in _parameters(optimizer) if not isinstance(p, DTensor)])
+
+    def average(self, parameters: list[Any], group: Any = None) -> None:
+        """Average the gradients of ``parameters`` over all processes, or those of a ``group``, in one exchange."""
+        if not parameters:
             return
-        there = torch.tensor([float(parameter.grad is not None) for parameter in plain])
-        for parameter, count in zip(plain, self.gather_numbers(there).sum(0).tolist(), strict=True):
-            if count and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        grads = [parameter.grad for parameter in plain if parameter.grad is not None]
-        if grads:
-            average_flat(grads)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        there = torch.tensor([float(p.grad is not None) for p in parameters]).to(self.root_device, non_blocking=True)
+        average_flat([*map(local, grads), there], group)
+        if any(p.grad is None for p in parameters):  # only then it is read, which waits for the device
+            for parameter, gradient, count in zip(parameters, grads, there.tolist(), strict=True):
+                parameter.grad = gradient if count else None
 
     def scale_gradients(self, optimizer: Optimizer, factor: Any) -> None:
         for together in by_kind(local(p.grad) for p in _parameters(optimizer) if p.grad is not None):
@@ -353,19 +373,21 @@ class MeshStrategy(ShardedCheckpoints):
         return tree_map(of, tree)
 
     def gradients(self) -> dict[str, Tensor]:
-        found = super().gradients()
-        return found if self.saves_shards else {name: local(gradient) for name, gradient in found.items()}
+        return {
+            name + _SHARE if isinstance(gradient, DTensor) else name: gradient if self.saves_shards else local(gradient)
+            for name, gradient in super().gradients().items()
+        }
 
     def load_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        owners = dict(self.module.named_parameters())
-        for name, gradient in self.read_gradients(gradients).items():
-            parameter = owners.get(name)
-            if parameter is None:
-                continue
-            part = local(parameter)
-            if isinstance(gradient, DTensor):  # it was written in shards
-                parameter.grad = rebuilt(local(gradient).to(part.device, part.dtype), parameter)
-            elif gradient.shape == part.shape and not gradient.is_meta:
+        owners: dict[str, Any] = {
+            name + _SHARE if isinstance(parameter, DTensor) else name: parameter
+            for name, parameter in self.module.named_parameters()
+        }
+        found = self.read_gradients(gradients, owners)
+        for name, parameter in owners.items():
+            part, gradient = local(parameter), found.get(name)
+            if gradient is not None and local(gradient).shape == part.shape:
+                gradient = local(gradient)  # where it was written in shards
                 moved = gradient.to(part.device, part.dtype)
                 parameter.grad = rebuilt(moved, parameter) if isinstance(parameter, DTensor) else moved
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from leyden.hooks import is_written
 from leyden.module import LightningModule
 from leyden.runtime.collective import copy_flat
 from leyden.runtime.ranks import rank_zero_warn
+from leyden.runtime.seed import isolate_rng
 from leyden.strategies.fully_sharded import come_apart, sharded_layers
-from leyden.strategies.mesh import DATA, TENSOR, MeshStrategy, is_spread
-from leyden.strategies.tensor_parallel import TensorParallelStrategy, bring, checked_size
+from leyden.strategies.mesh import DATA, TENSOR, MeshStrategy, is_spread, local
+from leyden.strategies.tensor_parallel import TensorParallelStrategy, bring, checked_size, generators, put_generators
 
 
 class ModelParallelStrategy(TensorParallelStrategy):
@@ -69,6 +71,8 @@ class ModelParallelStrategy(TensorParallelStrategy):
         )
         self.data_parallel_size = checked_size(type(self).__name__, "data_parallel_size", data_parallel_size)
         self.parallelize_fn = parallelize_fn
+        self._anew = False
+        """Whether ``configure_model`` runs in this run."""
         self.save_distributed_checkpoint = self.saves_shards = bool(save_distributed_checkpoint)
 
     def assign(self, devices: list[torch.device], num_nodes: int) -> None:
@@ -114,26 +118,70 @@ class ModelParallelStrategy(TensorParallelStrategy):
                 f" {type(made).__name__}."
             )
         self.turn_to(made)
+        self._anew = True
         self.distribute(fitting=any(parameter.requires_grad for parameter in made.parameters()))
-        return made
+        return self.entered(made)
 
     def builds(self) -> bool:
-        return not is_spread(self.module)
+        self._anew = not is_spread(self.module)
+        return self._anew
 
     def distribute(self, fitting: bool) -> None:
-        module = self.module
-        fill(module, self.root_device)
+        if self._anew:
+            self._complete(self.module)
+        super().distribute(fitting)
+
+    def _complete(self, module: nn.Module) -> None:
+        """Do what is left to do when ``configure_model`` has split and sharded the module."""
+        self._anew = False
+        self._fill(module)
         plain = [tensor for tensor in (*module.parameters(), *module.buffers()) if not isinstance(tensor, DTensor)]
         bring(plain, self.root_device)
         if self.world_size > 1 and plain:
             with torch.no_grad():
                 copy_flat([tensor.detach() for tensor in plain])
-        layers = sharded_layers(module)
-        if layers and layers[0] is not module:
+        if sharded_layers(module):
             # what the module has sharded of itself is then brought together and let go of as fsdp does it
-            rest = {parameter for parameter in module.parameters() if id(parameter) not in _sharded(layers)}
-            fully_shard(module, mesh=self.data_mesh(), ignored_params=rest)
-        super().distribute(fitting)
+            self.stand_around(module, partial(fully_shard, mesh=self.data_mesh()), set(module.parameters()))
+
+    def _fill(self, module: nn.Module) -> None:
+        """Give memory to what is on the meta device, and the values that ``reset_parameters`` of its layer gives it.
+
+        Layer by layer these are the values of one process, of which each process keeps its part.
+        """
+        empty = [(name, child) for name, child in module.named_modules() if any(t.is_meta for t in _own(child))]
+        if not empty:
+            return
+        unfilled: list[str] = []
+        state = self.broadcast(generators(self.root_device))
+        with isolate_rng(), torch.no_grad():
+            put_generators(state, self.root_device)
+            for name, child in empty:
+                child.to_empty(device=self.root_device, recurse=False)
+                if callable(getattr(child, "reset_parameters", None)):
+                    self._reset(child)
+                else:
+                    unfilled.append(f"{name} ({type(child).__name__})")
+        if unfilled and self._held is None:
+            rank_zero_warn(
+                f"These layers were built on the meta device and have no reset_parameters(): {', '.join(unfilled[:8])}. Load a"
+                " checkpoint, or their values are whatever memory held.",
+                category=LeydenWarning,
+            )
+
+    def _reset(self, layer: Any) -> None:
+        spread = {name: p for name, p in layer.named_parameters(recurse=False) if isinstance(p, DTensor)}
+        for name, parameter in spread.items():
+            # what an instance has itself comes before its parameters
+            vars(layer)[name] = nn.Parameter(
+                torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            )
+        try:
+            layer.reset_parameters()
+        finally:
+            values = {name: vars(layer).pop(name).detach() for name in spread}
+        for name, part in self.parts(values, spread, strict=True).items():
+            local(spread[name]).copy_(local(part))
 
     def spread(self, module: nn.Module, fitting: bool) -> None:
         """The module has not spread anything: it is whole on each process, as with ddp."""
@@ -142,26 +190,5 @@ class ModelParallelStrategy(TensorParallelStrategy):
         come_apart(module)  # only its own code could split it anew
 
 
-def _sharded(layers: list[Any]) -> set[int]:
-    return {id(parameter) for layer in layers for parameter in layer.parameters()}
-
-
-def fill(module: nn.Module, device: torch.device) -> None:
-    """Bring what is on the meta device to ``device``, with the values that ``reset_parameters`` of its layer gives it."""
-    empty: list[str] = []
-    for name, child in module.named_modules():
-        own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
-        if not any(tensor.is_meta for tensor in own):
-            continue
-        child.to_empty(device=device, recurse=False)
-        reset: Any = getattr(child, "reset_parameters", None)
-        if callable(reset):
-            reset()
-        else:
-            empty.append(f"{name} ({type(child).__name__})")
-    if empty:
-        rank_zero_warn(
-            f"{', '.join(empty[:8])} {'was' if len(empty) == 1 else 'were'} built on the meta device and cannot fill"
-            " themselves: they have no reset_parameters(). Load a checkpoint, or their values are whatever memory held.",
-            category=LeydenWarning,
-        )
+def _own(layer: nn.Module) -> list[torch.Tensor]:
+    return [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from leyden import archive, files, folders, shards
@@ -190,16 +191,28 @@ class ShardedCheckpoints(ParallelStrategy):
 
     def weights_for(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the ``state_dict`` of a checkpoint as the module, which is spread by now, can load it."""
+        computed = [name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]
+        computed = [name for name in computed if self._source is None or not self._source.knows(state[name])]
+        if computed:
+            raise CheckpointError(
+                f"on_load_checkpoint has computed {', '.join(computed[:5])} of weights that are not read yet: each process"
+                " reads its parts of them only after that hook, which may rename them, drop them, or put in others. Take"
+                " weights that have to be computed from a file: leyden ckpt consolidate FOLDER FILE."
+            )
         own = {clean_name(name): value for name, value in self.module.state_dict().items()}
         return self.parts(state, {name: own.get(clean_name(name)) for name in state}, strict=True)
 
-    def read_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return gradients of a checkpoint: those that were written in shards as DTensors, this process's own as they are."""
+    def read_gradients(self, gradients: Mapping[str, Tensor], owners: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return gradients of a checkpoint: as DTensors where they were written in shards, this process's own as they are.
+
+        Args:
+            gradients: Tensors, and empty ones that stand for those of the folder.
+            owners: The parameters that they are of, under the same names.
+        """
         source, found = self._source, dict(gradients)
         if source is not None:
-            owners = dict(self.module.named_parameters())
             found |= self.parts({name: g for name, g in found.items() if source.knows(g)}, owners, strict=True)
-        return found
+        return {name: gradient for name, gradient in found.items() if not gradient.is_meta}
 
     def with_names(self, state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
         """Return the state of an optimizer with the names of its parameters in the place of their numbers."""
@@ -241,10 +254,10 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
-def rebuilt(part: Tensor, model: DTensor) -> DTensor:
-    """Return the DTensor of which each process has a ``part``, spread like ``model``."""
+def rebuilt(part: Tensor, model: DTensor, mesh: DeviceMesh | None = None) -> DTensor:
+    """Return the DTensor of which each process has a ``part``, spread like ``model``; on its mesh, or another."""
     return DTensor.from_local(
-        part, model.device_mesh, model.placements, run_check=False, shape=model.shape, stride=model.stride()
+        part, mesh or model.device_mesh, model.placements, run_check=False, shape=model.shape, stride=model.stride()
     )
 
 

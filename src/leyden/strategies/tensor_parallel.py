@@ -135,7 +135,7 @@ class TensorParallelStrategy(FSDPStrategy):
             MisconfigurationException: where nothing can be split, or the plan names what is not there.
         """
         size = self._size()
-        self._split = layers = Layers(module, self.device_mesh[TENSOR])
+        self._split = layers = Layers(module, self.device_mesh[TENSOR], self.root_device)
         reasons: dict[str, str] = {}
         if self._given is not None:
             self.plan = resolved(self._given, module, size)
@@ -143,6 +143,10 @@ class TensorParallelStrategy(FSDPStrategy):
                 layers.split(name, style)
         else:
             self.plan, reasons = self._find(module, layers, size)
+        for name, encoder in module.named_modules():
+            if getattr(encoder, "use_nested_tensor", False) and any(key.startswith(f"{name}.") for key in self.plan):
+                layers.set_numbers(name, {"use_nested_tensor": False})
+                reasons[name] = "padded positions are computed in evaluation too, where nested tensors would give 0"
         if not self.plan:
             raise MisconfigurationException(_nothing_to_split(module, reasons))
         self._all_words = all(isinstance(style, str) for style in self.plan.values())
@@ -192,17 +196,11 @@ class TensorParallelStrategy(FSDPStrategy):
         size = self._size()
         if size == 1:
             return
-        device, leads = self.root_device, self.global_rank % size == 0
-        mine: dict[str, Any] | None = None
-        if leads:
-            mine = rng_state(include_cuda=False)
-            if device.type == "cuda":
-                mine["own"] = torch.cuda.get_rng_state(device)
-        state = self.gather_objects(mine)[self.global_rank - self.global_rank % size]
+        leads = self.global_rank % size == 0
+        states = self.gather_objects(generators(self.root_device) if leads else None)
+        state = states[self.global_rank - self.global_rank % size]
         if not leads and state is not None:
-            set_rng_state(state)
-            if device.type == "cuda":
-                torch.cuda.set_rng_state(state["own"], device)
+            put_generators(state, self.root_device)
 
     # ------------------------------------------------------------------ steps
 
@@ -248,29 +246,34 @@ class TensorParallelStrategy(FSDPStrategy):
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self.data_size > 1:
-            self._average_over_data([p for p in parameters if _dimensions(p) in ((), (TENSOR,))])
+            alike = [p for p in parameters if _dimensions(p) in ((), (TENSOR,))]
+            self.average(alike, self.device_mesh.get_group(DATA))
         # on a CPU the same computation gives the same, to the last bit
         if self.root_device.type != "cpu" and self._size() > 1 and not torch.are_deterministic_algorithms_enabled():
             same = [local(p.grad) for p in parameters if p.grad is not None and _is_whole_in_group(p.grad)]
             if same:
                 average_flat(same, self.device_mesh.get_group(TENSOR))
 
-    def _average_over_data(self, parameters: list[Any]) -> None:
-        if not parameters:
-            return
-        there = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
-        for parameter, count in zip(parameters, self.gather_numbers(there).sum(0).tolist(), strict=True):
-            if count and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        if grads:
-            average_flat(grads, self.device_mesh.get_group(DATA))
-
 
 def _dimensions(tensor: Any) -> tuple[str, ...]:
     """The names of the dimensions of the mesh over which a tensor is spread; none for a plain one."""
     mesh = getattr(tensor, "device_mesh", None)
     return () if mesh is None else tuple(mesh.mesh_dim_names or ("",))
+
+
+def generators(device: torch.device) -> dict[str, Any]:
+    """Return the state of the generators that this process draws from."""
+    state = rng_state(include_cuda=False)
+    if device.type == "cuda":
+        state["own"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def put_generators(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put back what ``generators`` returned, also of a process with another device."""
+    set_rng_state(state)
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["own"], device)
 
 
 def _is_whole_in_group(tensor: Any) -> bool:
@@ -280,8 +283,8 @@ def _is_whole_in_group(tensor: Any) -> bool:
 
 def _used_outside(before: str) -> RuntimeError:
     return RuntimeError(
-        f"{before}The weight of a layer that is split was used outside of the layer: by its name, or in the loss. Leave that layer"
-        " whole: TensorParallelStrategy(plan={..., 'its.name': 'replicate'})."
+        f"{before}The weight of a layer that is split was used outside of the layer: by its name, or in the loss. Leave that"
+        " layer whole: TensorParallelStrategy(plan={..., 'its.name': 'replicate'})."
     )
 
 

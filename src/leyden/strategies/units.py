@@ -42,6 +42,7 @@ def find(root: nn.Module, policy: Policy = None) -> list[nn.Module]:
             " takes a layer and says whether it is sharded by itself."
         )
     shared = _shared(root)
+    chosen -= {id(_inner(layer)) for layer in root.modules() if _inner(layer) is not layer}
     return [
         layer
         for layer in inner_first(root)
@@ -73,9 +74,11 @@ def matching(root: nn.Module, policy: Policy, argument: str) -> list[nn.Module]:
     """Return the layers of ``root`` that a set of classes names, or for which a function says yes; not ``root``."""
     if callable(policy) and not isinstance(policy, type):
         found = _by_policy(root, policy)
-        return [layer for layer in root.modules() if id(layer) in found and layer is not root]
-    classes = classes_of([policy] if isinstance(policy, type) else policy, argument)
-    return [layer for layer in root.modules() if isinstance(_inner(layer), classes) and layer is not root]
+    else:
+        classes = classes_of([policy] if isinstance(policy, type) else policy, argument)
+        found = {id(layer) for layer in root.modules() if isinstance(_inner(layer), classes)}
+    found -= {id(_inner(layer)) for layer in root.modules() if _inner(layer) is not layer}
+    return [layer for layer in root.modules() if id(layer) in found and layer is not root]
 
 
 def inner_first(root: nn.Module) -> Iterator[nn.Module]:

@@ -106,7 +106,8 @@ def find(root: nn.Module, size: int) -> Found:
     _vocabulary(root, size, together, used, found)
     for name, module in root.named_modules():
         if isinstance(module, nn.MultiheadAttention):
-            found.reasons[name] = "left whole: MultiheadAttention computes with its weights itself"
+            if name not in used and module.embed_dim % size == 0:
+                found.single[name] = "gather"  # it computes with its weights itself
             used.update(child for child in order if child.startswith(f"{name}."))
     for name, module in root.named_modules():
         if name in used or not isinstance(module, nn.Linear) or not can_be_split(module):

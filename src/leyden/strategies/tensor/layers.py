@@ -9,6 +9,7 @@ whatever the code is.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from leyden.errors import MisconfigurationException
@@ -27,6 +28,7 @@ WORDS = {
     "rowwise": "inputs are split already",
     "rowwise_split": "whole inputs are split",
     "sequence": "whole inputs are split along dimension 1, outputs are gathered",
+    "gather": "weights are split and brought together where the layer runs",
     "replicate": "not split",
 }
 """How a layer can be split. For an Embedding, rows are the vocabulary, columns the features; what goes in and out is whole."""
@@ -71,10 +73,11 @@ class Layers:
     Args:
         root: The module.
         mesh: One dimension of devices.
+        device: That of this process.
     """
 
-    def __init__(self, root: nn.Module, mesh: Any) -> None:
-        self.root, self.mesh = root, mesh
+    def __init__(self, root: nn.Module, mesh: Any, device: torch.device) -> None:
+        self.root, self.mesh, self.device = root, mesh, device
         self._undo: list[Callable[[], None]] = []
         self._tied: dict[int, nn.Parameter] = {}
         """By the id of a whole parameter, which more than one layer may have, what stands in its place."""
@@ -94,6 +97,8 @@ class Layers:
         elif style == "sequence":
             self._replicate_parameters(module)
             self._hook(module)
+        elif style == "gather":
+            self._share_weights(module)
         elif isinstance(module, nn.Embedding):
             rows = style.startswith("rowwise")
             self._distribute(module, "weight", Shard(0 if rows else 1))
@@ -109,8 +114,8 @@ class Layers:
             self._distribute(module, "bias", Replicate())
             self._stand_on(module, _rows, region)
 
-    def set_numbers(self, name: str, numbers: Mapping[str, int]) -> None:
-        """Give the module ``name`` the numbers that it has on one device."""
+    def set_numbers(self, name: str, numbers: Mapping[str, Any]) -> None:
+        """Give the module ``name`` attributes that it has on one device."""
         module = self.root.get_submodule(name)
         former = {key: getattr(module, key) for key in numbers}
         vars(module).update(numbers)
@@ -131,9 +136,12 @@ class Layers:
             if isinstance(parameter, DTensor):  # of an earlier run
                 return
             # all ranks have the same: nothing has to travel
-            whole = parameter.detach()
-            local = distribute_tensor(whole, self.mesh, [placement], src_data_rank=None)
-            known = nn.Parameter(local, requires_grad=parameter.requires_grad)
+            part = parameter.detach()
+            if isinstance(placement, Shard):
+                part = part.chunk(self.mesh.size(), placement.dim)[self.mesh.get_local_rank()]
+            part = part.to(self.device, copy=True, memory_format=torch.contiguous_format)  # a view would keep the whole
+            spread = DTensor.from_local(part, self.mesh, [placement], run_check=False)
+            known = nn.Parameter(spread, requires_grad=parameter.requires_grad)
             self._tied[id(parameter)] = known
             self._held.append(parameter)  # or its id might come again
         setattr(module, name, known)
@@ -141,6 +149,21 @@ class Layers:
     def _replicate_parameters(self, module: nn.Module) -> None:
         for name, _ in list(module.named_parameters(recurse=False)):
             self._distribute(module, name, Replicate())
+
+    def _share_weights(self, module: nn.Module) -> None:
+        shared = [
+            (owner, name)
+            for owner in module.modules()
+            for name, parameter in list(owner.named_parameters(recurse=False))
+            if parameter.dim() and len(parameter) % self.mesh.size() == 0
+        ]
+        for owner, name in shared:
+            self._distribute(owner, name, Shard(0))
+        handles = [
+            module.register_forward_pre_hook(_Hook(_bring_together, self.mesh, shared), prepend=True),
+            module.register_forward_hook(_Hook(_let_go, self.mesh, shared), prepend=True, always_call=True),
+        ]
+        self._undo.extend(handle.remove for handle in handles)
 
     def _by_torch(self, name: str, module: nn.Module, style: ParallelStyle) -> None:
         hooks = [module._forward_pre_hooks, module._forward_hooks]  # noqa: SLF001  # torch gives no handles of these
@@ -180,14 +203,14 @@ def _nothing(_module: nn.Module, _args: Any) -> None:
 class _Hook:
     """A hook with what it needs; an object rather than a closure, so that modules can be copied."""
 
-    def __init__(self, function: Any, mesh: Any) -> None:
-        self.function, self.mesh = function, mesh
+    def __init__(self, function: Any, mesh: Any, shared: Any = None) -> None:
+        self.function, self.mesh, self.shared = function, mesh, shared
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
-        return self.function(self.mesh, *args)
+        return self.function(self.mesh if self.shared is None else (self.mesh, self.shared), *args)
 
     def __deepcopy__(self, memo: Any) -> _Hook:
-        return _Hook(self.function, self.mesh)
+        return _Hook(self.function, self.mesh, copy.deepcopy(self.shared, memo))
 
 
 def _before_sequence(mesh: Any, args: tuple[Any, ...]) -> Any:
@@ -199,6 +222,18 @@ def _before_sequence(mesh: Any, args: tuple[Any, ...]) -> Any:
 
 def _after_sequence(_mesh: Any, _args: Any, output: DTensor) -> Tensor:
     return output.redistribute(placements=[Replicate()]).to_local()
+
+
+def _bring_together(of: Any, _args: Any) -> None:
+    mesh, shared = of
+    for owner, name in shared:
+        # what an instance has itself comes before its parameters
+        vars(owner)[name] = gather(_local(getattr(owner, name)), mesh, 0)
+
+
+def _let_go(of: Any, _args: Any, _output: Any) -> None:
+    for owner, name in of[1]:
+        vars(owner).pop(name, None)
 
 
 class _Forward:
@@ -261,13 +296,13 @@ def copy_to(given: Tensor, mesh: Any) -> Tensor:
 
 
 def add_up(part: Tensor, mesh: Any) -> Tensor:
-    """Return the sum of what the devices have computed; ``part`` is used up."""
+    """Return the sum of what the devices have computed."""
     return part if mesh.size() == 1 else _Sum.apply(part, mesh.get_group())  # type: ignore[no-untyped-call]
 
 
-def gather(part: Tensor, mesh: Any) -> Tensor:
-    """Return the parts of all devices, one behind the other in the last dimension."""
-    return part if mesh.size() == 1 else _Gather.apply(part, mesh.get_group())  # type: ignore[no-untyped-call]
+def gather(part: Tensor, mesh: Any, dim: int = -1) -> Tensor:
+    """Return the parts of all devices, one behind the other in dimension ``dim``; all go on with the same."""
+    return part if mesh.size() == 1 else _Gather.apply(part, mesh.get_group(), dim)  # type: ignore[no-untyped-call]
 
 
 def slice_of(given: Tensor, mesh: Any) -> Tensor:
@@ -275,14 +310,14 @@ def slice_of(given: Tensor, mesh: Any) -> Tensor:
     return given if mesh.size() == 1 else _Slice.apply(given, mesh.get_group())  # type: ignore[no-untyped-call]
 
 
-def _gathered(part: Tensor, group: Any) -> Tensor:
+def _gathered(part: Tensor, group: Any, dim: int = -1) -> Tensor:
     parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, part.contiguous(), group=group)
-    return torch.cat(parts, -1)
+    return torch.cat(parts, dim)
 
 
-def _sliced(whole: Tensor, group: Any) -> Tensor:
-    return whole.chunk(dist.get_world_size(group), -1)[dist.get_rank(group)].contiguous()
+def _sliced(whole: Tensor, group: Any, dim: int = -1) -> Tensor:
+    return whole.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)].contiguous()
 
 
 class _Copy(torch.autograd.Function):
@@ -300,10 +335,10 @@ class _Copy(torch.autograd.Function):
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
-        total = part.contiguous()
-        if total is part:
-            ctx.mark_dirty(part)
+    def forward(_ctx: Any, part: Tensor, group: Any) -> Tensor:
+        total = part.clone(
+            memory_format=torch.contiguous_format
+        )  # torch.compile does not follow what is changed in place
         dist.all_reduce(total, group=group)
         return total
 
@@ -314,13 +349,13 @@ class _Sum(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return _gathered(part, group)
+    def forward(ctx: Any, part: Tensor, group: Any, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _gathered(part, group, dim)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return _sliced(gradients[0], ctx.group), None
+        return _sliced(gradients[0], ctx.group, ctx.dim), None, None
 
 
 class _Slice(torch.autograd.Function):

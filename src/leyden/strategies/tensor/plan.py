@@ -78,7 +78,7 @@ def resolved(plan: Mapping[str, Any], root: nn.Module, size: int) -> dict[str, A
                 " layers can, as torch has them. Give a ParallelStyle of torch.distributed.tensor.parallel, or leave it out."
             )
         for name in fit:
-            if isinstance(style, str) and style not in ("replicate", "sequence"):
+            if isinstance(style, str) and style not in ("replicate", "sequence", "gather"):
                 require_divisible(name, layers[name], style, size)
                 _require_heads(name, root, layers[name], style, size)
             found.pop(name, None)
@@ -91,6 +91,8 @@ def resolved(plan: Mapping[str, Any], root: nn.Module, size: int) -> dict[str, A
 def _fits(module: nn.Module, style: Any) -> bool:
     if not isinstance(style, str) or style == "replicate":
         return True
+    if style == "gather":
+        return isinstance(module, nn.MultiheadAttention) or not any(True for _ in module.children())
     if style == "sequence":
         return not any(True for _ in module.children())
     return can_be_split(module)
@@ -151,6 +153,8 @@ def _require_tied_alike(root: nn.Module, found: Mapping[str, Any]) -> None:
 def _dimension(module: nn.Module, style: Any) -> Any:
     if not isinstance(style, str):
         return style
+    if style == "gather":
+        return 0
     rows = style.startswith("rowwise")
     return int(not rows) if isinstance(module, nn.Embedding) else int(rows)
 
@@ -167,11 +171,11 @@ def grouped(names: Iterable[str]) -> dict[str, int]:
 def described(plan: Mapping[str, Any], reasons: Mapping[str, str], size: int) -> str:
     """Return, for people, what is split and how, and what is not and why."""
     if not plan:
-        return f"Tensor parallel on {size} devices: nothing is split."
+        return "Tensor parallel: nothing is split."
     kinds: dict[str, list[str]] = {}
     for name, style in plan.items():
         kinds.setdefault(style if isinstance(style, str) else type(style).__name__, []).append(name)
-    lines = [f"Tensor parallel on {size} devices:"]
+    lines = [f"Tensor parallel on {size} device{'s' * (size > 1)}:"]
     for word, names in kinds.items():
         shown = [name if count == 1 else f"{name} ({count})" for name, count in grouped(names).items()]
         meaning = f" ({WORDS[word]})" if word in WORDS else ""

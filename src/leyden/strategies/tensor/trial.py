@@ -125,10 +125,10 @@ def _call(root: nn.Module, place: Place, block: nn.Module) -> Callable[[Tensor],
         return run
     parameters = list(inspect.signature(block.forward).parameters.values())
     named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind in (*named, inspect.Parameter.KEYWORD_ONLY)]
-    if len(needed) > 1 or not parameters or parameters[0].kind not in named:
-        return f"{type(block).__name__}.forward does not take one tensor, so it cannot be tried out"
-    return lambda given: block.forward(given)
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (*named, inspect.Parameter.KEYWORD_ONLY)]
+    if not parameters or parameters[0].kind not in named or any(p.kind is p.KEYWORD_ONLY for p in needed):
+        return f"{type(block).__name__}.forward cannot be tried out: it does not take tensors alone"
+    return lambda given: block.forward(*[given] * max(len(needed), 1))
 
 
 def _given(layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
