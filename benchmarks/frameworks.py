@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from harness import Contender, Prepare, Prepared
 from workloads import Workload
@@ -39,6 +40,26 @@ def by_hand(work: Workload, folder: str, *, record: bool = True, parallel: bool 
                 optimizer.step()
                 if record:
                     losses.append(loss.item())
+
+    return Prepared(run, network.parameters)
+
+
+def with_fabric(work: Workload, folder: str, *, name: str = "leyden") -> Prepared:
+    """The bare loop by hand through Fabric: ``"leyden"``'s or ``"lightning"``'s. Batches in memory need no set-up."""
+    fabric = importlib.import_module(name).Fabric(accelerator="cpu", devices=1)
+    network = work.timed_network()
+    model, optimizer = fabric.setup(network, work.make_optimizer(network.parameters()))
+    loader = work.loader()
+    if isinstance(loader, DataLoader):
+        loader = fabric.setup_dataloaders(loader)
+
+    def run() -> None:
+        for _ in range(work.epochs):
+            for inputs, targets in loader:
+                loss = work.loss(model(inputs), targets)
+                optimizer.zero_grad()
+                fabric.backward(loss)
+                optimizer.step()
 
     return Prepared(run, network.parameters)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import harness
 import workloads
-from frameworks import RECORDED, bound, contenders, installed, loops, with_trainer
+from frameworks import BARE, RECORDED, bound, contenders, installed, loops, with_fabric, with_trainer
 from harness import Contender, Section
 from workloads import Workload
 
@@ -30,7 +30,9 @@ def rows(work: Workload, only: str = "") -> list[Contender]:
     found = contenders(work)
     ours = [Contender(name, bound(with_trainer, work, **options), RECORDED) for name, options in attached.items()]
     found[2:2] = ours
+    found.append(Contender("leyden Fabric", bound(with_fabric, work), BARE))
     if "lightning" in installed():
+        found.append(Contender("lightning Fabric", bound(with_fabric, work, name="lightning"), BARE))
         way = bound(with_trainer, work, name="lightning.pytorch", attach=True)
         found.append(Contender("lightning, self.log, 3 callbacks, csv", way, RECORDED))
     return [row for row in found if only in row.name]

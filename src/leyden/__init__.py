@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from leyden.callback import Callback as Callback
     from leyden.data.combined import CombinedLoader as CombinedLoader
     from leyden.datamodule import LightningDataModule as LightningDataModule
+    from leyden.fabric import Fabric as Fabric
     from leyden.loggers.experiment import Experiment as Experiment
     from leyden.module import LightningModule as LightningModule
     from leyden.runtime.ranks import rank_zero_debug as rank_zero_debug
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "Callback": "leyden.callback",
     "Experiment": "leyden.loggers.experiment",
+    "Fabric": "leyden.fabric",
     "LightningDataModule": "leyden.datamodule",
     "LightningModule": "leyden.module",
     "LightningModel": "leyden.module",

@@ -44,6 +44,7 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
         super().__init__(*args, **kwargs)
         self._trainer_ref: Callable[[], TrainerView | None] | None = None
         self._fabric: Any = None
+        self._fabric_optimizers: list[Any] = []
         self._results: Results | None = None
         self._example_input_array: Any = None
         self._automatic_optimization = True
@@ -60,6 +61,8 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
             RuntimeError: when there is none.
         """
         trainer = self._trainer_ref() if self._trainer_ref is not None else None
+        if trainer is None and self._fabric is not None:
+            return self._fabric  # ranks, device, loggers and the exchanges have the same names there
         if trainer is None:
             raise RuntimeError(
                 f"{type(self).__name__} is not attached to a Trainer: self.trainer can be read while fit, validate, test"
@@ -97,6 +100,7 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
         lent = (*self._adapted, *self._compiled)
         state = {name: value for name, value in self.__dict__.items() if name not in lent}
         state["_trainer_ref"] = state["_results"] = state["_fabric"] = None
+        state["_fabric_optimizers"] = []
         return state
 
     @property
@@ -156,12 +160,12 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
     @property
     def global_rank(self) -> int:
         """Index of this process among all; 0 when no Trainer is attached."""
-        return int(self.trainer.global_rank) if self.attached else 0
+        return int(self.trainer.global_rank) if self.attached or self._fabric is not None else 0
 
     @property
     def local_rank(self) -> int:
         """Index of this process on its node; 0 when no Trainer is attached."""
-        return int(self.trainer.local_rank) if self.attached else 0
+        return int(self.trainer.local_rank) if self.attached or self._fabric is not None else 0
 
     @property
     def on_gpu(self) -> bool:
@@ -193,17 +197,17 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
 
     @property
     def logger(self) -> Any:
-        """The first logger of the Trainer; None if there is none or no Trainer."""
-        return self.trainer.logger if self.attached else None
+        """The first logger of the Trainer, or of Fabric; None if there is none."""
+        return self.trainer.logger if self.attached else next(iter(self.loggers), None)
 
     @property
     def loggers(self) -> list[Any]:
-        """All loggers of the Trainer."""
-        return list(self.trainer.loggers) if self.attached else []
+        """All loggers of the Trainer, or of Fabric."""
+        return list(self.trainer.loggers) if self.attached or self._fabric is not None else []
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on rank 0 only, without disturbing the progress bar."""
-        if self.attached:
+        if self.attached or self._fabric is not None:
             self.trainer.print(*args, **kwargs)
         else:
             print(*args, **kwargs)
@@ -301,7 +305,7 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
         """
         store = self._results.active if self._results is not None else None
         if store is None:
-            self._log_nowhere(name)
+            self._log_elsewhere(name, value, logger is not False)
         else:
             store.log(
                 name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx, batch_size,
@@ -336,7 +340,11 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
                 add_dataloader_idx, batch_size, None, rank_zero_only,
             )  # fmt: skip
 
-    def _log_nowhere(self, name: str) -> None:
+    def _log_elsewhere(self, name: str, value: Any, to_loggers: bool) -> None:
+        if self._fabric is not None:
+            if to_loggers:
+                self._fabric.log(name, value)
+            return
         if torch.compiler.is_dynamo_compiling() and self._results is None:
             return  # somebody looks at what torch makes of a step: saying something would break the graph
         if not self.attached:
@@ -360,8 +368,11 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
 
         Args:
             use_pl_optimizer: Wrapped, so that ``step`` runs the Trainer's hooks, precision and counters (default), or
-                as ``configure_optimizers`` returned them.
+                as ``configure_optimizers`` returned them. Under Fabric: as ``setup`` returned them, or was given them.
         """
+        if self._fabric is not None and not self.attached:
+            ours = [one if use_pl_optimizer else one.optimizer for one in self._fabric_optimizers]
+            return ours[0] if len(ours) == 1 else ours
         strategy = self.trainer.strategy
         found = strategy.lightning_optimizers if use_pl_optimizer else strategy.optimizers
         return found[0] if len(found) == 1 else list(found)

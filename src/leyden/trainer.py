@@ -33,7 +33,6 @@ from leyden.loops.start import (
     warn_of_memory,
 )
 from leyden.module import LightningModule
-from leyden.precision.base import WithoutInit
 from leyden.progress import Progress
 from leyden.results import Results
 from leyden.runtime.devices import current
@@ -586,16 +585,10 @@ class Trainer(TrainerFace):
             checkpoint_io.settle()  # nothing goes on that could use the time
         self._strategy.barrier("Trainer.save_checkpoint")
 
-    @contextlib.contextmanager
-    def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
+    def init_module(self, empty_init: bool | None = None) -> contextlib.AbstractContextManager[None]:
         """Build a module directly on the device and in the number format of this Trainer.
 
         Args:
             empty_init: True leaves the weights uninitialised (when a checkpoint follows).
         """
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._strategy.root_device)
-            stack.enter_context(self._strategy.precision.init_context())
-            if empty_init:
-                stack.enter_context(WithoutInit())
-            yield
+        return self._strategy.module_init_context(empty_init)

@@ -49,6 +49,21 @@ def test_digits_reaches_97_percent_and_says_where_everything_is(tmp_path: Path) 
     assert (tmp_path / curves.split()[3]).is_dir()
 
 
+def test_a_loop_of_ones_own_gives_the_same_figures_on_one_process_and_on_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LT_ACCELERATOR", "cpu")
+    found = []
+    for devices in ("1", "2"):
+        monkeypatch.setenv("LT_DEVICES", devices)
+        found.append(run("fabric.py", cwd=tmp_path).splitlines())
+        assert torch.load(tmp_path / "digits.ckpt", weights_only=True)["epoch"] == 7
+    assert len(found[0]) == len(found[1]) == 8
+    assert figure(found[0][-1], "accuracy") >= 0.95
+    assert abs(figure(found[0][-1], "accuracy") - figure(found[1][-1], "accuracy")) < 0.01
+    assert " of 359 right" in found[1][-1]
+
+
 @pytest.mark.parametrize("gzipped", [False, True])
 def test_mnist_trains_from_raw_idx_files(tmp_path: Path, gzipped: bool) -> None:
     images, labels = load_digits(return_X_y=True)

@@ -28,7 +28,7 @@ class ForeignModule(ModuleType):
         if name in modules.get(self.__name__, {}):
             target = modules[self.__name__][name]
             value = getattr(importlib.import_module(target.module), target.name)
-            if target == _TRAINER and self.__name__.partition(".")[0] != "test_tube":
+            if target in _THEIRS and self.__name__.partition(".")[0] != "test_tube":
                 _use_their_semantics()
         elif f"{self.__name__}.{name}" in modules:
             value = importlib.import_module(f"{self.__name__}.{name}")
@@ -47,7 +47,8 @@ class ForeignModule(ModuleType):
         return arrive, (self.__name__,)
 
 
-_TRAINER = Target("leyden", "Trainer")
+_THEIRS = (Target("leyden", "Trainer"), Target("leyden", "Fabric"))
+"""Who takes one of these from Lightning's modules means what it does there."""
 
 
 class _Finder:
@@ -99,7 +100,7 @@ def install() -> None:
     Call it before the program imports any of them. Calling it again changes nothing. Child processes that start anew
     (spawn) run the main script again, and with it this call; ``leyden run`` reaches every child.
 
-    From the moment when a program takes ``Trainer`` out of one of Lightning's modules, a Trainer that is not told its
+    From the moment when a program takes ``Trainer`` or ``Fabric`` out of Lightning's modules, a Trainer that is not told its
     ``semantics`` has ``"lightning"``, unless it or its module is written with the names of 2019.
 
     Raises:

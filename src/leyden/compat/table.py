@@ -158,7 +158,33 @@ _BEFORE_2 = (
 )
 
 _FABRIC = (
-    ("", "leyden", "seed_everything"),
+    ("", "leyden", "Fabric seed_everything"),
+    ("", "leyden.wrappers", "is_wrapped"),
+    ("accelerators", "leyden.runtime.devices", "Accelerator CPUAccelerator CUDAAccelerator MPSAccelerator"),
+    ("accelerators.accelerator", "leyden.runtime.devices", "Accelerator"),
+    ("accelerators.cpu", "leyden.runtime.devices", "CPUAccelerator"),
+    ("accelerators.cuda", "leyden.runtime.devices", "CUDAAccelerator find_usable_cuda_devices"),
+    ("accelerators.mps", "leyden.runtime.devices", "MPSAccelerator"),
+    ("fabric", "leyden", "Fabric"),
+    ("loggers", "leyden.loggers", "CSVLogger Logger TensorBoardLogger"),
+    ("loggers.csv_logs", "leyden.loggers.csv", "CSVLogger"),
+    ("loggers.logger", "leyden.loggers.base", "Logger"),
+    ("loggers.tensorboard", "leyden.loggers.tensorboard", "TensorBoardLogger"),
+    ("plugins", "leyden.precision", "DoublePrecision HalfPrecision MixedPrecision Precision"),
+    ("plugins.precision", "leyden.precision", "DoublePrecision HalfPrecision MixedPrecision Precision"),
+    ("plugins.precision.amp", "leyden.precision", "MixedPrecision"),
+    ("plugins.precision.double", "leyden.precision", "DoublePrecision"),
+    ("plugins.precision.half", "leyden.precision", "HalfPrecision"),
+    ("plugins.precision.precision", "leyden.precision", "Precision"),
+    ("strategies", "leyden.strategies", "DDPStrategy FSDPStrategy ModelParallelStrategy ParallelStrategy"),
+    ("strategies", "leyden.strategies", "SingleDeviceStrategy Strategy"),
+    ("strategies.ddp", "leyden.strategies", "DDPStrategy"),
+    ("strategies.fsdp", "leyden.strategies", "FSDPStrategy"),
+    ("strategies.model_parallel", "leyden.strategies", "ModelParallelStrategy"),
+    ("strategies.parallel", "leyden.strategies", "ParallelStrategy"),
+    ("strategies.single_device", "leyden.strategies", "SingleDeviceStrategy"),
+    ("strategies.strategy", "leyden.strategies", "Strategy"),
+    ("wrappers", "leyden.wrappers", "_FabricDataLoader _FabricModule _FabricOptimizer is_wrapped"),
     ("accelerators", "leyden.runtime.devices", "find_usable_cuda_devices"),
     ("loggers.logger", "leyden.loggers.base", "rank_zero_experiment"),
     ("plugins", "leyden.checkpoint_io", "CheckpointIO TorchCheckpointIO"),
@@ -193,7 +219,7 @@ _FABRIC = (
     ("utilities.warnings", "leyden.errors", "PossibleUserWarning"),
 )
 
-_LIGHTNING = (("", "leyden", "Callback LightningDataModule LightningModule Trainer seed_everything"),)
+_LIGHTNING = (("", "leyden", "Callback Fabric LightningDataModule LightningModule Trainer seed_everything"),)
 
 _TEST_TUBE = (
     ("", "leyden", "Experiment HyperOptArgumentParser SlurmCluster"),

@@ -205,15 +205,16 @@ def _shared(loader: Any, rank: int, size: int, pads: bool, turns: int) -> Any:
     return copied
 
 
-def share_shuffled(loader: Any, rank: int, size: int, seed: int, turns: int = 1) -> Any:
+def share_shuffled(loader: Any, rank: int, size: int, seed: int, turns: int = 1, shuffle: bool = True) -> Any:
     """Return the share of ``rank`` in a loader as Lightning's: shuffled by ``seed`` and the epoch, also where it was not.
 
+    ``shuffle=False`` shares out the samples in the order of the data set.
     A loader whose sampler is none of torch's plain two is shared out like any other.
     """
     batches, sampler = loader.batch_sampler, loader.sampler
     if type(batches) is BatchSampler and type(sampler) in (SequentialSampler, RandomSampler):
         loader, own = copy.copy(loader), copy.copy(batches)
-        own.sampler = DistributedSampler(loader.dataset, 1, 0, seed=seed)  # for one: the whole order of an epoch
+        own.sampler = DistributedSampler(loader.dataset, 1, 0, shuffle, seed)  # for one: the whole order of an epoch
         object.__setattr__(loader, "sampler", own.sampler)
         object.__setattr__(loader, "batch_sampler", own)
         return _shared(loader, rank, size, True, turns)

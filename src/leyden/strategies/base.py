@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -17,6 +17,7 @@ from leyden.errors import CheckpointError
 from leyden.loading import apply_state_dict, clean_names
 from leyden.optim import LightningOptimizer
 from leyden.precision import Precision
+from leyden.precision.base import WithoutInit
 from leyden.signals import Interrupt
 from leyden.tree import move_to
 from leyden.types import PathLike
@@ -125,8 +126,13 @@ class Strategy:
     def land(self) -> None:
         """A run is over, in whatever way."""
 
-    def fail(self, error: BaseException, together: bool) -> None:
-        """``error`` ends the run; ``together`` says that it does so on all ranks, after the same batch."""
+    def fail(self, error: BaseException, together: bool) -> bool:
+        """``error`` ends the run; ``together`` says that it does so on all ranks, after the same batch.
+
+        Returns:
+            Whether it comes after the failure of another process.
+        """
+        return False
 
     # -- the life of a module
 
@@ -198,6 +204,67 @@ class Strategy:
             for optimizer in self.optimizers:
                 for key, value in optimizer.state.items():
                     optimizer.state[key] = move_to(value, host)
+
+    # -- a loop of the user's own (leyden.fabric)
+
+    def turn_to(self, module: nn.Module) -> None:
+        """What follows, states say, is about ``module``, which ``setup_module`` has had; it may be one of several."""
+        self.module = module
+
+    def begin(self) -> None:
+        """Start the processes that are missing, and meet them, for the rest of the program."""
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Make ``module``, which is on its device, one with those of the other processes.
+
+        Returns:
+            What its forward is to go through: the module itself, or what wraps it.
+        """
+        self.connect(module)
+        self.distribute(fitting=any(parameter.requires_grad for parameter in module.parameters()))
+        return cast("nn.Module", self.module)
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager[Any]:
+        """Return a context in which gradients of what ``setup_module`` returned are not exchanged, if ``enabled``."""
+        return nullcontext()
+
+    @contextmanager
+    def tensor_init_context(self) -> Iterator[None]:
+        """A context in which tensors are made on the device and in the number format of the run."""
+        with self.root_device, self.precision.init_context():
+            yield
+
+    @contextmanager
+    def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """A context in which modules are built on the device and in the number format of the run.
+
+        Args:
+            empty_init: True leaves the weights uninitialised (when a checkpoint follows).
+        """
+        with self.tensor_init_context(), WithoutInit() if empty_init else nullcontext():
+            yield
+
+    def clip_gradients_norm(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        """Clip the gradients of the optimizer's parameters to a total norm; return the norm before, the same everywhere.
+
+        Raises:
+            RuntimeError: with ``error_if_nonfinite``, where the norm is infinite or no number.
+        """
+        self.precision.unscale(optimizer)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+
+    def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
+        """Clip each element of the gradients of the optimizer's parameters to [-clip_val, clip_val]."""
+        self.precision.unscale(optimizer)
+        nn.utils.clip_grad_value_([p for group in optimizer.param_groups for p in group["params"]], clip_val)
 
     # -- steps
 

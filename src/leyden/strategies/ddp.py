@@ -107,19 +107,29 @@ class DDPStrategy(ParallelStrategy):
                 copy_flat([tensor.detach() for tensor in (*module.parameters(), *module.buffers())])
 
     def _wrap(self, module: nn.Module) -> None:
+        self._through = _Through(module)  # given back in teardown
+        self.model = self._averaged(module)
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            return _naming(self._averaged(module), self)
+        return super().setup_module(module)
+
+    def _averaged(self, module: nn.Module) -> nn.Module:
+        """Return a wrapper that averages gradients while they are computed."""
         from torch.nn.parallel import DistributedDataParallel  # noqa: PLC0415  # where there are several processes
 
         # DistributedDataParallel imports it, and that import keeps the frames in which it runs, with all that they hold
         thread = threading.Thread(target=importlib.import_module, args=("torch._dynamo",))
         thread.start()
         thread.join()
-        self._through = _Through(module)  # given back in teardown
         device = self.root_device
         ids = [device.index] if device.type == "cuda" else None
-        self.model = DistributedDataParallel(module, device_ids=ids, **self.ddp_kwargs)
-        state, hook, wrapper = self._hook
+        wrapped = DistributedDataParallel(module, device_ids=ids, **self.ddp_kwargs)
+        state, hook, around = self._hook
         if hook is not None:
-            self.model.register_comm_hook(state, hook if wrapper is None else wrapper(hook))
+            wrapped.register_comm_hook(state, hook if around is None else around(hook))
+        return wrapped
 
     def accompany(self, loop: Any, automatic: bool) -> None:
         self._loop, self._checked = loop, False
@@ -156,7 +166,7 @@ class DDPStrategy(ParallelStrategy):
                 return model(*args)
         except RuntimeError as error:
             if "finished reduction in the prior iteration" in str(error):
-                raise self._unused(error) from None
+                raise self.unused(self.module, error) from None
             raise
         finally:
             through.step = None
@@ -173,7 +183,7 @@ class DDPStrategy(ParallelStrategy):
         if not self._checked:
             self._checked = True
             if any(parameter.grad is None and parameter.requires_grad for parameter in parameters):
-                raise self._unused(None)
+                raise self.unused(self.module, None)
         if not travels:
             return
         from leyden.runtime.collective import average_flat, gather_numbers  # noqa: PLC0415  # see launch
@@ -191,17 +201,35 @@ class DDPStrategy(ParallelStrategy):
         if grads:
             average_flat(grads)
 
-    def _unused(self, error: RuntimeError | None) -> RuntimeError:
-        """The error that names the parameters of this rank that took no part in the loss."""
-        names = [name for name, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
+    def unused(self, module: nn.Module, error: RuntimeError | None) -> RuntimeError:
+        """Return the error that names the parameters of this rank that took no part in the loss."""
+        names = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        what = f"these parameters of {type(self.module).__name__}" if names else "some parameters"
+        what = f"these parameters of {type(module).__name__}" if names else "some parameters"
         return RuntimeError(
-            f"On rank {self.global_rank}, {what} took no part in the loss that training_step returned, so the others wait"
+            f"On rank {self.global_rank}, {what} took no part in the loss of the last batch, so the others wait"
             f" for gradients that do not come: {shown or _first_line(error)}. If that is meant, use"
             " strategy='ddp_find_unused_parameters_true'; else let them take part, freeze them (requires_grad=False), or"
             " remove them."
         )
+
+
+def _naming(wrapper: nn.Module, strategy: DDPStrategy) -> nn.Module:
+    """Let a wrapper name the parameters that took no part in the last loss; a Trainer does so itself."""
+    kind: Any = type(wrapper)
+
+    class Naming(kind):  # type: ignore[misc]  # its class is known here only
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().forward(*args, **kwargs)
+            except RuntimeError as error:
+                if "finished reduction in the prior iteration" not in str(error):
+                    raise
+                raise strategy.unused(self.module, error) from None
+
+    Naming.__name__ = Naming.__qualname__ = kind.__name__
+    wrapper.__class__ = Naming
+    return wrapper
 
 
 class _Through(Through):

@@ -172,6 +172,18 @@ class FSDPStrategy(MeshStrategy):
 
     def setup(self) -> None:
         super().setup()
+        self._own_scaler()
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        self._own_scaler()
+        return self.entered(super().setup_module(module))
+
+    def entered(self, module: nn.Module) -> nn.Module:
+        """Return what a loop of the user's own calls in the place of a module that is spread."""
+        return _Entered(module) if _ROOT in vars(module) else module
+
+    def _own_scaler(self) -> None:
+        """Let the scaler of ``"16-mixed"`` look at the gradients of all processes."""
         scaler = getattr(self.precision, "scaler", None)
         if type(scaler) is torch.amp.GradScaler:
             from leyden.strategies.scaler import ShardedScaler  # noqa: PLC0415  # for "16-mixed"
@@ -238,6 +250,11 @@ class FSDPStrategy(MeshStrategy):
         if root is None:
             return  # it has no parameters
         root.let_be()
+        if self._begun:  # a loop of the user's own goes through _Entered, and asks for none of what follows
+            with torch.no_grad():
+                root(lambda: None)
+            root.reshard()
+            return
         untraced: Any = torch.compiler.disable  # like torch's own hooks, where steps are compiled
         note_call, note_output = untraced(self._note_call), untraced(self._note_output)
         self._gap = gap = _Gap(untraced(root.unshard))
@@ -533,6 +550,23 @@ class _Root(nn.Module):
     def forward(self, step: Callable[[], Any]) -> Any:
         """Run a step."""
         return step()
+
+
+class _Entered(nn.Module):
+    """Calls a module inside the call of what stands around it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        module: Any = self.module
+        return vars(module)[_ROOT](partial(module, *args, **kwargs))
+
+    def set_requires_gradient_sync(self, exchanging: bool) -> None:
+        """Say whether the next backward exchanges gradients."""
+        vars(self.module)[_ROOT].set_requires_gradient_sync(exchanging)
 
 
 class _Gap:

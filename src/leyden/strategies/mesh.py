@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -117,6 +117,16 @@ class MeshStrategy(ShardedCheckpoints):
     def connect(self, module: nn.Module) -> None:
         super().connect(module)
         self._waits, self._held, self._parts = True, None, None
+
+    def turn_to(self, module: nn.Module) -> None:
+        super().turn_to(module)
+        self._waits, self._held = False, None
+
+    @contextmanager
+    def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        # a device may not have the memory for the whole: it gets its part when the module is spread
+        with torch.device("meta") if empty_init else nullcontext(), self.precision.init_context():
+            yield
 
     def place(self) -> None:
         """Nothing yet: a device may hold a part of the module only, and gets it in ``spread``."""
@@ -267,11 +277,33 @@ class MeshStrategy(ShardedCheckpoints):
                 torch._foreach_clamp_max_(together, value)
                 torch._foreach_clamp_min_(together, -value)
             return None
-        norm = self.total_norm(grads)
-        factor = torch.clamp(value / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
-        for together in by_kind(local(grad) for grad in grads):
-            torch._foreach_mul_(together, factor.to(together[0].device))
-        return norm
+        return _scaled_down(grads, self.total_norm(grads), value)
+
+    def clip_gradients_norm(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        self.precision.unscale(optimizer)
+        grads = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+        if norm_type == 2.0 or not grads:
+            norm = self.total_norm(grads)
+        else:  # few ask: each tensor is brought together
+            plain = [_whole(grad) if isinstance(grad, DTensor) else grad for grad in grads]
+            each = [torch.linalg.vector_norm(grad, norm_type).to(self.root_device) for grad in plain]
+            norm = torch.linalg.vector_norm(torch.stack(each), norm_type)
+        if error_if_nonfinite and not bool(norm.isfinite()):
+            raise RuntimeError(
+                f"The total norm of order {norm_type} of the gradients is non-finite ({norm.item()}), so they were not"
+                " clipped. error_if_nonfinite=False clips them nevertheless."
+            )
+        return _scaled_down(grads, norm, max_norm)
+
+    def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
+        self.clip_gradients(optimizer, clip_val, "value")
 
     def total_norm(self, tensors: Iterable[Tensor]) -> Tensor:
         """Return the norm of all ``tensors`` together, each of them whole: the same number as one process has.
@@ -372,6 +404,14 @@ class MeshStrategy(ShardedCheckpoints):
                 gradient = local(gradient)  # where it was written in shards
                 moved = gradient.to(part.device, part.dtype)
                 parameter.grad = rebuilt(moved, parameter) if isinstance(parameter, DTensor) else moved
+
+
+def _scaled_down(grads: list[Any], norm: Tensor, most: float) -> Tensor:
+    """Scale gradients so that their total norm is at most ``most``; return what it was."""
+    factor = torch.clamp(most / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
+    for together in by_kind(local(grad) for grad in grads):
+        torch._foreach_mul_(together, factor.to(together[0].device))
+    return norm
 
 
 def is_spread(module: nn.Module) -> bool:

@@ -45,6 +45,8 @@ class ModelParallelStrategy(TensorParallelStrategy):
         save_distributed_checkpoint: Whether a checkpoint is a folder to which each process writes its part, or one file.
         process_group_backend: torch's name for how tensors travel; None is NCCL for GPUs and Gloo for CPUs.
         timeout: After how long an exchange that not all ranks take part in is an error.
+        parallelize_fn: For Fabric, in the place of ``configure_model``: called as ``parallelize_fn(module, device_mesh)``,
+            returns the module that is split and sharded.
 
     Raises:
         MisconfigurationException: for sizes that are not possible.
@@ -59,6 +61,7 @@ class ModelParallelStrategy(TensorParallelStrategy):
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
+        parallelize_fn: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         super().__init__(
             None,
@@ -67,6 +70,7 @@ class ModelParallelStrategy(TensorParallelStrategy):
             timeout=timedelta(minutes=30) if timeout is None else timeout,
         )
         self.data_parallel_size = checked_size(type(self).__name__, "data_parallel_size", data_parallel_size)
+        self.parallelize_fn = parallelize_fn
         self._anew = False
         """Whether ``configure_model`` runs in this run."""
         self.save_distributed_checkpoint = self.saves_shards = bool(save_distributed_checkpoint)
@@ -99,6 +103,24 @@ class ModelParallelStrategy(TensorParallelStrategy):
                 " module as it is."
             )
         super().connect(module)
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        if self.parallelize_fn is None:
+            raise TypeError(
+                f"Fabric.setup() needs to know how {type(self).__name__} is to split {type(module).__name__}: pass"
+                " parallelize_fn=..., a function of the module and the mesh that applies torch's parallelize_module and"
+                " fully_shard. strategy='tensor_parallel' and 'fsdp' take any module as it is."
+            )
+        made = self.parallelize_fn(module, self.device_mesh)
+        if not isinstance(made, nn.Module):
+            raise TypeError(
+                f"{type(self).__name__}(parallelize_fn=...) must return the module that it was given, split; it returned a"
+                f" {type(made).__name__}."
+            )
+        self.turn_to(made)
+        self._anew = True
+        self.distribute(fitting=any(parameter.requires_grad for parameter in made.parameters()))
+        return self.entered(made)
 
     def builds(self) -> bool:
         self._anew = not is_spread(self.module)

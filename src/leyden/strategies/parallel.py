@@ -7,13 +7,16 @@ see ``strategies.watch``. How a module and its gradients are spread over them is
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import os
 import sys
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ from leyden.strategies import launch
 from leyden.strategies.base import Strategy
 from leyden.tree import leaves, tree_map
 
+_PROGRAMS = itertools.count()
 _RUNS = itertools.count()
 """All ranks run the same script, and so make the same runs in the same order."""
 
@@ -78,6 +82,8 @@ class ParallelStrategy(Strategy):
         self._world = World()
         self.sync_batchnorm = False
         self._norms: list[Any] = []
+        self._begun = False
+        """Whether a loop of the user's own runs, not that of a Trainer."""
         self._alone = False
         """Whether this rank is on its way out of a run by itself: it must not wait for the others any more."""
         self._watch: Any = None
@@ -200,6 +206,31 @@ class ParallelStrategy(Strategy):
                 lambda: int(progress.batches),
             )
 
+    def begin(self) -> None:
+        self._begun = True
+        self.launch(Interrupt(), SimpleNamespace(batches=0))
+        atexit.register(self._leave, f"program{next(_PROGRAMS)}/left")
+
+    def _leave(self, key: str) -> None:
+        """The program of this rank is over, by an error or not."""
+        error = getattr(sys, "last_value", None)  # of a traceback that has been printed
+        if error is not None:
+            self.fail(error, together=False)
+        elif self._watch is not None:
+            with contextlib.suppress(Exception):  # the store is gone
+                self._leave_last(key)
+        self.land()
+
+    def _leave_last(self, key: str) -> None:
+        """Say that this rank leaves; rank 0, which may keep the store, waits for the others, unless the watch ends it."""
+        from leyden.runtime import collective  # noqa: PLC0415  # see launch
+
+        store = collective.store_of(self._world)
+        store.add(key, 1)
+        until = time.monotonic() + self.timeout.total_seconds()
+        while self.global_rank == 0 and store.add(key, 0) < self.world_size and time.monotonic() < until:
+            time.sleep(0.05)
+
     def land(self) -> None:
         watch, self._watch = self._watch, None
         if watch is not None:
@@ -209,14 +240,19 @@ class ParallelStrategy(Strategy):
         if self._world.starter == "leyden" and (script := sys.modules.get("leyden.strategies.launch.script")):
             script.leave()
 
-    def fail(self, error: BaseException, together: bool) -> None:
+    def fail(self, error: BaseException, together: bool) -> bool:
         if together or self._watch is None:
-            return
+            return False
         self._alone = True
         first = self._watch.failed(error)
         if first is not None:
             with contextlib.suppress(Exception):
-                print(f"leyden: what follows comes after the failure of {first}", file=sys.stderr, flush=True)
+                print(
+                    f"leyden: what rank {self.global_rank} says comes after the failure of {first}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        return first is not None
 
     def _backend(self) -> str:
         if self.process_group_backend is not None:
@@ -242,6 +278,23 @@ class ParallelStrategy(Strategy):
             release(self._norms)
             self._norms = []
         super().teardown()
+
+    @contextlib.contextmanager
+    def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> Iterator[None]:
+        wrapper: Any = module
+        if not enabled:
+            yield
+        elif hasattr(module, "no_sync"):  # DistributedDataParallel
+            with wrapper.no_sync():
+                yield
+        elif hasattr(module, "set_requires_gradient_sync"):  # fully_shard
+            wrapper.set_requires_gradient_sync(False)
+            try:
+                yield
+            finally:
+                wrapper.set_requires_gradient_sync(True)
+        else:
+            yield
 
     def own_buffers(self) -> dict[str, Tensor]:
         found = {name: buffer for name, buffer in self.module.named_buffers() if _is_plain(buffer)}
@@ -309,7 +362,11 @@ class ParallelStrategy(Strategy):
         if not self._exchanges:
             return tensor
         whole = tree_map(lambda leaf: torch.as_tensor(leaf, device=self.root_device), tensor, (Tensor, int, float))
-        shapes = self.gather_objects([tuple(leaf.shape) for leaf in leaves(whole)]) if group is None else []
+        shapes = (
+            self.gather_objects([tuple(t.shape) for t in leaves(whole) if isinstance(t, Tensor)])
+            if group is None
+            else []
+        )
         if any(other != shapes[0] for other in shapes):
             raise RuntimeError(f"all_gather() got tensors of other shapes on other ranks; by rank: {shapes}.")
 

@@ -34,6 +34,8 @@ def arguments_of(trainer: Any, entry: str, given: Mapping[str, Any]) -> dict[str
     Raises:
         MisconfigurationException: where there is no module.
     """
+    if not _is_trainer(trainer):
+        return dict(given)
     names = inspect.signature(getattr(type(trainer), entry)).parameters
     arguments = {name: value for name, value in given.items() if name in names and name != "self"}
     arguments["model"] = trainer.lightning_module if arguments["model"] is None else arguments["model"]
@@ -42,6 +44,11 @@ def arguments_of(trainer: Any, entry: str, given: Mapping[str, Any]) -> dict[str
             f"Trainer.{entry}(model=None): this Trainer has not run any module yet. Pass one."
         )
     return arguments
+
+
+def _is_trainer(owner: Any) -> bool:
+    """Whether a call changes what it belongs to; Fabric's only returns something."""
+    return hasattr(owner, "results")
 
 
 def uncompiled(model: Any) -> Any:
@@ -61,10 +68,11 @@ def modules_in(arguments: Any) -> list[nn.Module]:
     return [item for item in leaves(arguments) if isinstance(item, nn.Module)]
 
 
-def own_memory(module: nn.Module) -> None:
-    """Give this process weights of its own: pickled tensors lie in memory that the processes share."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = tensor.data.clone()
+def own_memory(module: Any) -> None:
+    """Give this process weights of its own, of one module or of a tree of them: pickled tensors are shared by processes."""
+    for part in leaves(module):
+        for tensor in (*part.parameters(), *part.buffers()) if isinstance(part, nn.Module) else ():
+            tensor.data = tensor.data.clone()
 
 
 def entry(trainer: Any, name: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -83,6 +91,8 @@ def again(function: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _report(trainer: Any, module: nn.Module, returned: Any) -> dict[str, Any]:
     host = torch.device("cpu")
+    if not _is_trainer(trainer):
+        return {"returned": move_to(returned, host)}
     return {
         "weights": move_to(dict(module.state_dict()), host),
         "metrics": {name: move_to(dict(getattr(trainer.results, name)), host) for name in _KEPT},
@@ -108,6 +118,8 @@ def _picklable(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 def take(trainer: Any, model: Any, found: Mapping[str, Any]) -> Any:
     """Bring what rank 0 reported into this process; return what the call returned there."""
+    if not _is_trainer(trainer):
+        return found["returned"]
     module = uncompiled(model)
     module.load_state_dict(found["weights"])
     module.trainer = trainer

@@ -42,7 +42,7 @@ class Others:
     def __init__(self, processes: list[subprocess.Popen[bytes]]) -> None:
         self.processes = processes
         self.running = 0
-        """How many runs of this process are inside an exchange with the others: 0 or 1."""
+        """How many runs of this process need the others: one, and a program that goes on with them to its end."""
         self.lost: str | None = None
         """Which process has failed, in words."""
         self._over = threading.Event()
@@ -165,10 +165,10 @@ def enter() -> None:
             raise RuntimeError(
                 f"The processes of this script cannot run together any more: {others.lost}. Start the script anew."
             )
-        others.running = 1
+        others.running += 1
 
 
 def leave() -> None:
     """The run is over."""
     for others in _OTHERS:
-        others.running = 0
+        others.running = max(others.running - 1, 0)
