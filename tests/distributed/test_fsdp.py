@@ -112,7 +112,7 @@ def train(devices: int, strategy: str, kind: str, options: dict[str, Any], made:
     L.seed_everything(11, verbose=False)
     module, loader = made(kind), DataLoader(data(40), 8 // devices, shuffle=True)
     named: Any = by_blocks() if strategy == "blocks" else strategy
-    trainer = make_trainer(devices, strategy=named, max_epochs=4, log_every_n_steps=1, **options)
+    trainer = make_trainer(devices, strategy=named, log_every_n_steps=1, **{"max_epochs": 4, **options})
     trainer.fit(module, loader, DataLoader(data(13), 3))
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     rows = [dict(row) for row in trainer.history]
@@ -146,8 +146,8 @@ def same(one: Any, ranks: list[Any], tolerance: float = 1e-5) -> None:
 
 
 CASES = [
-    pytest.param("sgd", {}, id="sgd"),
-    pytest.param("adam", {}, id="adam"),
+    pytest.param("sgd", {}, id="sgd", marks=pytest.mark.slow),
+    pytest.param("adam", {}, id="adam", marks=pytest.mark.slow),
     pytest.param("sgd", {"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, id="accumulated and clipped"),
     pytest.param("adam", {"accumulate_grad_batches": 3, "gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
                  id="a short window, clipped by value"),
@@ -246,7 +246,7 @@ class Saved(Deep):
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler asks every tensor for it
 @pytest.mark.parametrize("made", [Twice, Frozen, Tied, Direct, Compiled, Weighs, Norms, Saved])
 def test_f5_whatever_a_module_does_with_its_layers_the_numbers_are_those_of_one_process(made: Any) -> None:
-    options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "max_epochs": 2}
     if made is Norms:
         options["sync_batchnorm"] = True
     kind = "sgd" if made is Norms else "adam"  # Adam makes steps of rounding errors, where a norm makes a bias void
@@ -258,7 +258,7 @@ def test_f5_whatever_a_module_does_with_its_layers_the_numbers_are_those_of_one_
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("strategy", ["fsdp", "blocks"])
 def test_f5_steps_that_the_trainer_compiles(strategy: str) -> None:
-    options: dict[str, Any] = {"accumulate_grad_batches": 2}
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 2}
     one = train(1, "auto", "sgd", options)
     compare(one, 2, (strategy,), "sgd", {**options, "compile": {"backend": "eager"}})
 
@@ -368,7 +368,7 @@ class Closure(Deep):
 
 @pytest.mark.parametrize(("made", "kind"), [(Several, "one"), (Several, "list"), (Indexed, "one"), (Closure, "adam")])
 def test_f1_f5_other_ways_to_train_a_batch(made: Any, kind: str) -> None:
-    options = {"accumulate_grad_batches": 2}
+    options = {"accumulate_grad_batches": 2, "max_epochs": 2}
     one = train(1, "auto", kind, options, made)
     compare(one, 2, ("fsdp", "blocks"), kind, options, made)
 
@@ -479,7 +479,7 @@ WAYS: dict[int, tuple[dict[str, Any], ...]] = {
 
 @pytest.mark.parametrize("devices", WAYS)
 def test_f1_every_way_to_shard_gives_the_numbers_of_one_process(devices: int) -> None:
-    options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "max_epochs": 2}
     compare(train(1, "auto", "adam", options), devices, WAYS[devices], "adam", options)
 
 
