@@ -28,10 +28,10 @@ from leyden.runtime.ranks import rank_zero_warn
 from leyden.strategies import fsdp_arguments as arguments
 from leyden.strategies import fully_sharded, units
 from leyden.strategies.mesh import DATA, MeshStrategy, local, rebuilt
+from leyden.strategies.root import ROOT, Entered, Gap, Root
 from leyden.tree import leaves, tree_map
 
 REPLICATE = "replicate"
-_ROOT = "_leyden_root"
 
 
 class FSDPStrategy(MeshStrategy):
@@ -129,7 +129,7 @@ class FSDPStrategy(MeshStrategy):
         self._given_mesh = arguments.read_mesh(device_mesh, self.sharding_strategy)
         self._root: Any = None
         """What a step runs in, which brings the weights together that belong to no sharded layer."""
-        self._gap: _Gap | None = None
+        self._gap: Gap | None = None
         self._loop: Any = None
         self._by_hand = False
         """Whether training_step runs backward itself."""
@@ -180,7 +180,7 @@ class FSDPStrategy(MeshStrategy):
 
     def entered(self, module: nn.Module) -> nn.Module:
         """Return what a loop of the user's own calls in the place of a module that is spread."""
-        return _Entered(module) if _ROOT in vars(module) else module
+        return Entered(module) if ROOT in vars(module) else module
 
     def _own_scaler(self) -> None:
         """Let the scaler of ``"16-mixed"`` look at the gradients of all processes."""
@@ -223,7 +223,7 @@ class FSDPStrategy(MeshStrategy):
 
     def stand_around(self, module: nn.Module, shard: Callable[..., Any], ignored: set[nn.Parameter]) -> None:
         """Let steps run in what ``shard`` makes of a layer around ``module``."""
-        vars(module)[_ROOT] = shard(_Root(module), ignored_params=ignored)
+        vars(module)[ROOT] = shard(Root(module), ignored_params=ignored)
 
     def _whole_on_each(self, module: nn.Module) -> set[nn.Parameter]:
         ignored: list[nn.Parameter] = []
@@ -246,18 +246,18 @@ class FSDPStrategy(MeshStrategy):
     def _begin(self) -> None:
         """Stand on the module for the length of the run."""
         module: Any = self.module
-        self._root = root = vars(module).get(_ROOT)
+        self._root = root = vars(module).get(ROOT)
         if root is None:
             return  # it has no parameters
         root.let_be()
-        if self._begun:  # a loop of the user's own goes through _Entered, and asks for none of what follows
+        if self._begun:  # a loop of the user's own goes through Entered, and asks for none of what follows
             with torch.no_grad():
                 root(lambda: None)
             root.reshard()
             return
         untraced: Any = torch.compiler.disable  # like torch's own hooks, where steps are compiled
         note_call, note_output = untraced(self._note_call), untraced(self._note_output)
-        self._gap = gap = _Gap(untraced(root.unshard))
+        self._gap = gap = Gap(untraced(root.unshard))
         for layer in self._layers():
             root.handles.append(layer.register_forward_pre_hook(note_call))
             root.handles.append(layer.register_forward_hook(note_output))
@@ -278,7 +278,7 @@ class FSDPStrategy(MeshStrategy):
         self._pending = False
 
     def unspread(self, module: nn.Module) -> None:
-        root = vars(module).pop(_ROOT, None)
+        root = vars(module).pop(ROOT, None)
         if root is not None:
             root.let_be()
             fully_sharded.come_apart(root)
@@ -294,7 +294,7 @@ class FSDPStrategy(MeshStrategy):
         super().come_home()
         self._loop, self._tape, self._order = None, None, []
         self._by_hand = self._pending = False
-        if self._root is not None and vars(self.module).get(_ROOT) is None:
+        if self._root is not None and vars(self.module).get(ROOT) is None:
             self._root = self._gap = None
 
     def _recompute(self, layers: list[nn.Module]) -> None:
@@ -530,62 +530,6 @@ class FSDPStrategy(MeshStrategy):
                     fully_sharded.let_wait(part, waits)
                     self._pending = True
         super().load_gradients(gradients)
-
-
-class _Root(nn.Module):
-    """Stands around a module, so that the module itself may be called any number of times in one step."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.handles: list[Any] = []
-        """The hooks of the strategy that has it."""
-
-    def let_be(self) -> None:
-        """Take away the hooks of the strategy that had it."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-
-    def forward(self, step: Callable[[], Any]) -> Any:
-        """Run a step."""
-        return step()
-
-
-class _Entered(nn.Module):
-    """Calls a module inside the call of what stands around it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module."""
-        module: Any = self.module
-        return vars(module)[_ROOT](partial(module, *args, **kwargs))
-
-    def set_requires_gradient_sync(self, exchanging: bool) -> None:
-        """Say whether the next backward exchanges gradients."""
-        vars(self.module)[_ROOT].set_requires_gradient_sync(exchanging)
-
-
-class _Gap:
-    """Brings the weights that belong to no sharded layer together when one of theirs is called outside a step.
-
-    Attributes:
-        open: Whether they may be apart. A plain attribute, so that a step can be compiled through this.
-        used: Whether anything was brought together that no backward lets go of.
-    """
-
-    def __init__(self, bring_together: Callable[[], Any]) -> None:
-        self.bring_together = bring_together
-        self.open, self.used = True, False
-
-    def before_call(self, _layer: Any, _args: Any) -> None:
-        """Runs before each call of a layer."""
-        if self.open:
-            self.used = True
-            self.bring_together()
 
 
 def _recomputing(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
