@@ -146,7 +146,7 @@ class Position:
         else:
             place = self._lightning(supply, progress, begun)
         if "val" in self.data and validation is not None:
-            validation.load_state_dict(self.data["val"], "validation")
+            validation.load_state_dict(self.data["val"], "validation", moved)  # its loaders stand at their beginning
         self._put(self.rng)
         return place
 
