@@ -63,7 +63,10 @@ def prepared() -> tuple[Any, nn.Module, list[torch.Tensor]]:
 
 def give(module: nn.Module, grads: list[torch.Tensor]) -> None:
     for parameter, gradient in zip(module.parameters(), grads, strict=True):
-        parameter.grad = mesh.like(gradient, parameter) if isinstance(parameter, DTensor) else gradient.clone()
+        if isinstance(parameter, DTensor):
+            parameter.grad = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+        else:
+            parameter.grad = gradient.clone()
 
 
 def clip() -> Any:
