@@ -8,11 +8,13 @@ the process ends. Gradients do not travel here: a strategy has torch's own machi
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
+import socket
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +26,8 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from leyden.errors import MisconfigurationException
 from leyden.runtime.world import OURS, World
 
+NOTICE = 30.0
+"""Seconds that processes wait for each other to start, before they say so."""
 LOCAL = ("127.0.0.1", "localhost", "::1")
 _STORES: dict[int, Store] = {}
 """The connection of process ``pid`` to the store at which all meet, in rank 0 with the store itself: a forked process has
@@ -57,13 +61,24 @@ def meet(world: World, backend: str, timeout: timedelta) -> None:
         return
     with _loopback(world):
         try:
-            store = PrefixStore("group", store_of(world, timeout))
-            dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
-        except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
+            store = store_of(world, timeout)
+            _roll_call(PrefixStore("roll", store), world, timeout)
+            dist.init_process_group(
+                backend, store=PrefixStore("group", store), rank=world.rank, world_size=world.size, timeout=timeout
+            )
+        except (dist.DistNetworkError, dist.DistStoreError, TimeoutError, OSError) as error:
+            in_use = "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
+            what = (
+                f"port {world.port} of this machine is in use: by another job, or by processes that an earlier one has left."
+                " Set MASTER_PORT to a free port, the same for all processes"
+                if in_use
+                else f"{_first_line(error)}. Check that MASTER_ADDR and MASTER_PORT are those of the machine of rank 0, that"
+                " they can be reached from this machine, that no other job uses the port, and that all processes were"
+                " started"
+            )
             raise MisconfigurationException(
-                f"Rank {world.rank} of {world.size} could not meet the others at {world.address}:{world.port} within"
-                f" {timeout.total_seconds():g} s ({_first_line(error)}). Check that the address and the port can be"
-                " reached from this machine, that no other job uses the port, and that all processes were started."
+                f"Rank {world.rank} of {world.size} could not meet the others at {world.address}:{world.port}"
+                f"{'' if in_use else f' within {timeout.total_seconds():g} s'}: {what}."
             ) from error
     atexit.register(part)
 
@@ -75,11 +90,69 @@ def store_of(world: World, timeout: timedelta = timedelta(seconds=30)) -> Store:
         # torchrun's own process may serve it; so does the process that called, where processes run one call of it
         elsewhere = os.environ.get(OURS) == "spawn" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         serves = world.rank == 0 and not elsewhere and not dist.is_initialized()
+        if not serves:
+            _reach(world, timeout)
         store = _STORES[os.getpid()] = TCPStore(
             world.address, world.port, None, is_master=serves, timeout=timeout, wait_for_workers=False
         )
     # the store of torchrun outlives the processes, which it may start anew
     return PrefixStore(f"leyden/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _reach(world: World, timeout: timedelta) -> None:
+    """Wait until somebody listens at the address at which all meet; say so, where that takes long.
+
+    Raises:
+        TimeoutError: if nobody does in time; it says what the last attempt failed with.
+    """
+    began, notice = time.monotonic(), NOTICE
+    until = began + timeout.total_seconds()
+    while True:
+        try:
+            socket.create_connection(
+                (world.address, world.port), timeout=max(min(until - time.monotonic(), 5), 0.1)
+            ).close()
+        except OSError as error:
+            failed = error
+        else:
+            return
+        now = time.monotonic()
+        if now >= until:
+            raise TimeoutError(f"nobody answers there ({failed})") from failed
+        if now - began >= notice:
+            notice *= 4
+            _say(
+                f"rank {world.rank} of {world.size} waits to reach rank 0 at {world.address}:{world.port}, for"
+                f" {now - began:.0f} s so far ({failed})"
+            )
+        time.sleep(min(max((now - began) / 10, 0.02), 1.0, until - now))
+
+
+def _roll_call(store: Store, world: World, timeout: timedelta) -> None:
+    """Wait until all processes are here; say who is missing, where that takes long.
+
+    Raises:
+        TimeoutError: naming those that did not come in time.
+    """
+    store.set(str(world.rank), socket.gethostname())
+    began, notice, here = time.monotonic(), NOTICE, store.add("here", 1)
+    while here < world.size:
+        waited = time.monotonic() - began
+        if waited >= min(notice, timeout.total_seconds()):
+            missing = [rank for rank in range(world.size) if not store.check([str(rank)])]
+            shown = ", ".join(map(str, missing[:16])) + (f" and {len(missing) - 16} more" if len(missing) > 16 else "")
+            if waited >= timeout.total_seconds() and missing:
+                raise TimeoutError(f"these ranks have not come: {shown}")
+            notice *= 4
+            if world.rank == 0:
+                _say(f"rank 0 of {world.size} waits for the ranks {shown} to start, for {waited:.0f} s so far")
+        time.sleep(min(max(waited / 10, 0.002), 0.5))
+        here = store.add("here", 0)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(Exception):
+        print(f"leyden: {text}.", file=sys.stderr, flush=True)
 
 
 def part() -> None:
@@ -93,7 +166,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _loopback(world: World) -> Iterator[None]:
     """Let processes of one machine meet on its loopback device, whatever its name resolves to."""
     name = "GLOO_SOCKET_IFNAME"

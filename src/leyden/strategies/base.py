@@ -36,6 +36,8 @@ class Strategy:
     """
 
     strategy_name = "single"
+    uneven = "stop"
+    """What happens where ranks have other numbers of training batches; see ``ParallelStrategy``."""
 
     def __init__(
         self,
@@ -119,6 +121,14 @@ class Strategy:
 
     def fail(self, error: BaseException, together: bool) -> None:
         """``error`` ends the run; ``together`` says that it does so on all ranks, after the same batch."""
+
+    def prepare(self, name: str, work: Callable[[], Any], here: bool) -> None:
+        """Run ``work``, called ``name``, in the processes in which ``here`` is true; all go on when it is done everywhere.
+
+        It may take as long as it likes.
+        """
+        if here:
+            work()
 
     # -- the life of a module
 

@@ -48,6 +48,9 @@ class DDPStrategy(ParallelStrategy):
         timeout: After how long an exchange that not all ranks take part in is an error.
         start_method: Where nobody else starts the processes: ``"popen"`` runs the same script once more in each;
             ``"spawn"``, ``"fork"`` and ``"forkserver"`` run the one call (``fit``, say) in each, and bring its results back.
+        hang_timeout: After how long without any event a run is ended whose ranks wait for one that hangs; None is ``timeout``.
+        uneven: What happens where ranks have other numbers of training batches: ``"stop"``, ``"join"`` or ``"pad"``, see
+            ``ParallelStrategy``.
         **kwargs: Arguments of DistributedDataParallel: ``find_unused_parameters``, ``static_graph``,
             ``gradient_as_bucket_view``, ``bucket_cap_mb``, ``broadcast_buffers``.
 
@@ -70,11 +73,14 @@ class DDPStrategy(ParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         start_method: str = "popen",
+        hang_timeout: timedelta | None = None,
+        uneven: str = "stop",
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            parallel_devices, precision_plugin, checkpoint_io, process_group_backend, timeout, start_method
-        )
+            parallel_devices, precision_plugin, checkpoint_io, process_group_backend, timeout, start_method,
+            hang_timeout, uneven,
+        )  # fmt: skip
         unknown = next((name for name in kwargs if name not in _WRAPPER), None)
         if unknown is not None:
             raise MisconfigurationException(

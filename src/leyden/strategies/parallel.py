@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -31,6 +31,8 @@ from leyden.tree import leaves, tree_map
 _RUNS = itertools.count()
 """All ranks run the same script, and so make the same runs in the same order."""
 _STARTS = ("popen", "spawn", "fork", "forkserver")
+UNEVEN = ("stop", "join", "pad")
+"""What may happen where ranks have other numbers of training batches."""
 
 
 class ParallelStrategy(Strategy):
@@ -44,6 +46,11 @@ class ParallelStrategy(Strategy):
         timeout: After how long an exchange that not all ranks take part in is an error.
         start_method: Where nobody else starts the processes: ``"popen"`` runs the same script once more in each;
             ``"spawn"``, ``"fork"`` and ``"forkserver"`` run the one call (``fit``, say) in each, and bring its results back.
+        hang_timeout: After how long without any event a run is ended whose ranks wait for one that hangs; each rank then
+            prints where it stands. None is ``timeout``.
+        uneven: What happens in training where ranks have other numbers of batches: ``"stop"`` ends the epoch with the rank
+            that has the fewest; ``"join"`` lets those that are done take part with gradients of 0, and averages over those
+            that have a batch; ``"pad"`` lets those that are done begin their loaders anew.
 
     Raises:
         MisconfigurationException: for a value that is not possible.
@@ -57,6 +64,8 @@ class ParallelStrategy(Strategy):
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         start_method: str = "popen",
+        hang_timeout: timedelta | None = None,
+        uneven: str = "stop",
     ) -> None:
         super().__init__("cpu", precision, checkpoint_io)
         name = type(self).__name__
@@ -64,12 +73,18 @@ class ParallelStrategy(Strategy):
             raise MisconfigurationException(
                 f"{name}(start_method={start_method!r}) is not valid: it must be one of {list(_STARTS)}."
             )
-        if timeout <= timedelta(0):
+        for argument, value in (("timeout", timeout), ("hang_timeout", hang_timeout)):
+            if value is not None and value <= timedelta(0):
+                raise MisconfigurationException(
+                    f"{name}({argument}={value!r}) is not valid: it must be a positive datetime.timedelta."
+                )
+        if uneven not in UNEVEN:
             raise MisconfigurationException(
-                f"{name}(timeout={timeout!r}) is not valid: it must be a positive datetime.timedelta."
+                f"{name}(uneven={uneven!r}) is not valid: it must be one of {list(UNEVEN)}."
             )
         self.parallel_devices: Any = parallel_devices
         self.process_group_backend, self.timeout, self.start_method = process_group_backend, timeout, start_method
+        self.hang_timeout, self.uneven = hang_timeout, uneven
         self._world = World()
         self.sync_batchnorm = False
         self._norms: list[Any] = []
@@ -157,15 +172,13 @@ class ParallelStrategy(Strategy):
         self._alone = False
         if world.size > 1:
             from leyden.strategies.watch import Watch  # noqa: PLC0415  # where there is somebody to watch
+            from leyden.strategies.where import Where  # noqa: PLC0415  # as above
 
+            limit = self.timeout if self.hang_timeout is None else min(self.hang_timeout, self.timeout)
             self._watch = Watch(
-                collective.store_of(world),
-                f"run{next(_RUNS)}",
-                world.rank,
-                world.size,
-                interrupt,
-                lambda: int(progress.batches),
-            )
+                collective.store_of(world), f"run{next(_RUNS)}", world.rank, world.size, interrupt,
+                lambda: int(progress.batches), limit=limit.total_seconds(), where=Where(progress, lambda: self.module),
+            )  # fmt: skip
 
     def land(self) -> None:
         watch, self._watch = self._watch, None
@@ -181,7 +194,7 @@ class ParallelStrategy(Strategy):
         first = self._watch.failed(error)
         if first is not None:
             with contextlib.suppress(Exception):
-                print(f"leyden: what follows comes after the failure of {first}", file=sys.stderr, flush=True)
+                print(f"leyden: what follows comes after another failure: {first}", file=sys.stderr, flush=True)
 
     def _backend(self) -> str:
         if self.process_group_backend is not None:
@@ -207,6 +220,14 @@ class ParallelStrategy(Strategy):
             release(self._norms)
             self._norms = []
         super().teardown()
+
+    def prepare(self, name: str, work: Callable[[], Any], here: bool) -> None:
+        if here:
+            work()
+        if self._watch is None or self._alone:
+            self.barrier(name)
+        else:
+            self._watch.gather(name)
 
     # ------------------------------------------------------------------ between processes
 
