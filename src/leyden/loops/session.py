@@ -146,7 +146,9 @@ class Session:
         meet = self._across() if self.strategy.world_size > 1 else None
         self.hooks = bind(self.trainer, self.module, self.datamodule, callbacks, self.results, profiler, meet)
         if self.across is not None:
-            self.across.bound(self.hooks)
+            from leyden.loops.same import facts  # noqa: PLC0415  # only for several processes
+
+            self.across.bound(self.hooks, facts(self))
         if not self.config.barebones:
             self.module.log_into(self.results)
 
