@@ -117,16 +117,17 @@ class Across:
 
     def step(self, store: Store) -> None:
         """Replace the values of the last step by those over all ranks, where ``sync_dist=True`` was said."""
+        has = store.batch is not None  # a rank without a batch has logged nothing for it
         slots = {
             _name(key, slot, {}): slot
-            for key, slot in store.slots.items()
+            for key, slot in (store.slots.items() if has else ())
             if slot.fresh and slot.on_step and slot.synced and slot.metric is None and slot.last is not None
         }
 
         def last(slot: Slot) -> tuple[Any, Any]:
             return slot.last, 1 if slot.reduction == "mean" else 0
 
-        for name, value in self._exchange(("step",), slots, last, 1).items():
+        for name, value in self._exchange(("step",), slots, last, int(has)).items():
             if name in slots:
                 slots[name].last = value
         store.collected = None

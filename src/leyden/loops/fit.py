@@ -29,7 +29,7 @@ from leyden.config import ValInterval, parse_val_check_interval
 from leyden.data.combined import CombinedLoader
 from leyden.loops import batches, when
 from leyden.loops.evaluate import EvaluationLoop
-from leyden.loops.optimize import Optimization, check_loss, detached, read_loss, step_losses, weighted
+from leyden.loops.optimize import Optimization, check_loss, detached, no_batch, read_loss, step_losses, weighted
 from leyden.loops.paths import choose
 from leyden.loops.schedule import step_schedules
 from leyden.loops.session import Session
@@ -104,7 +104,7 @@ class FitLoop:
                     self.last = last = True
                     output = None
                 elif batch is None:
-                    output = optimization.no_batch(batch_idx % accumulate == 0, steps)
+                    output = no_batch(session, self, batch_idx)
                 else:
                     store.hook = "training_step"
                     args = (batch, batch_idx) if num_args > 1 else (batch,)

@@ -37,6 +37,11 @@ class Optimization:
         )
         self.exchange: Callable[[Optimizer], None] | None = getattr(session.strategy, "exchange_gradients", None)
         """Averages, before a step, gradients that several processes have not averaged yet; None for one process."""
+        self._averages = self.exchange
+        self.share = 1.0
+        """By how much a loss counts more because some ranks have no batch: all ranks over those that have one."""
+        self.expects_none = False
+        """Whether the loaders give None where this rank has no batch and others have."""
         self.stepped = 0
         """How many updates of the model were made since the current batch began."""
         self._leads = 0
@@ -179,17 +184,35 @@ class Optimization:
                 parameter.grad = gradient.to(parameter.device, parameter.dtype)
         self.window_weight, self.window_weights = state["weight"], dict(state.get("weights", {}))
 
-    def no_batch(self, first: bool, steps: bool) -> Any:
-        """Pass over a batch that is None: the other batches of its window still count. Returns None, its output."""
+    def exchange_with_idle(self, optimizer: Optimizer) -> None:
+        """Average gradients in a step in which some ranks have no batch, and do not know whether weights are declared."""
+        assert self._averages is not None
+        self._averages(optimizer)
+        if self.strategy.reduce_boolean_decision(self.window_weight is not None, all=False):
+            self.window_weight = 0.0 if self.window_weight is None else self.window_weight
+
+
+def no_batch(session: Session, loop: Any, batch_idx: int) -> Any:
+    """Pass over a batch that is None: the others of its window, and those of other ranks, still count. Returns None."""
+    opt: Optimization = session.optimization
+    if not opt.expects_none:
         rank_zero_warn("The training loader gave None in place of a batch: training_step is not called for it.")
-        if not self.automatic:
-            return None
-        if not first and steps:
-            self.update()
-        elif first:
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
+    if not opt.automatic:
         return None
+    accumulate = session.trainer.accumulate_grad_batches
+    first, several = batch_idx % accumulate == 0, session.strategy.world_size > 1
+    if accumulate > 1:
+        loop.divisor(session, batch_idx, loop.last, opt)
+    if first and several:
+        opt.zero_grad(batch_idx)
+    elif first:
+        for optimizer in opt.optimizers:
+            optimizer.zero_grad()
+    if several:
+        session.strategy.idle_step()
+    if loop.steps and (several or not first):
+        opt.update()
+    return None
 
 
 def _inverse(weight: Any) -> Any:
@@ -338,4 +361,6 @@ def weighted(opt: Optimization, output: Any, loss: Tensor, divisor: int) -> Any:
     weight = declared(opt, output, divisor)
     if weight is not None:
         return loss * weight
+    if opt.share != 1.0:
+        loss = loss * opt.share
     return loss / divisor if divisor > 1 else loss

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from leyden.errors import MisconfigurationException
-from leyden.loops.session import Session
 
 _SETTINGS = (
     "max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "limit_train_batches", "limit_val_batches",
@@ -23,8 +22,8 @@ _SETTINGS = (
 """The arguments of the Trainer by which ranks decide what comes next."""
 
 
-def facts(session: Session) -> list[tuple[str, str]]:
-    """Return names and values, in the same order on all ranks that run the same program."""
+def facts(session: Any) -> list[tuple[str, str]]:
+    """Return names and values of a Session, in the same order on all ranks that run the same program."""
     module, config, strategy = session.module, session.config, session.trainer.strategy
     name = type(module).__name__
     found = [

@@ -195,6 +195,9 @@ class Strategy:
         with self.precision.forward_context():
             return self.module.training_step(*args)
 
+    def idle_step(self) -> None:
+        """Take part in the training step of the others, without a batch: with gradients of 0."""
+
     def validation_step(self, *args: Any) -> Any:
         """Run ``module.validation_step`` in the precision's context."""
         with self.precision.forward_context():

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from leyden.errors import MisconfigurationException, did_you_mean
@@ -59,6 +59,8 @@ class DDPStrategy(ParallelStrategy):
     """
 
     strategy_name = "ddp"
+    joins = True
+    """Whether a rank can take part in a step without a batch."""
 
     def __init__(
         self,
@@ -165,6 +167,16 @@ class DDPStrategy(ParallelStrategy):
         finally:
             through.step = None
 
+    def idle_step(self) -> None:
+        model, through = self.model, self._through
+        if model is None or through is None or self._alone:
+            return
+        travels = model.require_backward_grad_sync = self._loop.steps and not self._by_hand
+        through.step, through.counts = through.idle, False
+        loss = model()  # the wrapper exchanges something of its own ahead of some steps
+        if travels:
+            loss.backward()
+
     def exchange_gradients(self, optimizer: Optimizer) -> None:
         """Average what has not been averaged while it was computed; runs before each step of an optimizer."""
         model = self.model
@@ -236,9 +248,13 @@ class _Through:
             "training_step() returned None: with several processes the batch counts with gradients of 0, so that the"
             " other ranks get theirs."
         )
-        parts = [(parameter * 0.0).sum() for parameter in self.module.parameters() if parameter.requires_grad]
-        loss = torch.stack(parts).sum()
+        loss = self.idle()
         return {"loss": loss, "num_items": 0.0} if self._weighs else loss
+
+    def idle(self) -> Tensor:
+        """A loss that is 0, and so are all its gradients."""
+        parts = [(parameter * 0.0).sum() for parameter in self.module.parameters() if parameter.requires_grad]
+        return torch.stack(parts).sum()
 
     def remove(self) -> None:
         """Give the module its forward back."""
