@@ -59,7 +59,7 @@ def meet(world: World, backend: str, timeout: timedelta) -> None:
                 " the same number; one device can always be used."
             )
         return
-    with _loopback(world):
+    with _interface(world):
         try:
             store = store_of(world, timeout)
             _roll_call(PrefixStore("roll", store), world, timeout)
@@ -167,17 +167,42 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _loopback(world: World) -> Iterator[None]:
-    """Let processes of one machine meet on its loopback device, whatever its name resolves to."""
+def _interface(world: World) -> Iterator[None]:
+    """Let Gloo use the network device by which rank 0 is reached, and on one machine its loopback.
+
+    By itself it takes that of the address to which the machine's name resolves, which others may not reach.
+    """
     name = "GLOO_SOCKET_IFNAME"
-    if world.address not in LOCAL or not sys.platform.startswith("linux") or name in os.environ:
+    device = None
+    if sys.platform.startswith("linux") and name not in os.environ:
+        device = "lo" if world.address in LOCAL else _device_towards(world) if world.nodes > 1 else None
+    if device is None:
         yield
         return
-    os.environ[name] = "lo"
+    os.environ[name] = device
     try:
         yield
     finally:
         del os.environ[name]
+
+
+def _device_towards(world: World) -> str | None:
+    """The network device of this machine by which ``world.address`` is reached; None where that is not known."""
+    import fcntl  # noqa: PLC0415  # Linux has it
+
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((world.address, world.port or 9))  # sends nothing
+            source = probe.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                with contextlib.suppress(OSError):  # one without an address
+                    # SIOCGIFADDR: the address stands behind a name of 16 bytes and 4 of the kind and the port
+                    found = fcntl.ioctl(probe.fileno(), 0x8915, name.encode()[:15].ljust(256, b"\0"))
+                    if socket.inet_ntoa(found[20:24]) == source:
+                        return name
+    except OSError:
+        pass
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- exchanges

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing
 import os
 import sys
 import threading
@@ -277,4 +278,7 @@ class Watch:
                 text += f"leyden: rank {self.rank} waits here, {event}:\n{''.join(traceback.format_stack(main))}"
             tell(text)
             sys.stdout.flush()
+        with contextlib.suppress(Exception):
+            for child in multiprocessing.active_children():
+                child.kill()  # a worker that hangs does not notice that its parent is gone
         self.leave(1)
