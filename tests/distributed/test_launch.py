@@ -203,18 +203,12 @@ def _in_hook(hook: str, who: int, folder: Path) -> Any:
 
 
 def _hook_breaks(hook: str, who: int, folder: Path) -> None:
-    began = time.monotonic()
-    try:
-        found = on_ranks(2, _in_hook, hook, who, folder, timeout=40)
-    except AssertionError as error:  # the watch had to end the other one
-        assert f"rank {1 - who} ended, or was ended" in str(error)
-    else:
-        name, said, first = found[who]
-        assert (name, said) == ("ValueError", f"broken on rank {who}")
-        name, _, second = found[1 - who]
-        assert name not in ("NoneType", "ValueError")
-        assert second - first < 10  # D1 of PAINS: the one time that is promised
-    assert time.monotonic() - began < 40  # nothing had to be killed
+    found = on_ranks(2, _in_hook, hook, who, folder, timeout=40)
+    name, said, first = found[who]
+    assert (name, said) == ("ValueError", f"broken on rank {who}")
+    name, _, second = found[1 - who]
+    assert name not in ("NoneType", "ValueError")
+    assert second - first < 10  # D1 of PAINS: the one time that is promised
 
 
 @pytest.mark.parametrize("hook", _QUICK)

@@ -338,3 +338,68 @@ def test_d6_what_is_saved_when_a_rank_raises_waits_for_no_other_one(tmp_path: Pa
     assert second == "RuntimeError"
     (saved,) = tmp_path.glob("*.ckpt")
     assert files.load(saved)["global_step"] == 3
+
+
+class _EndsEpoch(Net):
+    """Ends its epoch by -1, on some ranks."""
+
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        super().__init__()
+        self.ranks = ranks
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 2 and self.global_rank in self.ranks else None
+
+
+def _ends_epoch(ranks: tuple[int, ...]) -> Any:
+    module = _EndsEpoch(ranks)
+    trainer = make_trainer(max_epochs=2)
+    try:
+        trainer.fit(module, DataLoader(data(16), 2))
+    except RuntimeError as error:
+        collective.part()  # as at the end of the process
+        return str(error)
+    return trainer.global_step
+
+
+def test_d3_an_epoch_that_only_one_rank_ends_is_an_error_by_name() -> None:
+    assert on_ranks(2, _ends_epoch, (0, 1)) == [4, 4]
+    first, second = on_ranks(2, _ends_epoch, (1,))
+    assert second.startswith(
+        "on_train_batch_start returned -1 on rank 1 in batch 2, which ends the epoch, but not on all"
+    )
+    assert first != ""
+
+
+class _UnusedOnOne(_Unused):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        extra = 0.0 if self.global_rank else self.spare(torch.zeros(1, 2)).sum() * 0.0
+        return super().training_step(batch, batch_idx) + extra
+
+
+def _on_one() -> Any:
+    module = _UnusedOnOne()
+    try:
+        make_trainer(max_epochs=1).fit(module, DataLoader(data(12), 2))
+    except RuntimeError as error:
+        collective.part()
+        return str(error)
+    return None
+
+
+def test_n1_the_error_names_parameters_their_modules_and_ranks() -> None:
+    for message in on_ranks(2, _without_gradient, "ddp"):
+        assert "spare.weight, spare.bias (in spare: Linear)" in message
+        assert "By rank: on ranks 0, 1: spare.weight" in message or "By rank" not in message
+    zero, one = on_ranks(2, _on_one)
+    assert "On rank 1, these parameters of _UnusedOnOne took no part" in one
+    assert zero != one
+
+
+def test_n2_one_device_warns_of_parameters_without_a_gradient() -> None:
+    module = _Unused()
+    with pytest.warns(PossibleUserWarning, match=r"parameters of _Unused took no part.*: spare\.weight, spare\.bias\."):
+        make_trainer(1, max_epochs=1).fit(module, DataLoader(data(12), 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_trainer(1, max_epochs=1).fit(Net(), DataLoader(data(12), 2))

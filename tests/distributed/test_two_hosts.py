@@ -17,6 +17,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).with_name("two_hosts_script.py")
+NETNS = Path("/etc/netns")
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
 
@@ -32,13 +33,18 @@ class Hosts:
     def __init__(self) -> None:
         tag = f"{os.getpid() % 100000}"
         self.names, self.links = (f"leyden-a-{tag}", f"leyden-b-{tag}"), (f"lya{tag}", f"lyb{tag}")
-        self.processes: list[subprocess.Popen[str]] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
         self.made: list[str] = []
 
     def make(self) -> None:
         for name in self.names:
             _ip("netns", "add", name)
             self.made.append(name)
+            # what stands here is what programs in the namespace see in /etc: no name server is asked for these addresses
+            own = NETNS / name
+            own.mkdir(parents=True)
+            lines = ["127.0.0.1 localhost\n", *(f"{address} host{i}\n" for i, address in enumerate(ADDRESSES))]
+            (own / "hosts").write_text("".join(lines))
         _ip("link", "add", self.links[0], "netns", self.names[0], "type", "veth", "peer", "name", self.links[1],
             "netns", self.names[1])  # fmt: skip
         for name, link, address in zip(self.names, self.links, ADDRESSES, strict=True):
@@ -50,7 +56,7 @@ class Hosts:
         """``"up"`` or ``"down"``."""
         _ip("-n", self.names[1], "link", "set", self.links[1], state)
 
-    def run(self, folder: Path, name: str, pause: float, torchrun: bool) -> list[subprocess.Popen[str]]:
+    def run(self, folder: Path, name: str, pause: float, torchrun: bool) -> list[subprocess.Popen[bytes]]:
         """Start the script on both; return their processes."""
         path = os.pathsep.join([str(SCRIPT.parent), *(entry for entry in sys.path if entry)])
         started = []
@@ -64,12 +70,9 @@ class Hosts:
                     str(node), "--master-addr", ADDRESSES[0], "--master-port", "29512", str(SCRIPT),
                 ]  # fmt: skip
             environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **where}
-            started.append(
-                subprocess.Popen(
-                    ["ip", "netns", "exec", host, *command, str(folder), name, str(pause)], env=environment, cwd=folder,
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                )
-            )  # fmt: skip
+            words = ["ip", "netns", "exec", host, *command, str(folder), name, str(pause)]
+            with (folder / f"{name}-{node}.log").open("w") as log:
+                started.append(subprocess.Popen(words, env=environment, cwd=folder, stdout=log, stderr=log))
         self.processes += started
         return started
 
@@ -82,6 +85,7 @@ class Hosts:
                 process.wait()
         for name in self.made:
             _ip("netns", "del", name)  # the cables go with it
+            shutil.rmtree(NETNS / name, ignore_errors=True)
 
 
 @pytest.fixture
@@ -99,12 +103,14 @@ def hosts() -> Iterator[Hosts]:
         made.close()
 
 
-def _ended(processes: list[subprocess.Popen[str]]) -> list[tuple[Any, str]]:
-    found = []
-    for process in processes:
-        output, _ = process.communicate(timeout=90)
-        found.append((process.returncode, output))
-    return found
+def _ended(processes: list[subprocess.Popen[bytes]], folder: Path, name: str) -> list[tuple[int, str]]:
+    """Wait for them; return their exit codes and what they printed."""
+    logs = [folder / f"{name}-{node}.log" for node in (0, 1)]
+    try:
+        codes = [process.wait(timeout=60) for process in processes]
+    except subprocess.TimeoutExpired:
+        pytest.fail("\n".join(log.read_text() for log in logs))
+    return [(code, log.read_text()) for code, log in zip(codes, logs, strict=True)]
 
 
 def _left(folder: Path) -> list[int]:
@@ -119,28 +125,31 @@ def _weights(folder: Path, name: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("torchrun", [False, True], ids=["by hand", "torchrun"])
 def test_r4_a_cable_that_is_cut_ends_both_and_the_run_goes_on_exactly(
     hosts: Hosts, tmp_path: Path, torchrun: bool, record_property: Any
 ) -> None:
-    for code, output in _ended(hosts.run(tmp_path, "whole", 0.0, torchrun)):
+    for code, output in _ended(hosts.run(tmp_path, "whole", 0.0, torchrun), tmp_path, "whole"):
         assert code == 0, output
     processes = hosts.run(tmp_path, "cut", 0.15, torchrun)
     until = time.monotonic() + 60
     while not (tmp_path / "cut" / "step=15.ckpt").exists():
         assert time.monotonic() < until
-        assert all(process.poll() is None for process in processes), _ended(processes)
+        assert all(process.poll() is None for process in processes), _ended(processes, tmp_path, "cut")
         time.sleep(0.02)
     hosts.cable("down")
     began = time.monotonic()
-    for code, output in _ended(processes):
+    for code, output in _ended(processes, tmp_path, "cut"):
         assert code not in (0, None), output
         assert any(part in output for part in _ERRORS), output
     record_property("seconds", time.monotonic() - began)
     assert not list(tmp_path.glob("cut-*.pt"))  # nobody took it for finished
     assert _left(tmp_path) == []
+    (tmp_path / "cut-0.log").rename(tmp_path / "first-0.log")
+    (tmp_path / "cut-1.log").rename(tmp_path / "first-1.log")
     hosts.cable("up")
-    for code, output in _ended(hosts.run(tmp_path, "cut", 0.0, torchrun)):
+    for code, output in _ended(hosts.run(tmp_path, "cut", 0.0, torchrun), tmp_path, "cut"):
         assert code == 0, output
     whole, cut = _weights(tmp_path, "whole"), _weights(tmp_path, "cut")
     assert torch.equal(whole[0], whole[1])

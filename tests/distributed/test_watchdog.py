@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import pytest
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from leyden.runtime import collective
@@ -19,12 +17,11 @@ from ranks import Judged, Net, data, make_trainer, on_ranks
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What people have time to read takes less of it here."""
     monkeypatch.setattr(watch, "GRACE", 0.3)
     monkeypatch.setattr(watch, "NOTICE", 0.3)
     monkeypatch.setattr(hang, "ANSWER", 3.0)
-    yield
 
 
 class _Hangs(Judged):
@@ -200,7 +197,9 @@ def _broken() -> Any:
 def test_t2_what_fails_there_is_told_to_those_that_wait() -> None:
     (first, _), (second, soon) = on_ranks(2, _broken)
     assert first == "no way to the data"
-    assert second.startswith("Rank 1 waited for _Breaks.prepare_data() of other ranks; one failed: rank 0 of 2: Connection")
+    assert second.startswith(
+        "Rank 1 waited for _Breaks.prepare_data() of other ranks; one failed: rank 0 of 2: Connection"
+    )
     assert soon
 
 
@@ -219,5 +218,3 @@ class _Slow(Net):
 
 def test_d5_ranks_that_all_compute_for_long_do_not_hang() -> None:
     assert on_ranks(2, _slow_but_alive) == [1, 1]
-
-

@@ -100,7 +100,7 @@ class FitLoop:
                 for call in hooks.on_train_batch_start:
                     response = call(batch, batch_idx)
                     skip = skip or (isinstance(response, int) and response == -1)
-                if skip:
+                if skip and session.strategy.all_skip(progress.batches):
                     self.last = last = True
                     output = None
                 elif batch is None:

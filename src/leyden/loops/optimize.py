@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
-from leyden.errors import MisconfigurationException
+from leyden.errors import MisconfigurationException, PossibleUserWarning
 from leyden.hooks import is_written
 from leyden.loops.session import Session
 from leyden.module import LightningModule
@@ -38,6 +40,9 @@ class Optimization:
         self.exchange: Callable[[Optimizer], None] | None = getattr(session.strategy, "exchange_gradients", None)
         """Averages, before a step, gradients that several processes have not averaged yet; None for one process."""
         self._averages = self.exchange
+        if self.exchange is None and len(self.optimizers) == 1:
+            # for once, and without a circle that would keep the module alive
+            self.update = partial(_first_update, weakref.proxy(self))  # type: ignore[method-assign]
         self.share = 1.0
         """By how much a loss counts more because some ranks have no batch: all ranks over those that have one."""
         self.expects_none = False
@@ -190,6 +195,23 @@ class Optimization:
         self._averages(optimizer)
         if self.strategy.reduce_boolean_decision(self.window_weight is not None, all=False):
             self.window_weight = 0.0 if self.window_weight is None else self.window_weight
+
+
+def _first_update(opt: Optimization) -> None:
+    """The first update of a fit of one process: say which parameters the loss has not reached; once, and then never."""
+    del opt.update  # the method again
+    given = {id(p) for one in opt.optimizers for group in one.param_groups for p in group["params"]}
+    mine = [(name, p) for name, p in opt.module.named_parameters() if p.requires_grad and id(p) in given]
+    unused = [name for name, p in mine if p.grad is None]
+    if unused and len(unused) < len(mine):
+        shown = ", ".join(unused[:8]) + (f" and {len(unused) - 8} more" if len(unused) > 8 else "")
+        rank_zero_warn(
+            f"These parameters of {type(opt.module).__name__} took no part in the loss of the first update:"
+            f" {shown}. With several devices that is an error (strategy='ddp_find_unused_parameters_true' allows it)."
+            " Let them take part, freeze them (requires_grad=False), or remove them.",
+            category=PossibleUserWarning,
+        )
+    opt.update()
 
 
 def no_batch(session: Session, loop: Any, batch_idx: int) -> Any:

@@ -276,6 +276,10 @@ class Strategy:
         """Whether a run that was asked to stop ends after this batch, the one that is just done, in all processes."""
         return True
 
+    def all_skip(self, batch: int) -> bool:
+        """Whether all processes skip the rest of the epoch at batch ``batch``; RuntimeError if only some do."""
+        return True
+
     def unanimous(self, about: str) -> bool:
         """Whether all processes ask this at the same point, without an exchange where they do not."""
         return True

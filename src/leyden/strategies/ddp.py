@@ -205,13 +205,25 @@ class DDPStrategy(ParallelStrategy):
             average_flat(grads)
 
     def _unused(self, error: RuntimeError | None) -> RuntimeError:
-        """The error that names the parameters of this rank that took no part in the loss."""
+        """The error that names the parameters that took no part in the loss, their modules, and the ranks."""
         names = [name for name, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        what = f"these parameters of {type(self.module).__name__}" if names else "some parameters"
+        mine = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        kinds = {type(self.module.get_submodule(path)).__name__: path for path in (n.rpartition(".")[0] for n in names)}
+        inside = ", ".join(f"{path or 'the module itself'}: {kind}" for kind, path in list(kinds.items())[:4])
+        mine = f"{mine} (in {inside})" if names else _first_line(error)
+        # no exchange: the others may wait for these gradients
+        told = {self.global_rank: mine} if self._watch is None else self._watch.hear("unused", mine)
+        ranks: dict[str, list[int]] = {}
+        for rank, text in told.items():
+            ranks.setdefault(text, []).append(rank)
+        where = "; ".join(
+            f"on rank{'s' if len(those) > 1 else ''} {', '.join(map(str, those))}: {text}"
+            for text, those in ranks.items()
+        )
         return RuntimeError(
-            f"On rank {self.global_rank}, {what} took no part in the loss that training_step returned, so the others wait"
-            f" for gradients that do not come: {shown or _first_line(error)}. If that is meant, use"
+            f"On rank {self.global_rank}, these parameters of {type(self.module).__name__} took no part in the loss that"
+            f" training_step returned, so the others wait for gradients that do not come: {mine}."
+            f"{f' By rank: {where}.' if len(told) > 1 else ''} If that is meant, use"
             " strategy='ddp_find_unused_parameters_true'; else let them take part, freeze them (requires_grad=False), or"
             " remove them."
         )

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from leyden.strategies.board import Board, first_line, ranks_in_words, tell
-from leyden.strategies.where import Where, activity, stacks, workers
+from leyden.strategies.where import Where, activity, exchanges, stacks, workers
 
 ANSWER = 10.0
 """Seconds after which a process that does not answer counts as gone."""
@@ -97,6 +97,16 @@ class Hang:
             self._open = self.board.add("inquiry", 1), now + min(ANSWER, max(self.silence / 4, 1.0))
         return None
 
+    def place(self) -> list[int]:
+        """How far this rank is: epoch, batches, exchanges; those of other ranks can be compared with it."""
+        return [*self.where.position(), exchanges()]
+
+    def others_are_further(self, here: list[int]) -> bool:
+        """Whether a rank is known to be further than ``here``; asks all, and looks at what they have answered so far."""
+        self.board.add("inquiry", 1)
+        texts = [self.board.read(f"answer/{rank}") for rank in range(self.size) if rank != self.rank]
+        return any(json.loads(text)["at"] > here for text in texts if text is not None)
+
     def known(self) -> str | None:
         """The verdict, if any rank has come to one."""
         if self.verdict is None:
@@ -106,11 +116,10 @@ class Hang:
 
     def _answer(self, number: int, now: float) -> dict[str, Any]:
         event, exchange = self._where or self.where.told()
-        position = self.where.position()
         still = math.inf if self._error is not None else now - self._moved
         return {
             "number": number, "still": min(still, 1e9), "patient": self.patient, "event": event, "exchange": exchange,
-            "at": [*position, self._marker[0] if self._marker else 0], "error": self._error,
+            "at": self.place(), "error": self._error,
         }  # fmt: skip
 
     def _judge(self, now: float) -> str | None:

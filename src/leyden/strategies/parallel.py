@@ -320,6 +320,15 @@ class ParallelStrategy(Strategy):
     def unanimous(self, about: str) -> bool:
         return self._watch is None or self._watch.unanimous(about)
 
+    def all_skip(self, batch: int) -> bool:
+        if self._watch is None or self._watch.unanimous(f"skip/{batch}", self.timeout.total_seconds()):
+            return True
+        raise RuntimeError(
+            f"on_train_batch_start returned -1 on rank {self.global_rank} in batch {batch}, which ends the epoch, but not on"
+            " all ranks: the others wait for gradients that do not come. Decide from what is the same on all ranks, or let"
+            " them agree: trainer.strategy.reduce_boolean_decision(wish, all=False)."
+        )
+
     def agree_on(self, interrupt: Interrupt) -> bool:
         if not self._exchanges:
             return interrupt.received

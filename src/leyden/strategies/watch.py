@@ -113,17 +113,36 @@ class Watch:
         answers = [self.board.read(f"bound/{rank}") for rank in range(self.size)]
         return [None if answer is None else int(answer) for answer in answers]
 
-    def unanimous(self, about: str) -> bool:
-        """Whether all ranks ask this, at the same point; those that do get the same answer, and wait ``PATIENCE`` at most."""
+    def unanimous(self, about: str, patience: float = PATIENCE) -> bool:
+        """Whether all ranks ask this, at the same point; those that do get the same answer, and wait ``patience`` at most.
+
+        They wait no longer than until another rank is known to have gone on.
+        """
         votes, result = f"{about}/votes", f"{about}/result"
         if self.board.add(votes, 1) == self.size:
             self.board.first(result, "yes")
-        until = time.monotonic() + PATIENCE
+        began, here = time.monotonic(), self._hang.place()
+        asks = began + PATIENCE
         while (answer := self.board.read(result)) is None:
-            if time.monotonic() > until:
+            now = time.monotonic()
+            if now > began + patience:
                 self.board.first(result, "no")  # whichever comes first, "yes" or "no", is the answer for all
+            elif now > asks:
+                asks = now + PATIENCE
+                if self._hang.others_are_further(here):
+                    self.board.first(result, "no")
             time.sleep(PERIOD / 10)
         return answer == "yes"
+
+    def hear(self, about: str, mine: str, seconds: float = PATIENCE) -> dict[int, str]:
+        """Tell the others ``mine``; return, by rank, what those have told that did so within ``seconds``."""
+        self.board.write(f"{about}/{self.rank}", mine)
+        until = time.monotonic() + seconds
+        while True:
+            found = {rank: self.board.read(f"{about}/{rank}") for rank in range(self.size)}
+            if None not in found.values() or time.monotonic() > until:
+                return {rank: text for rank, text in found.items() if text is not None}
+            time.sleep(PERIOD / 2)
 
     def gather(self, about: str) -> None:
         """Wait, as long as it takes, until all ranks have come here; say once in a while who waits for whom.

@@ -51,9 +51,9 @@ class Others:
         while not self._over.wait(0.1):
             for rank, process in enumerate(self.processes, 1):
                 # one that ends well before the others, in the middle of a run, is lost as well: they wait for it
-                if (code := process.poll()) or (code == 0 and self.running):
-                    if self._one_is_lost(rank, process):
-                        return
+                missed = (code := process.poll()) or (code == 0 and self.running)
+                if missed and self._one_is_lost(rank, process):
+                    return
 
     def _one_is_lost(self, rank: int, process: subprocess.Popen[bytes]) -> bool:
         """Wait for this process to leave the run, and end it if it does not; return False where nobody is missed."""
@@ -74,7 +74,6 @@ class Others:
             sys.stdout.flush()
         self.kill()
         os._exit(1)
-        return True
 
     def kill(self) -> None:
         """End all of them at once."""
