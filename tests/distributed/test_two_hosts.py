@@ -45,6 +45,7 @@ class Hosts:
             own.mkdir(parents=True)
             lines = ["127.0.0.1 localhost\n", *(f"{address} host{i}\n" for i, address in enumerate(ADDRESSES))]
             (own / "hosts").write_text("".join(lines))
+            (own / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
         _ip("link", "add", self.links[0], "netns", self.names[0], "type", "veth", "peer", "name", self.links[1],
             "netns", self.names[1])  # fmt: skip
         for name, link, address in zip(self.names, self.links, ADDRESSES, strict=True):

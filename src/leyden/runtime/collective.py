@@ -13,6 +13,7 @@ import gc
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -90,42 +91,40 @@ def store_of(world: World, timeout: timedelta = timedelta(seconds=30)) -> Store:
         # torchrun's own process may serve it; so does the process that called, where processes run one call of it
         elsewhere = os.environ.get(OURS) == "spawn" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         serves = world.rank == 0 and not elsewhere and not dist.is_initialized()
-        if not serves:
-            _reach(world, timeout)
-        store = _STORES[os.getpid()] = TCPStore(
-            world.address, world.port, None, is_master=serves, timeout=timeout, wait_for_workers=False
-        )
+        store = _STORES[os.getpid()] = _connect(world, timeout, serves)
     # the store of torchrun outlives the processes, which it may start anew
     return PrefixStore(f"leyden/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _reach(world: World, timeout: timedelta) -> None:
-    """Wait until somebody listens at the address at which all meet; say so, where that takes long.
+def _connect(world: World, timeout: timedelta, serves: bool) -> Store:
+    """Connect to the store at which all meet, or open it; say so, where that takes long.
 
     Raises:
-        TimeoutError: if nobody does in time; it says what the last attempt failed with.
+        Exception: what torch raises, if nobody answers there in time.
     """
-    began, notice = time.monotonic(), NOTICE
-    until = began + timeout.total_seconds()
-    while True:
+    found: list[Any] = []
+
+    def connect() -> None:
         try:
-            socket.create_connection(
-                (world.address, world.port), timeout=max(min(until - time.monotonic(), 5), 0.1)
-            ).close()
-        except OSError as error:
-            failed = error
-        else:
-            return
-        now = time.monotonic()
-        if now >= until:
-            raise TimeoutError(f"nobody answers there ({failed})") from failed
-        if now - began >= notice:
+            found.append(TCPStore(world.address, world.port, None, serves, timeout, wait_for_workers=False))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=connect, name="leyden-connect", daemon=True)
+    began, notice = time.monotonic(), NOTICE
+    thread.start()
+    while thread.is_alive():
+        thread.join(notice)
+        if thread.is_alive():
             notice *= 4
             _say(
                 f"rank {world.rank} of {world.size} waits to reach rank 0 at {world.address}:{world.port}, for"
-                f" {now - began:.0f} s so far ({failed})"
+                f" {time.monotonic() - began:.0f} s so far"
             )
-        time.sleep(min(max((now - began) / 10, 0.02), 1.0, until - now))
+    if isinstance(found[0], Exception):
+        raise found[0]
+    store: Store = found[0]
+    return store
 
 
 def _roll_call(store: Store, world: World, timeout: timedelta) -> None:
