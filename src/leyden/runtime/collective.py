@@ -113,9 +113,12 @@ def _connect(world: World, timeout: timedelta, serves: bool) -> Store:
     thread = threading.Thread(target=connect, name="leyden-connect", daemon=True)
     began, notice = time.monotonic(), NOTICE
     thread.start()
+    until = began + timeout.total_seconds() + 1.0  # torch itself waits for ever for an answer from who is no store
     while thread.is_alive():
-        thread.join(notice)
-        if thread.is_alive():
+        thread.join(min(notice, max(until - time.monotonic(), 0.01)))
+        if thread.is_alive() and time.monotonic() > until:
+            raise TimeoutError("whoever listens there does not answer as rank 0 would")
+        if thread.is_alive() and time.monotonic() - began >= notice:
             notice *= 4
             _say(
                 f"rank {world.rank} of {world.size} waits to reach rank 0 at {world.address}:{world.port}, for"
