@@ -129,6 +129,25 @@ def test_a_recorder_can_be_used_again_after_close():
     assert logger.calls.count("finalize success") == 3
 
 
+def test_a_recorder_whose_close_was_interrupted_can_be_used_again(monkeypatch):
+    logger = Gated()
+    recorder = Recorder([logger])
+    recorder.put({"loss": 1.0}, 0)
+    assert logger.entered.wait(30)
+    join = threading.Thread.join
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", lambda thread, timeout=None: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            recorder.close("failed")
+    logger.gate.set()
+    for step in (1, 2, 3):
+        recorder.put({"loss": 1.0}, step)
+    recorder.close("success")
+    assert [step for step, _ in logger.rows] == [0, 1, 2, 3]
+    for thread in ours():
+        join(thread, 30)
+
+
 def test_rows_are_written_and_saved_without_flush(monkeypatch):
     monkeypatch.setattr(recorder_module, "_WAIT_S", 0.001)
     monkeypatch.setattr(recorder_module, "_SAVE_EVERY_S", 0.0)

@@ -10,6 +10,7 @@ import runpy
 import sys
 from typing import Any
 
+from leyden.compat.process import environment
 from leyden.errors import LeydenError
 from leyden.loops.probe import Task, watch
 from leyden.loops.verify import verify
@@ -22,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.description = (
         "Run the script in a fresh process up to its first Trainer.fit, for a few batches, with a checkpoint in the middle;"
-        " run it again in another process that goes on from there; compare. The script is not changed, nothing is logged, no"
-        " file stays behind. Exit status: 0 exact, 1 different, 2 could not run."
+        " run it again in another process that goes on from there; compare. The script is not changed and may import"
+        " Lightning's names, nothing is logged, no file stays behind. Exit status: 0 exact, 1 different, 2 could not run."
     )
     parser.add_argument(
         "--steps", type=int, default=10, help="training batches (default: 10); the checkpoint is halfway"
@@ -43,7 +44,8 @@ def main(options: Any) -> int:
         return [sys.executable, "-c", code, str(task.write()), options.script, *options.arguments]
 
     try:
-        report = verify(launch, options.steps)
+        # as with ``leyden run``: the script may import Lightning's names
+        report = verify(launch, options.steps, environment(os.environ))
     except LeydenError as error:
         print(f"leyden verify-resume: {error}", file=sys.stderr)
         return COULD_NOT_RUN

@@ -99,9 +99,12 @@ class Recorder:
         if self._thread is not None:
             self._closing = True
             self._wake.set()
-            self._thread.join()
-            self._thread = None
-            self._closing = False
+            try:
+                self._thread.join()
+            finally:
+                # a Ctrl-C may end the wait; the thread then ends by itself, and rows of another run get one of their own
+                thread, self._thread = self._thread, None
+                self._closing = thread.is_alive()
         with self._pen:
             while self._queue:
                 self._write(_ROWS_AT_ONCE)
@@ -128,6 +131,7 @@ class Recorder:
         for logger in self._queued:
             # what a logger has put off until there is a row: here, for workers may be forked while the thread imports
             _ = getattr(logger, "experiment", None)
+        self._closing = False  # still set where the wait for a former thread was interrupted
         self._thread = Thread(target=self._run, name="leyden-recorder", daemon=True)
         self._thread.start()
 
