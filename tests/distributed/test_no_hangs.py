@@ -7,6 +7,7 @@ import contextlib
 import os
 import threading
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torchmetrics.classification import BinaryAccuracy
 
 import leyden as L
 from leyden import files
-from leyden.callbacks import ModelCheckpoint
+from leyden.callbacks import ModelCheckpoint, Timer
 from leyden.errors import PossibleUserWarning
 from leyden.runtime import collective
 from leyden.strategies.where import exchanges
@@ -169,6 +170,31 @@ def test_d3_all_stop_at_once_or_together_where_they_meet() -> None:
     assert on_ranks(2, _stopped, (0, 1)) == [(5, True)] * 2
     # by the wish of one they stop with the next row
     assert on_ranks(2, _stopped, (1,)) == [(8, True)] * 2
+
+
+class _Counts(Net):
+    """Counts the collectives that it has taken part in between the fifth batch and the twentieth."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 5:
+            self.began = exchanges()
+        if batch_idx == 20:
+            self.made = exchanges() - self.began
+
+
+def _timed(duration: dict[str, float]) -> Any:
+    module = _Counts()
+    trainer = make_trainer(max_epochs=10_000, max_steps=200, callbacks=[Timer(timedelta(**duration))])
+    trainer.fit(module, DataLoader(data(120), 2))
+    return trainer.global_step, module.made
+
+
+def test_d3_the_time_is_up_for_all_after_the_same_batch_and_costs_an_ordinary_batch_nothing() -> None:
+    (zero, made), (one, others) = on_ranks(2, _timed, {"seconds": 0.4})
+    assert zero == one
+    (zero, made), (one, others) = on_ranks(2, _timed, {"hours": 1})
+    assert zero == one == 200
+    assert made == others == 15  # one for the gradients of each batch, and none for the time
 
 
 class _Unused(Net):
