@@ -144,7 +144,7 @@ _PLACES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["step1", "leave1"])
+@pytest.mark.parametrize("mode", ["step1"])
 def test_d1_a_rank_that_raises_ends_all_with_its_traceback_first(tmp_path: Path, mode: str) -> None:
     _breaks(OURS, tmp_path, mode)
 

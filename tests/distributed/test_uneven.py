@@ -114,7 +114,10 @@ def _joined(kind: str, counts: tuple[int, ...], arguments: Any) -> Any:
     return _fit(kind, counts, "join", 2, **arguments)
 
 
-_STREAMS = [((5, 3), "join"), ((0, 4), "join"), ((5, 3), "pad"), ((1, 4), "pad")]
+_SLOW = pytest.mark.slow
+_STREAMS = [
+    ((5, 3), "join"), ((0, 4), "join"), ((5, 3), "pad"), pytest.param((1, 4), "pad", marks=_SLOW),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("counts", "uneven"), _STREAMS)
@@ -157,7 +160,15 @@ def _resumed(folder: Path, kind: str, counts: tuple[int, ...], uneven: str, at: 
     return whole[1] == rest[1], whole[0][len(whole[0]) - len(rest[0]) :] == rest[0], len(rest[0])
 
 
-@pytest.mark.parametrize(("kind", "uneven"), [("list", "join"), ("stream", "join"), ("list", "pad"), ("stream", "pad")])
+@pytest.mark.parametrize(
+    ("kind", "uneven"),
+    [
+        pytest.param("list", "join", marks=_SLOW),
+        ("stream", "join"),
+        ("list", "pad"),
+        pytest.param("stream", "pad", marks=_SLOW),
+    ],
+)
 def test_u2_a_run_resumes_where_some_ranks_are_done(tmp_path: Path, kind: str, uneven: str) -> None:
     ranks = on_ranks(2, _resumed, tmp_path, kind, (5, 2), uneven, 4)
     left = [6, 2] if uneven == "join" else [6, 6]
