@@ -130,7 +130,7 @@ def _breaks(command: list[str], folder: Path, mode: str) -> float:
     assert not list(folder.glob("*.json"))
     assert _left(folder) == []
     if not mode.startswith(_SAYS_NOTHING):
-        assert "broken on rank" in _first_error(output)
+        assert "broken on rank" in _first_error(output) or mode.startswith("worker")  # torch's line comes above it
         assert f"broken on rank {mode[-1]}" in output
     took = time.monotonic() - began
     assert took < 95  # it came to an end by itself
