@@ -118,7 +118,7 @@ def test_resume_counts_what_was_used_before(make_trainer, tick, caplog, capsys):
 def test_rank_zero_decides(make_trainer, clock):
     trainer = make_trainer([timer := Timer(timedelta(seconds=5), verbose=False)])
     trainer.world_size = 2
-    trainer.strategy.broadcast = lambda obj, src=0: True
+    trainer.strategy.broadcast = lambda obj, src=0: (True, 1)
     trainer.call("on_train_start")
     trainer.call("on_train_batch_end", None, None, 0)
     assert trainer.should_stop

@@ -36,7 +36,7 @@ class Data(torch.utils.data.Dataset[Any]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Any:
-        if KIND == "dataset" and index == 24 + WHO:
+        if KIND in ("dataset", "worker") and index == 24 + WHO:
             raise IndexError(f"broken on rank {WHO}")
         return self.samples[index]
 
@@ -49,12 +49,18 @@ class Module(Judged):
             return
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "exit":
+            sys.exit(3)
+        if kind == "leave":
+            os._exit(0)
+        if kind == "memory":
+            raise MemoryError(f"broken on rank {WHO}")
         raise ValueError(f"broken on rank {WHO}")
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         if batch_idx == 4:
-            self.act("step")
-            self.act("kill")
+            for kind in ("step", "kill", "exit", "leave", "memory"):
+                self.act(kind)
             if KIND == "term" and self.global_rank == WHO and self.global_step == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
         if KIND in ("term", "wait"):
@@ -70,6 +76,25 @@ class Module(Judged):
     def on_train_epoch_end(self) -> None:
         self.act("hook")
 
+    def prepare_data(self) -> None:
+        self.act("prepare")
+
+    def setup(self, stage: str) -> None:
+        self.act("setup")
+
+    def configure_optimizers(self) -> Any:
+        self.act("optimizers")
+        return super().configure_optimizers()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.act("save")
+
+
+class Callback(L.Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 4:
+            pl_module.act("callback")
+
 
 def main() -> None:
     lines = ["above"]
@@ -78,11 +103,11 @@ def main() -> None:
     L.seed_everything(1, verbose=False)
     module = Module()
     epochs = 1000 if KIND in ("term", "wait") else 2
-    saves = (
-        {"callbacks": [ModelCheckpoint(FOLDER, save_last=True)], "enable_checkpointing": True} if KIND == "term" else {}
-    )
+    saves: dict[str, Any] = {"callbacks": [Callback()]}
+    if KIND in ("term", "save"):
+        saves = {"callbacks": [ModelCheckpoint(FOLDER, save_last=True)], "enable_checkpointing": True}
     trainer = make_trainer(2, max_epochs=epochs, default_root_dir=FOLDER, **saves)
-    train, val = DataLoader(Data(40), 4, shuffle=True), DataLoader(data(9), 2)
+    train, val = DataLoader(Data(40), 4, shuffle=True, num_workers=int(KIND == "worker")), DataLoader(data(9), 2)
     trainer.fit(module, train, val)
     lines.append("fit")
     steps = trainer.global_step

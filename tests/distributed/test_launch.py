@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from leyden import files
 from leyden.callbacks import EarlyStopping, ModelCheckpoint
 from leyden.errors import MisconfigurationException
+from leyden.runtime import collective
 from leyden.runtime.world import World
 from ranks import Judged, Net, data, make_trainer, on_ranks
 
@@ -122,16 +123,25 @@ def _first_error(output: str) -> str:
     return str(found[0])
 
 
-def _breaks(command: list[str], folder: Path, mode: str) -> None:
+def _breaks(command: list[str], folder: Path, mode: str) -> float:
     began = time.monotonic()
     code, output = _run(command, folder, mode)
     assert code not in (0, None), output
     assert not list(folder.glob("*.json"))
     assert _left(folder) == []
-    if not mode.startswith("kill"):
-        assert "broken on rank" in _first_error(output)
+    if not mode.startswith(_SAYS_NOTHING):
+        assert "broken on rank" in _first_error(output) or mode.startswith("worker")  # torch's line comes above it
         assert f"broken on rank {mode[-1]}" in output
-    assert time.monotonic() - began < 95  # it came to an end by itself
+    took = time.monotonic() - began
+    assert took < 95  # it came to an end by itself
+    return took
+
+
+_SAYS_NOTHING = ("kill", "exit", "leave")
+_PLACES = [
+    "early1", "step0", "hook0", "hook1", "validation1", "dataset0", "dataset1", "worker1", "kill1", "kill0", "exit1",
+    "exit0", "leave1", "memory1", "prepare0", "setup1", "optimizers1", "optimizers0", "save0", "callback1",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", ["step1"])
@@ -140,15 +150,79 @@ def test_d1_a_rank_that_raises_ends_all_with_its_traceback_first(tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["early1", "step0", "hook0", "hook1", "validation1", "dataset0", "dataset1", "kill1"])
+@pytest.mark.parametrize("mode", _PLACES)
 def test_d1_wherever_a_rank_raises_all_end(tmp_path: Path, mode: str) -> None:
     _breaks(OURS, tmp_path, mode)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["step1", "step0", "validation1", "kill1"])
+@pytest.mark.parametrize("mode", ["step1", *_PLACES])
 def test_d1_under_torchrun(tmp_path: Path, mode: str) -> None:
     _breaks(_torchrun(), tmp_path, mode)
+
+
+_HOOKS = [
+    "prepare_data", "setup", "configure_model", "configure_callbacks", "configure_optimizers", "train_dataloader",
+    "val_dataloader", "on_fit_start", "on_train_start", "on_train_epoch_start",
+    "on_train_batch_start", "on_before_batch_transfer", "training_step", "on_before_zero_grad", "on_before_backward",
+    "on_after_backward", "on_before_optimizer_step", "optimizer_step", "on_train_batch_end", "on_validation_start",
+    "on_validation_epoch_start", "on_validation_batch_start", "validation_step", "on_validation_batch_end",
+    "on_validation_epoch_end", "on_validation_end", "on_train_epoch_end", "on_train_end", "on_fit_end", "teardown",
+    "on_save_checkpoint", "state_dict",
+]  # fmt: skip
+_QUICK = ["setup", "configure_optimizers", "on_before_optimizer_step", "on_validation_epoch_end", "on_save_checkpoint"]
+
+
+def _in_hook(hook: str, who: int, folder: Path) -> Any:
+    former = getattr(Judged, hook, None)
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        trainer = make.trainer
+        if trainer.global_rank == who and (hook.endswith("_dataloader") or not trainer.sanity_checking):
+            raise ValueError(f"broken on rank {who}")
+        return former(self, *args, **kwargs) if former is not None else None
+
+    class make:
+        trainer: Any = None
+
+    module = type("Broken", (Judged,), {hook: broken})()
+    saving = ModelCheckpoint(folder, save_last=True)
+    make.trainer = make_trainer(max_epochs=2, callbacks=[saving], enable_checkpointing=True)
+    error: BaseException | None = None
+    try:
+        given = () if hook.endswith("_dataloader") else (DataLoader(data(24), 2), DataLoader(data(8), 2))
+        if not given:
+            other = "val_dataloader" if hook.startswith("train") else "train_dataloader"
+            setattr(module, other, lambda: DataLoader(data(24), 2))
+        make.trainer.fit(module, *given)
+    except BaseException as caught:
+        error = caught
+    moment = time.monotonic()
+    collective.part()  # as at the end of the process
+    return type(error).__name__, str(error), moment
+
+
+def _hook_breaks(hook: str, who: int, folder: Path) -> None:
+    found = on_ranks(2, _in_hook, hook, who, folder, timeout=40)
+    name, said, first = found[who]
+    assert (name, said) == ("ValueError", f"broken on rank {who}")
+    name, _, second = found[1 - who]
+    assert name not in ("NoneType", "ValueError")
+    assert second - first < 10  # D1 of PAINS: the one time that is promised
+
+
+@pytest.mark.parametrize("hook", _QUICK)
+def test_d1_whatever_hook_a_rank_raises_in_the_others_end(tmp_path: Path, hook: str) -> None:
+    _hook_breaks(hook, 1 - (hook == "on_save_checkpoint"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("hook", _HOOKS)
+def test_d1_every_hook_on_every_rank(tmp_path: Path, hook: str, who: int) -> None:
+    if who and hook in ("prepare_data", "on_save_checkpoint"):
+        who = 0  # these run on rank 0 only
+    _hook_breaks(hook, who, tmp_path)
 
 
 def test_no_process_outlives_the_one_that_started_it(tmp_path: Path) -> None:

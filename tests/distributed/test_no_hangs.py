@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
-import time
+import os
+import threading
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from torchmetrics.classification import BinaryAccuracy
 
 import leyden as L
 from leyden import files
-from leyden.callbacks import ModelCheckpoint
+from leyden.callbacks import ModelCheckpoint, Timer
 from leyden.errors import PossibleUserWarning
 from leyden.runtime import collective
+from leyden.strategies.where import exchanges
 from ranks import Net, data, make_trainer, on_ranks
 
 # ---------------------------------------------------------------------------------------------- what is logged
@@ -169,6 +172,31 @@ def test_d3_all_stop_at_once_or_together_where_they_meet() -> None:
     assert on_ranks(2, _stopped, (1,)) == [(8, True)] * 2
 
 
+class _Counts(Net):
+    """Counts the collectives that it has taken part in between the fifth batch and the twentieth."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 5:
+            self.began = exchanges()
+        if batch_idx == 20:
+            self.made = exchanges() - self.began
+
+
+def _timed(duration: dict[str, float]) -> Any:
+    module = _Counts()
+    trainer = make_trainer(max_epochs=10_000, max_steps=200, callbacks=[Timer(timedelta(**duration))])
+    trainer.fit(module, DataLoader(data(120), 2))
+    return trainer.global_step, module.made
+
+
+def test_d3_the_time_is_up_for_all_after_the_same_batch_and_costs_an_ordinary_batch_nothing() -> None:
+    (zero, made), (one, others) = on_ranks(2, _timed, {"seconds": 0.4})
+    assert zero == one
+    (zero, made), (one, others) = on_ranks(2, _timed, {"hours": 1})
+    assert zero == one == 200
+    assert made == others == 15  # one for the gradients of each batch, and none for the time
+
+
 class _Unused(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -285,33 +313,45 @@ def test_the_verbs_of_the_strategy() -> None:
         assert found["gradient"] in (2.0, 4.0)
 
 
-# D2 of PAINS: no public property waits for another rank
 def _properties() -> Any:
     module = _Looks()
-    trainer = make_trainer(max_epochs=1)
-    trainer.fit(module, DataLoader(data(4), 2))
+    make_trainer(max_epochs=1).fit(module, DataLoader(data(4), 2), DataLoader(data(4), 2))
     return module.read
 
 
 class _Looks(Net):
-    read = 0
+    """Rank 0 alone reads all public properties of everything, in the middle of a step, while the other one goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: dict[str, int] = {}
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         if self.global_rank == 0:
-            began = time.monotonic()
-            for name in dir(type(self.trainer)):
-                if isinstance(getattr(type(self.trainer), name), property):
-                    with contextlib.suppress(Exception):
-                        getattr(self.trainer, name)
-                    self.read += 1
-            assert time.monotonic() - began < 30  # a rank that waits for another one does so for half an hour
+            for thing in (self.trainer, self.trainer.strategy, self):
+                before = exchanges()
+                for name in dir(type(thing)):
+                    if not name.startswith("_") and isinstance(getattr(type(thing), name), property):
+                        late = threading.Timer(5.0, os._exit, (1,))  # D2 of PAINS: a watchdog of 5 s
+                        late.start()
+                        with contextlib.suppress(Exception), warnings.catch_warnings():
+                            warnings.simplefilter("ignore")
+                            getattr(thing, name)
+                        late.cancel()
+                        key = type(thing).__name__
+                        self.read[key] = self.read.get(key, 0) + 1
+                assert exchanges() == before  # none of them began a collective
         return super().training_step(batch, batch_idx)
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None: ...
 
-def test_d2_no_property_of_the_trainer_waits_for_another_rank() -> None:
+
+def test_d2_no_public_property_waits_for_another_rank() -> None:
     read, none = on_ranks(2, _properties)
-    assert read > 40
-    assert none == 0
+    assert read["Trainer"] > 40
+    assert read["DDPStrategy"] > 10
+    assert read["_Looks"] > 8
+    assert none == {}
 
 
 class _Fails(Net):
@@ -338,3 +378,68 @@ def test_d6_what_is_saved_when_a_rank_raises_waits_for_no_other_one(tmp_path: Pa
     assert second == "RuntimeError"
     (saved,) = tmp_path.glob("*.ckpt")
     assert files.load(saved)["global_step"] == 3
+
+
+class _EndsEpoch(Net):
+    """Ends its epoch by -1, on some ranks."""
+
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        super().__init__()
+        self.ranks = ranks
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 2 and self.global_rank in self.ranks else None
+
+
+def _ends_epoch(ranks: tuple[int, ...]) -> Any:
+    module = _EndsEpoch(ranks)
+    trainer = make_trainer(max_epochs=2)
+    try:
+        trainer.fit(module, DataLoader(data(16), 2))
+    except RuntimeError as error:
+        collective.part()  # as at the end of the process
+        return str(error)
+    return trainer.global_step
+
+
+def test_d3_an_epoch_that_only_one_rank_ends_is_an_error_by_name() -> None:
+    assert on_ranks(2, _ends_epoch, (0, 1)) == [4, 4]
+    first, second = on_ranks(2, _ends_epoch, (1,))
+    assert second.startswith(
+        "on_train_batch_start returned -1 on rank 1 in batch 2, which ends the epoch, but not on all"
+    )
+    assert first != ""
+
+
+class _UnusedOnOne(_Unused):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        extra = 0.0 if self.global_rank else self.spare(torch.zeros(1, 2)).sum() * 0.0
+        return super().training_step(batch, batch_idx) + extra
+
+
+def _on_one() -> Any:
+    module = _UnusedOnOne()
+    try:
+        make_trainer(max_epochs=1).fit(module, DataLoader(data(12), 2))
+    except RuntimeError as error:
+        collective.part()
+        return str(error)
+    return None
+
+
+def test_n1_the_error_names_parameters_their_modules_and_ranks() -> None:
+    for message in on_ranks(2, _without_gradient, "ddp"):
+        assert "spare.weight, spare.bias (in spare: Linear)" in message
+        assert "By rank: on ranks 0, 1: spare.weight" in message or "By rank" not in message
+    zero, one = on_ranks(2, _on_one)
+    assert "On rank 1, these parameters of _UnusedOnOne took no part" in one
+    assert zero != one
+
+
+def test_n2_one_device_warns_of_parameters_without_a_gradient() -> None:
+    module = _Unused()
+    with pytest.warns(PossibleUserWarning, match=r"parameters of _Unused took no part.*: spare\.weight, spare\.bias\."):
+        make_trainer(1, max_epochs=1).fit(module, DataLoader(data(12), 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_trainer(1, max_epochs=1).fit(Net(), DataLoader(data(12), 2))

@@ -87,7 +87,7 @@ def test_d5_a_failure_is_told_to_all_and_ends_those_that_hang(ranks: Any, monkey
     assert (zero.left, one.left) == ([1], [])
     told = capsys.readouterr().err
     assert "rank 0 of 3 ends, because another one has failed: rank 1 of 3: ValueError: broken" in told
-    assert "rank 0 waits here:" in told  # D5
+    assert "rank 0 waits here, " in told  # D5
     assert "test_d5_a_failure_is_told_to_all" in told
 
 
@@ -107,3 +107,35 @@ def test_unanimous_is_what_all_ask_and_nothing_else(ranks: Any, monkeypatch: Any
     assert not one.watch.unanimous("stop/3")  # too late
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(lambda rank: rank.watch.unanimous("stop/4"), (zero, one))) == [True, True]
+
+
+def test_t2_who_waits_for_whom_is_said_once_and_nobody_runs_out_of_time(
+    ranks: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(watch, "NOTICE", 0.1)
+    zero, one, two = ranks(3)
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(rank.watch.gather, "prepare_data()") for rank in (one, two)]
+        time.sleep(0.4)
+        assert not any(one.done() for one in waiting)
+        pool.submit(zero.watch.gather, "prepare_data()").result(timeout=30)
+        for one in waiting:
+            one.result(timeout=30)
+    told = capsys.readouterr().err
+    assert told.count("leyden: ranks 1 and 2 wait for prepare_data() on rank 0, for 0 s so far.") == 1
+
+
+def test_t2_those_that_wait_learn_of_a_failure(ranks: Any) -> None:
+    zero, one = ranks(2)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(one.watch.gather, "prepare_data()")
+        zero.watch.failed(ValueError("no data"))
+        with pytest.raises(RuntimeError, match=r"Rank 1 waited for prepare_data\(\).*rank 0 of 2: ValueError: no data"):
+            waiting.result(timeout=30)
+
+
+def test_what_ranks_tell_each_other_is_heard_from_those_that_tell(ranks: Any) -> None:
+    zero, one, _ = ranks(3)
+    with ThreadPoolExecutor(2) as pool:
+        heard = list(pool.map(lambda rank: rank.watch.hear("x", f"by {rank.watch.rank}", 0.5), (zero, one)))
+    assert heard == [{0: "by 0", 1: "by 1"}] * 2

@@ -17,6 +17,9 @@ from leyden.hooks import is_written
 from leyden.runtime.ranks import rank_zero_info
 from leyden.types import STEP_OUTPUT, RunningStage, TrainerView
 
+_SELDOM = 50
+"""After how many batches, at most, several processes agree on the time."""
+
 
 class Interval(str, Enum):
     """When the time is checked: after each batch, or after each epoch."""
@@ -60,6 +63,7 @@ class Timer(Callback):
         self._start_time: dict[RunningStage, float | None] = dict.fromkeys(RunningStage)
         self._end_time: dict[RunningStage, float | None] = dict.fromkeys(RunningStage)
         self._offset = 0.0  # seconds of training before this process began
+        self._batches, self._asks_at = 0, 1  # of this fit, and when several processes ask the first one again
         self._deadline = math.inf  # when the time is up, by the monotonic clock: all that a step has to look at
 
     def unused_hooks(self, trainer: TrainerView) -> frozenset[str]:
@@ -96,6 +100,7 @@ class Timer(Callback):
     def on_train_start(self, trainer: TrainerView, pl_module: Any) -> None:
         """Start the clock of training."""
         self._start(RunningStage.TRAINING)
+        self._batches, self._asks_at = 0, 1
         if self._duration is not None:
             self._deadline = time.monotonic() + self._duration - self._offset
 
@@ -123,8 +128,15 @@ class Timer(Callback):
         self, trainer: TrainerView, pl_module: Any, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Stop after this batch if the time is up."""
-        # with several processes each has to ask the first one, whatever its own clock says
-        if self._interval is Interval.step and (time.monotonic() >= self._deadline or trainer.world_size > 1):
+        if self._interval is not Interval.step:
+            return
+        if trainer.world_size == 1:
+            if time.monotonic() >= self._deadline:
+                self._check_time_remaining(trainer)
+            return
+        # with several processes each has to ask the first one, whatever its own clock says: all after the same batches
+        self._batches += 1
+        if self._batches >= self._asks_at:
             self._check_time_remaining(trainer)
 
     def on_train_epoch_end(self, trainer: TrainerView, pl_module: Any) -> None:
@@ -144,12 +156,20 @@ class Timer(Callback):
         self._start_time[stage] = time.monotonic()
         self._end_time[stage] = None  # a second run of this stage must not be measured against the first one's end
 
+    def _batches_to_wait(self) -> int:
+        """After how many batches to look at the clock again: seldom while there is much time, each time near the end."""
+        used, left = self.time_elapsed() - self._offset, self.time_remaining() or 0.0
+        if not self._batches or used <= 0.0:
+            return 1
+        return max(1, min(_SELDOM, int(left / 4 / (used / self._batches))))
+
     def _check_time_remaining(self, trainer: TrainerView) -> None:
         if self._duration is None:
             return
         is_over = self.time_elapsed() >= self._duration
         if trainer.world_size > 1:  # clocks differ: rank 0 decides, so that all stop at the same batch
-            is_over = trainer.strategy.broadcast(is_over)
+            is_over, wait = trainer.strategy.broadcast((is_over, self._batches_to_wait()))
+            self._asks_at = self._batches + wait
         if is_over:
             trainer.should_stop = True
             if self._verbose:

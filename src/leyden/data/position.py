@@ -38,6 +38,8 @@ class Place:
     """Which loaders have started again in the epoch."""
     ahead: list[dict[str, Any]] = field(default_factory=list)
     """Random generators before each batch that had been drawn already though its turn comes later."""
+    began: int = 0
+    """How many of ``drawn`` come from passes before this one, where a rank begins its loaders anew within an epoch."""
 
 
 class Supply:
@@ -67,6 +69,8 @@ class Supply:
         self.single = len(self.feeds) == 1 and combined.flattened[0] is combined.iterables
         held = {f"{i}.{name}": g for i, feed in enumerate(self.feeds) for name, g in feed.streams.held.items()}
         self.streams = Streams(held)
+        self.began = 0
+        """How many batches of the epoch had been drawn when the loaders were last begun anew within it."""
         self.agree: Callable[[], None] | None = None
         """Lets all ranks draw from one random state; None for one process."""
         self._since = 0
@@ -88,7 +92,7 @@ class Supply:
 
     def iterate(self, place: Place | None = None) -> Iterator[Any]:
         """Begin an epoch, or go on at ``place``; yields batches of a single loader, else triples as CombinedLoader does."""
-        self._since = place.drawn - place.done[0] if place is not None and self.single else 0
+        self._since = place.drawn - place.began - place.done[0] if place is not None and self.single else 0
         if place is not None:
             for feed, run, done, own in zip(self.feeds, place.passes, place.done, place.own, strict=True):
                 feed.put_own(own)
@@ -97,7 +101,7 @@ class Supply:
             return iter(self.feeds[0])
         iterator = self.combined.begin(self.feeds)
         if place is not None:
-            iterator.put_place(place.combined, place.drawn)
+            iterator.put_place(place.combined, place.drawn - place.began)
         return iterator
 
     def triples(self) -> Iterator[tuple[Any, int, int]]:
@@ -107,9 +111,10 @@ class Supply:
     def place(self, drawn: int) -> Place:
         """Return where the loaders stand when ``drawn`` batches of the epoch are done."""
         combined = {} if self.single else self.combined.place()
-        starts = [min(start, drawn) for start in combined.get("starts", [self._since] * len(self.feeds))]
-        passes = [feed.run or Pass() for feed in self.feeds]
-        return Place(drawn, passes, [drawn - start for start in starts], [feed.own() for feed in self.feeds], combined)
+        here = drawn - self.began
+        starts = [min(start, here) for start in combined.get("starts", [self._since] * len(self.feeds))]
+        passes, own = [feed.run or Pass() for feed in self.feeds], [feed.own() for feed in self.feeds]
+        return Place(drawn, passes, [here - start for start in starts], own, combined, began=self.began)
 
     def release(self) -> None:
         """Let go of iterators and of the copies that iterate; the loaders stay."""
@@ -140,6 +145,7 @@ class Supply:
             "done": place.done,
             "own": place.own,
             "combined": place.combined,
+            "began": place.began,
             "ahead": [plain(streams) for streams in place.ahead],
             "passes": [run.plain(feed.changed) for run, feed in zip(place.passes, self.feeds, strict=True)],
         }

@@ -8,6 +8,8 @@ would have drawn. With ``seed_everything(seed, workers=True)`` the same holds fo
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import multiprocessing
 import multiprocessing.sharedctypes
 import multiprocessing.util
@@ -32,6 +34,8 @@ _leaving: dict[int, Any] = {}
 """By process: one byte, shared with its workers, that is set when the process is about to end."""
 _processes: weakref.WeakSet[Any] = weakref.WeakSet()
 """The worker processes that this process has started."""
+SHOW = int(signal.SIGRTMIN) + 11 if hasattr(signal, "SIGRTMIN") else 0
+"""The signal at which a worker prints its stacks: one that nobody uses."""
 _PATIENCE = 3.0
 """Seconds that workers have to end when the main process does."""
 _held: dict[int, list[Any]] = {}
@@ -163,6 +167,8 @@ class Start:
             from leyden.data.kept import remember  # noqa: PLC0415  # only workers that may be kept
 
             remember(self.told, worker_id, known["dataset"], known["collate_fn"])
+        with contextlib.suppress(Exception):  # where standard error is no file, nothing can be shown
+            faulthandler.register(SHOW, all_threads=True)
         if self.rank is not None:
             pl_worker_init_function(worker_id, self.rank)
         if self.own is not None:
@@ -197,6 +203,11 @@ def leaving() -> Any:
         # ahead of the moment where multiprocessing terminates, and then waits for, all its daemons
         multiprocessing.util.Finalize(None, _leave, args=(flag,), exitpriority=100)
     return _leaving[pid]
+
+
+def shown_by_signal() -> set[int]:
+    """The worker processes that print their stacks when they get ``SHOW``."""
+    return {process.pid for process in list(_processes) if SHOW and process.pid is not None and process.is_alive()}
 
 
 def watch(processes: Iterable[Any]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from leyden.errors import MisconfigurationException, PossibleUserWarning
+from leyden.loops import same
 from leyden.loops.metric_state import metrics_of
 from leyden.results import Results, Slot, Store
 from leyden.runtime.ranks import rank_zero_warn
@@ -52,15 +53,26 @@ class Across:
         """The ranks whose values count: one for each share of the data."""
         results.across = self.value
 
-    def bound(self, hooks: Any) -> None:
-        """Learn, once for a run, who has which share of the data, and whether any rank does something when an epoch ends."""
+    def bound(self, hooks: Any, facts: list[tuple[str, str]]) -> None:
+        """Learn, once for a run, who has which share of the data, and whether any rank does something when an epoch ends.
+
+        Args:
+            hooks: Of the run.
+            facts: What must be the same on all ranks, see ``same``.
+
+        Raises:
+            MisconfigurationException: if it is not.
+        """
         names = [f"on_{kind}_epoch_end" for kind in ("train", "validation", "test")]
         # one call of the hook of training is ours
         mine = [float(len(getattr(hooks, name)) > (name == names[0])) for name in names]
-        table = self.strategy.gather_numbers(torch.tensor([*mine, self.strategy.data_rank], dtype=torch.float64))
-        shares = table[:, -1].tolist()
+        numbers = [*mine, self.strategy.data_rank, same.digest(facts)]
+        table = self.strategy.gather_numbers(torch.tensor(numbers, dtype=torch.float64))
+        if (table[:, -1] != table[0, -1]).any():
+            same.complain(self.strategy.gather_objects(facts))
+        shares = table[:, -2].tolist()
         self._counted = sorted({share: rank for rank, share in reversed(list(enumerate(shares)))}.values())
-        self._again = dict(zip(names, table[:, :-1].max(0).values.bool().tolist(), strict=True))
+        self._again = dict(zip(names, table[:, :-2].max(0).values.bool().tolist(), strict=True))
 
     def close(self) -> None:
         """The run is over."""
@@ -105,16 +117,17 @@ class Across:
 
     def step(self, store: Store) -> None:
         """Replace the values of the last step by those over all ranks, where ``sync_dist=True`` was said."""
+        has = store.batch is not None  # a rank without a batch has logged nothing for it
         slots = {
             _name(key, slot, {}): slot
-            for key, slot in store.slots.items()
+            for key, slot in (store.slots.items() if has else ())
             if slot.fresh and slot.on_step and slot.synced and slot.metric is None and slot.last is not None
         }
 
         def last(slot: Slot) -> tuple[Any, Any]:
             return slot.last, 1 if slot.reduction == "mean" else 0
 
-        for name, value in self._exchange(("step",), slots, last, 1).items():
+        for name, value in self._exchange(("step",), slots, last, int(has)).items():
             if name in slots:
                 slots[name].last = value
         store.collected = None

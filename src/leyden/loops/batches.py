@@ -29,7 +29,7 @@ from leyden.types import TrainerFn
 if TYPE_CHECKING:
     from leyden.data.position import Place, Supply
     from leyden.data.wait import Waits
-    from leyden.strategies.base import Strategy
+    from leyden.loops.uneven import Uneven
 
 _END = object()
 
@@ -243,33 +243,9 @@ def shared(session: Session, combined: CombinedLoader, prefix: str) -> CombinedL
     return mine
 
 
-def same_on_all_ranks(session: Session, counts: list[int | float]) -> list[int | float]:
-    """Return how many batches of each loader a training epoch takes: no more than the rank with the fewest has.
-
-    A rank that goes on alone would wait for gradients that never come.
-    """
-    if session.strategy.world_size == 1:
-        return counts
-    found: list[list[int | float]] = session.strategy.gather_objects(counts)
-    fewest = [min(column) for column in zip(*found, strict=True)]
-    if any(row != fewest for row in found):
-        rank_zero_warn(
-            f"The training loaders have other numbers of batches on other ranks; by rank: {found}. An epoch has as many as"
-            " the rank with the fewest: the rest is left out.",
-            category=PossibleUserWarning,
-        )
-    return fewest
-
-
 def limits(combined: CombinedLoader, stage: str, limit: int | float, argument: str) -> list[int | float]:
     """How many batches to take from each loader; infinity where a loader has no length."""
     return [num_batches(stage, length(loader), limit, argument) for loader in combined.flattened]
-
-
-def in_step(iterator: Iterator[Any], strategy: Strategy) -> Iterator[Any]:
-    """Iterate as long as all ranks have a next item, where nobody knows how many there are: all ask each time."""
-    while strategy.reduce_boolean_decision((item := next(iterator, _END)) is not _END):
-        yield item
 
 
 def nothing(session: Session, combined: CombinedLoader, counts: list[int | float]) -> bool:
@@ -373,8 +349,16 @@ class TrainingData:
             )
         self.sized = total(loader) < math.inf
         self.layout = Layout(session.strategy.data_size, session.turns, session.config.accumulate_grad_batches)
-        loader.limits = same_on_all_ranks(session, [_of_turns(x, limit, session.turns) for x in loader.flattened])
-        self.num_batches = self.epoch_batches = total(loader)
+        counts = [_of_turns(x, limit, session.turns) for x in loader.flattened]
+        loader.limits = counts
+        self.num_batches = total(loader)
+        self.uneven: Uneven | None = None
+        if session.strategy.world_size > 1:
+            from leyden.loops.uneven import Uneven  # noqa: PLC0415  # only for several processes
+
+            self.uneven = uneven = Uneven(session, loader, counts)
+            self.sized, self.num_batches = uneven.sized, uneven.num_batches
+        self.epoch_batches = self.num_batches
         self.supply = supply(session, loader, "train", session.module.training_step)
         self.iterator: Iterator[Any] | None = None
         self.ahead: Ahead = None
@@ -385,9 +369,15 @@ class TrainingData:
             self.epoch_batches = self.num_batches
         data, limit = self.supply, self.epoch_batches
         draws = takes(session.module.training_step, "dataloader_iter")
-        iterator = data.iterate(place)
-        if not self.sized and session.strategy.world_size > 1:
-            iterator = in_step(iterator, session.strategy)
+        data.began = 0 if place is None else place.began
+        uneven = self.uneven if self.uneven is not None and (self.uneven.policy or not self.sized) else None
+        if uneven is not None and uneven.policy in ("join", "pad") and draws:
+            raise MisconfigurationException(
+                f"DDPStrategy(uneven={uneven.policy!r}): ranks have other numbers of batches, or do not know how many, and"
+                " training_step takes dataloader_iter: it draws its batches itself. Use uneven='stop'."
+            )
+        only = _same if data.single or draws else _only_batches
+        iterator = only(data.iterate(place)) if uneven is None else uneven.around(data, place, only)
         taken, waiting = (0, []) if place is None else (place.drawn, place.ahead)
         if draws:
             triples = ((batch, i, 0) for i, batch in enumerate(iterator, taken)) if data.single else iterator
@@ -396,14 +386,14 @@ class TrainingData:
                 data.streams.put(state)
                 source.fill(count)
             iterator, self.ahead = (turn for turn, _, _ in source.turns()), source
-        elif self.sized and not data.keeps_state:
-            # one plain loader: its own iterator, with nothing of ours in between
-            iterator, self.ahead = iterator if data.single else _only_batches(iterator), None
+        elif self.sized and not data.keeps_state and not (uneven is not None and uneven.looks_ahead):
+            self.ahead = None  # one plain loader: its own iterator, with nothing of ours in between
         else:
             if waiting:
                 data.streams.put(waiting[0])
-            self.ahead = Lookahead(iterator if data.single else _only_batches(iterator), limit, self._here, taken)
-            iterator = self.ahead
+            iterator = self.ahead = Lookahead(iterator, limit, self._here, taken)
+            if uneven is not None and uneven.policy == "join":
+                iterator = uneven.shared_out(iterator)
         if not draws and (waits := self._waits(session)) is not None:
             iterator = waits.around(iterator)
         if session.profiler is not None:
@@ -473,6 +463,10 @@ def remaining(iterator: Any) -> Iterator[Any]:
     """Yield what ``next(iterator)`` gives: a for loop over a CombinedLoader would begin anew, and draw random numbers."""
     while (item := next(iterator, _END)) is not _END:
         yield item
+
+
+def _same(iterator: Iterator[Any]) -> Iterator[Any]:
+    return iterator
 
 
 def _only_batches(iterator: Iterator[tuple[Any, int, int]]) -> Iterator[Any]:

@@ -29,7 +29,16 @@ from leyden.config import ValInterval, parse_val_check_interval
 from leyden.data.combined import CombinedLoader
 from leyden.loops import batches, when
 from leyden.loops.evaluate import EvaluationLoop
-from leyden.loops.optimize import Optimization, check_loss, detached, divisor_of, read_loss, step_losses, weighted
+from leyden.loops.optimize import (
+    Optimization,
+    check_loss,
+    detached,
+    divisor_of,
+    no_batch,
+    read_loss,
+    step_losses,
+    weighted,
+)  # fmt: skip
 from leyden.loops.paths import choose
 from leyden.loops.schedule import step_schedules
 from leyden.loops.session import Session
@@ -101,11 +110,11 @@ class FitLoop:
                 for call in hooks.on_train_batch_start:
                     response = call(batch, batch_idx)
                     skip = skip or (isinstance(response, int) and response == -1)
-                if skip:
+                if skip and session.strategy.all_skip(progress.batches):
                     self.last = last = True
                     output = None
                 elif batch is None:
-                    output = optimization.no_batch(batch_idx % accumulate == 0, steps)
+                    output = no_batch(session, self, batch_idx)
                 else:
                     store.hook = "training_step"
                     args = (batch, batch_idx) if num_args > 1 else (batch,)

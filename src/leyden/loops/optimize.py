@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
-from leyden.errors import MisconfigurationException
+from leyden.errors import MisconfigurationException, PossibleUserWarning
 from leyden.hooks import is_written
 from leyden.loops import when
 from leyden.loops.session import Session
@@ -40,6 +42,14 @@ class Optimization:
         """Averages, before a step, gradients that several processes have not averaged yet; None for one process."""
         self._join: Any = getattr(session.strategy, "join_backward", None)
         """Prepares a loss for its backward, where a strategy has to know of it."""
+        self._averages = self.exchange
+        if self.exchange is None and len(self.optimizers) == 1:
+            # for once, and without a circle that would keep the module alive
+            self.update = partial(_first_update, weakref.proxy(self))  # type: ignore[method-assign]
+        self.share = 1.0
+        """By how much a loss counts more because some ranks have no batch: all ranks over those that have one."""
+        self.expects_none = False
+        """Whether the loaders give None where this rank has no batch and others have."""
         self.stepped = 0
         """How many updates of the model were made since the current batch began."""
         self._leads = 0
@@ -182,17 +192,52 @@ class Optimization:
         self.strategy.load_gradients(state["gradients"])
         self.window_weight, self.window_weights = state["weight"], dict(state.get("weights", {}))
 
-    def no_batch(self, first: bool, steps: bool) -> Any:
-        """Pass over a batch that is None: the other batches of its window still count. Returns None, its output."""
+    def exchange_with_idle(self, optimizer: Optimizer) -> None:
+        """Average gradients in a step in which some ranks have no batch, and do not know whether weights are declared."""
+        assert self._averages is not None
+        self._averages(optimizer)
+        if self.strategy.reduce_boolean_decision(self.window_weight is not None, all=False):
+            self.window_weight = 0.0 if self.window_weight is None else self.window_weight
+
+
+def _first_update(opt: Optimization) -> None:
+    """The first update of a fit of one process: say which parameters the loss has not reached; once, and then never."""
+    del opt.update  # the method again
+    given = {id(p) for one in opt.optimizers for group in one.param_groups for p in group["params"]}
+    mine = [(name, p) for name, p in opt.module.named_parameters() if p.requires_grad and id(p) in given]
+    unused = [name for name, p in mine if p.grad is None]
+    if unused and len(unused) < len(mine):
+        shown = ", ".join(unused[:8]) + (f" and {len(unused) - 8} more" if len(unused) > 8 else "")
+        rank_zero_warn(
+            f"These parameters of {type(opt.module).__name__} took no part in the loss of the first update:"
+            f" {shown}. With several devices that is an error (strategy='ddp_find_unused_parameters_true' allows it)."
+            " Let them take part, freeze them (requires_grad=False), or remove them.",
+            category=PossibleUserWarning,
+        )
+    opt.update()
+
+
+def no_batch(session: Session, loop: Any, batch_idx: int) -> Any:
+    """Pass over a batch that is None: the others of its window, and those of other ranks, still count. Returns None."""
+    opt: Optimization = session.optimization
+    if not opt.expects_none:
         rank_zero_warn("The training loader gave None in place of a batch: training_step is not called for it.")
-        if not self.automatic:
-            return None
-        if not first and steps:
-            self.update()
-        elif first:
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
+    if not opt.automatic:
         return None
+    accumulate = session.trainer.batches_per_update
+    first, several = batch_idx % accumulate == 0, session.strategy.world_size > 1
+    if accumulate > 1:
+        divisor_of(loop, session, batch_idx, loop.last)
+    if first and several:
+        opt.zero_grad(batch_idx)
+    elif first:
+        for optimizer in opt.optimizers:
+            optimizer.zero_grad()
+    if several:
+        session.strategy.idle_step()
+    if loop.steps and (several or not first):
+        opt.update()
+    return None
 
 
 def _inverse(weight: Any) -> Any:
@@ -341,6 +386,8 @@ def weighted(opt: Optimization, output: Any, loss: Tensor, divisor: int) -> Any:
     weight = declared(opt, output, divisor)
     if weight is not None:
         return loss * weight
+    if opt.share != 1.0:
+        loss = loss * opt.share
     return loss / divisor if divisor > 1 else loss
 
 

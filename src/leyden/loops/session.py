@@ -109,11 +109,14 @@ class Session:
             self.results.active = self.results.eval
 
     def prepare_data(self) -> None:
-        """Call ``prepare_data`` of the data module and the module, on one process."""
+        """Call ``prepare_data`` of the data module and the module, on one process of each machine, or on one of all."""
+        strategy = self.strategy
         for owner, base in ((self.datamodule, LightningDataModule), (self.module, LightningModule)):
-            if owner is not None and is_written(owner, "prepare_data", base) and self.strategy.local_rank == 0:
-                owner.prepare_data()
-        self.strategy.barrier("prepare_data")
+            if owner is None or not is_written(owner, "prepare_data", base):
+                continue
+            each = getattr(owner, "prepare_data_per_node", True)
+            here = strategy.local_rank == 0 if each else strategy.is_global_zero
+            strategy.prepare(f"{type(owner).__name__}.prepare_data()", owner.prepare_data, here)
 
     def set_up(self, stage: str, callbacks: list[Any]) -> None:
         """Call the ``setup`` hooks and let the module build itself."""
@@ -149,7 +152,9 @@ class Session:
         meet = self._across() if self.strategy.world_size > 1 else None
         self.hooks = bind(self.trainer, self.module, self.datamodule, callbacks, self.results, profiler, meet)
         if self.across is not None:
-            self.across.bound(self.hooks)
+            from leyden.loops.same import facts  # noqa: PLC0415  # only for several processes
+
+            self.across.bound(self.hooks, facts(self))
         if not self.config.barebones:
             self.module.log_into(self.results)
 

@@ -8,11 +8,14 @@ the process ends. Gradients do not travel here: a strategy has torch's own machi
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
+import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +27,8 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from leyden.errors import MisconfigurationException
 from leyden.runtime.world import OURS, World
 
+NOTICE = 30.0
+"""Seconds that processes wait for each other to start, before they say so."""
 LOCAL = ("127.0.0.1", "localhost", "::1")
 _STORES: dict[int, Store] = {}
 """The connection of process ``pid`` to the store at which all meet, in rank 0 with the store itself: a forked process has
@@ -59,15 +64,26 @@ def meet(world: World, backend: str, timeout: timedelta) -> None:
                 " the same number; one device can always be used."
             )
         return
-    with _loopback(world):
+    with _interface(world):
         try:
-            store = PrefixStore("group", store_of(world, timeout))
-            dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
-        except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
+            store = store_of(world, timeout)
+            _roll_call(PrefixStore("roll", store), world, timeout)
+            dist.init_process_group(
+                backend, store=PrefixStore("group", store), rank=world.rank, world_size=world.size, timeout=timeout
+            )
+        except (dist.DistNetworkError, dist.DistStoreError, TimeoutError, OSError) as error:
+            in_use = "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
+            what = (
+                f"port {world.port} of this machine is in use: by another job, or by processes that an earlier one has left."
+                " Set MASTER_PORT to a free port, the same for all processes"
+                if in_use
+                else f"{_first_line(error)}. Check that MASTER_ADDR and MASTER_PORT are those of the machine of rank 0, that"
+                " they can be reached from this machine, that no other job uses the port, and that all processes were"
+                " started"
+            )
             raise MisconfigurationException(
-                f"Rank {world.rank} of {world.size} could not meet the others at {world.address}:{world.port} within"
-                f" {timeout.total_seconds():g} s ({_first_line(error)}). Check that the address and the port can be"
-                " reached from this machine, that no other job uses the port, and that all processes were started."
+                f"Rank {world.rank} of {world.size} could not meet the others at {world.address}:{world.port}"
+                f"{'' if in_use else f' within {timeout.total_seconds():g} s'}: {what}."
             ) from error
     atexit.register(part)
 
@@ -79,12 +95,71 @@ def store_of(world: World, timeout: timedelta = timedelta(seconds=30)) -> Store:
         # torchrun's own process may serve it; so does the process that called, where processes run one call of it
         elsewhere = os.environ.get(OURS) == "spawn" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         serves = world.rank == 0 and not elsewhere and not dist.is_initialized()
-        store = _STORES[os.getpid()] = TCPStore(
-            world.address, world.port, None, is_master=serves, timeout=timeout, wait_for_workers=False
-        )
+        store = _STORES[os.getpid()] = _connect(world, timeout, serves)
     # the store of torchrun outlives the processes, which it may start anew: after a failure, which it counts, or since
     # there are more of them, which it does not
     return PrefixStore(f"leyden/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world.size}", store)
+
+
+def _connect(world: World, timeout: timedelta, serves: bool) -> Store:
+    """Connect to the store at which all meet, or open it; say so, where that takes long.
+
+    Raises:
+        Exception: what torch raises, if nobody answers there in time.
+    """
+    found: list[Any] = []
+
+    def connect() -> None:
+        try:
+            found.append(TCPStore(world.address, world.port, None, serves, timeout, wait_for_workers=False))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=connect, name="leyden-connect", daemon=True)
+    began, notice = time.monotonic(), NOTICE
+    thread.start()
+    until = began + timeout.total_seconds() + 1.0  # torch itself waits for ever for an answer from who is no store
+    while thread.is_alive():
+        thread.join(min(notice, max(until - time.monotonic(), 0.01)))
+        if thread.is_alive() and time.monotonic() > until:
+            raise TimeoutError("whoever listens there does not answer as rank 0 would")
+        if thread.is_alive() and time.monotonic() - began >= notice:
+            notice *= 4
+            _say(
+                f"rank {world.rank} of {world.size} waits to reach rank 0 at {world.address}:{world.port}, for"
+                f" {time.monotonic() - began:.0f} s so far"
+            )
+    if isinstance(found[0], Exception):
+        raise found[0]
+    store: Store = found[0]
+    return store
+
+
+def _roll_call(store: Store, world: World, timeout: timedelta) -> None:
+    """Wait until all processes are here; say who is missing, where that takes long.
+
+    Raises:
+        TimeoutError: naming those that did not come in time.
+    """
+    store.set(str(world.rank), socket.gethostname())
+    began, notice, here = time.monotonic(), NOTICE, store.add("here", 1)
+    while here < world.size:
+        waited = time.monotonic() - began
+        if waited >= min(notice, timeout.total_seconds()):
+            missing = [rank for rank in range(world.size) if not store.check([str(rank)])]
+            shown = ", ".join(map(str, missing[:16])) + (f" and {len(missing) - 16} more" if len(missing) > 16 else "")
+            if waited >= timeout.total_seconds() and missing:
+                raise TimeoutError(f"these ranks have not come: {shown}")
+            notice *= 4
+            if world.rank == 0:
+                _say(f"rank 0 of {world.size} waits for the ranks {shown} to start, for {waited:.0f} s so far")
+        time.sleep(min(max(waited / 10, 0.002), 0.5))
+        here = store.add("here", 0)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(Exception):
+        print(f"leyden: {text}.", file=sys.stderr, flush=True)
 
 
 def part() -> None:
@@ -98,18 +173,43 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-@contextmanager
-def _loopback(world: World) -> Iterator[None]:
-    """Let processes of one machine meet on its loopback device, whatever its name resolves to."""
+@contextlib.contextmanager
+def _interface(world: World) -> Iterator[None]:
+    """Let Gloo use the network device by which rank 0 is reached, and on one machine its loopback.
+
+    By itself it takes that of the address to which the machine's name resolves, which others may not reach.
+    """
     name = "GLOO_SOCKET_IFNAME"
-    if world.address not in LOCAL or not sys.platform.startswith("linux") or name in os.environ:
+    device = None
+    if sys.platform.startswith("linux") and name not in os.environ:
+        device = "lo" if world.address in LOCAL else _device_towards(world) if world.nodes > 1 else None
+    if device is None:
         yield
         return
-    os.environ[name] = "lo"
+    os.environ[name] = device
     try:
         yield
     finally:
         del os.environ[name]
+
+
+def _device_towards(world: World) -> str | None:
+    """The network device of this machine by which ``world.address`` is reached; None where that is not known."""
+    import fcntl  # noqa: PLC0415  # Linux has it
+
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((world.address, world.port or 9))  # sends nothing
+            source = probe.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                with contextlib.suppress(OSError):  # one without an address
+                    # SIOCGIFADDR: the address stands behind a name of 16 bytes and 4 of the kind and the port
+                    found = fcntl.ioctl(probe.fileno(), 0x8915, name.encode()[:15].ljust(256, b"\0"))
+                    if socket.inet_ntoa(found[20:24]) == source:
+                        return name
+    except OSError:
+        pass
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- exchanges

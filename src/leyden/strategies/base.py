@@ -45,6 +45,8 @@ class Strategy:
     """Whether a checkpoint is a folder to which every process writes its part, rather than one file."""
     calls: tuple[str, ...] = ()
     """Methods of a module that this strategy calls beside the hooks."""
+    uneven = "stop"
+    """What happens where ranks have other numbers of training batches; see ``ParallelStrategy``."""
 
     def __init__(
         self,
@@ -133,6 +135,14 @@ class Strategy:
             Whether it comes after the failure of another process.
         """
         return False
+
+    def prepare(self, name: str, work: Callable[[], Any], here: bool) -> None:
+        """Run ``work``, called ``name``, in the processes in which ``here`` is true; all go on when it is done everywhere.
+
+        It may take as long as it likes.
+        """
+        if here:
+            work()
 
     # -- the life of a module
 
@@ -273,6 +283,9 @@ class Strategy:
         with self.precision.forward_context():
             return self.module.training_step(*args)
 
+    def idle_step(self) -> None:
+        """Take part in the training step of the others, without a batch: with gradients of 0."""
+
     def validation_step(self, *args: Any) -> Any:
         """Run ``module.validation_step`` in the precision's context."""
         with self.precision.forward_context():
@@ -383,6 +396,10 @@ class Strategy:
 
     def ends_after(self, batch: int) -> bool:
         """Whether a run that was asked to stop ends after this batch, the one that is just done, in all processes."""
+        return True
+
+    def all_skip(self, batch: int) -> bool:
+        """Whether all processes skip the rest of the epoch at batch ``batch``; RuntimeError if only some do."""
         return True
 
     def unanimous(self, about: str) -> bool:

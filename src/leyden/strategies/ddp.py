@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from leyden.errors import MisconfigurationException, did_you_mean
@@ -50,6 +50,9 @@ class DDPStrategy(ParallelStrategy):
         start_method: Where nobody else starts the processes: ``"popen"`` runs the same script once more in each;
             ``"spawn"``, ``"fork"``, ``"forkserver"`` and ``"fresh"`` run the one call (``fit``, say) in each, and bring its
             results back; ``"notebook"`` chooses among these; ``"ray"`` or an ``OnRay`` runs it in actors of a Ray cluster.
+        hang_timeout: After how long without any event a run is ended whose ranks wait for one that hangs; None is ``timeout``.
+        uneven: What happens where ranks have other numbers of training batches: ``"stop"``, ``"join"`` or ``"pad"``, see
+            ``ParallelStrategy``.
         **kwargs: Arguments of DistributedDataParallel: ``find_unused_parameters``, ``static_graph``,
             ``gradient_as_bucket_view``, ``bucket_cap_mb``, ``broadcast_buffers``.
 
@@ -58,6 +61,8 @@ class DDPStrategy(ParallelStrategy):
     """
 
     strategy_name = "ddp"
+    joins = True
+    """Whether a rank can take part in a step without a batch."""
 
     def __init__(
         self,
@@ -72,11 +77,13 @@ class DDPStrategy(ParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         start_method: Any = "popen",
+        hang_timeout: timedelta | None = None,
+        uneven: str = "stop",
         **kwargs: Any,
     ) -> None:
         super().__init__(
             parallel_devices, precision_plugin, checkpoint_io, process_group_backend, timeout, start_method,
-            cluster_environment,
+            cluster_environment, hang_timeout, uneven,
         )  # fmt: skip
         unknown = next((name for name in kwargs if name not in _WRAPPER), None)
         if unknown is not None:
@@ -171,6 +178,16 @@ class DDPStrategy(ParallelStrategy):
         finally:
             through.step = None
 
+    def idle_step(self) -> None:
+        model, through = self.model, self._through
+        if model is None or through is None or self._alone:
+            return
+        travels = model.require_backward_grad_sync = self._loop.steps and not self._by_hand
+        through.step, through.counts = through.idle, False
+        loss = model()  # the wrapper exchanges something of its own ahead of some steps
+        if travels:
+            loss.backward()
+
     def exchange_gradients(self, optimizer: Optimizer) -> None:
         """Average what has not been averaged while it was computed; runs before each step of an optimizer."""
         model = self.model
@@ -202,13 +219,25 @@ class DDPStrategy(ParallelStrategy):
             average_flat(grads)
 
     def unused(self, module: nn.Module, error: RuntimeError | None) -> RuntimeError:
-        """Return the error that names the parameters of this rank that took no part in the loss."""
+        """Return the error that names the parameters that took no part in the loss, their modules, and the ranks."""
         names = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        what = f"these parameters of {type(module).__name__}" if names else "some parameters"
+        mine = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        kinds = {type(module.get_submodule(path)).__name__: path for path in (n.rpartition(".")[0] for n in names)}
+        inside = ", ".join(f"{path or 'the module itself'}: {kind}" for kind, path in list(kinds.items())[:4])
+        mine = f"{mine} (in {inside})" if names else _first_line(error)
+        # no exchange: the others may wait for these gradients
+        told = {self.global_rank: mine} if self._watch is None else self._watch.hear("unused", mine)
+        ranks: dict[str, list[int]] = {}
+        for rank, text in told.items():
+            ranks.setdefault(text, []).append(rank)
+        where = "; ".join(
+            f"on rank{'s' if len(those) > 1 else ''} {', '.join(map(str, those))}: {text}"
+            for text, those in ranks.items()
+        )
         return RuntimeError(
-            f"On rank {self.global_rank}, {what} took no part in the loss of the last batch, so the others wait"
-            f" for gradients that do not come: {shown or _first_line(error)}. If that is meant, use"
+            f"On rank {self.global_rank}, these parameters of {type(module).__name__} took no part in the loss of"
+            f" the last batch, so the others wait for gradients that do not come: {mine}."
+            f"{f' By rank: {where}.' if len(told) > 1 else ''} If that is meant, use"
             " strategy='ddp_find_unused_parameters_true'; else let them take part, freeze them (requires_grad=False), or"
             " remove them."
         )
@@ -257,9 +286,13 @@ class _Through(Through):
             "training_step() returned None: with several processes the batch counts with gradients of 0, so that the"
             " other ranks get theirs."
         )
-        parts = [(parameter * 0.0).sum() for parameter in self.module.parameters() if parameter.requires_grad]
-        loss = torch.stack(parts).sum()
+        loss = self.idle()
         return {"loss": loss, "num_items": 0.0} if self.weighs else loss
+
+    def idle(self) -> Tensor:
+        """A loss that is 0, and so are all its gradients."""
+        parts = [(parameter * 0.0).sum() for parameter in self.module.parameters() if parameter.requires_grad]
+        return torch.stack(parts).sum()
 
 
 def _first_line(error: BaseException | None) -> str:

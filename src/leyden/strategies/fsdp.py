@@ -65,7 +65,7 @@ class FSDPStrategy(MeshStrategy):
             process writes its share.
         device_mesh: For ``"HYBRID_SHARD"``, how many copies and over how many processes each is spread, as in ``(2, 4)``;
             or a DeviceMesh of two dimensions.
-        start_method: As for DDPStrategy.
+        start_method, hang_timeout, uneven: As for DDPStrategy.
         find_unused_parameters: Parameters may take part in the loss on some ranks only; where they do not, they count with
             gradients of 0. Needs torch 2.10.
         **kwargs: ``ignored_modules`` or ``ignored_states``: layers, or parameters, that every process keeps whole.
@@ -75,6 +75,7 @@ class FSDPStrategy(MeshStrategy):
     """
 
     strategy_name = "fsdp"
+    joins = True
 
     def __init__(
         self,
@@ -93,13 +94,16 @@ class FSDPStrategy(MeshStrategy):
         sharding_strategy: Any = "FULL_SHARD",
         state_dict_type: str = "full",
         device_mesh: Any = None,
-        start_method: str = "popen",
+        start_method: Any = "popen",
         find_unused_parameters: bool = False,
+        hang_timeout: timedelta | None = None,
+        uneven: str = "stop",
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            parallel_devices, precision_plugin, checkpoint_io, process_group_backend, timeout, start_method
-        )
+            parallel_devices, precision_plugin, checkpoint_io, process_group_backend, timeout, start_method,
+            cluster_environment, hang_timeout, uneven,
+        )  # fmt: skip
         self._ignored = arguments.read_kwargs(kwargs)
         self.find_unused_parameters = find_unused_parameters
         self.cpu_offload = bool(getattr(cpu_offload, "offload_params", cpu_offload))
@@ -328,15 +332,21 @@ class FSDPStrategy(MeshStrategy):
         return cast
 
     def training_step(self, *args: Any) -> Any:
-        if self._root is None:
-            return super().training_step(*args)
+        return super().training_step(*args) if self._root is None else self._run(self._learning, self._cast(args))
+
+    def idle_step(self) -> None:
+        if self._root is None or self._by_hand or self._alone or self.world_size == 1:
+            return
+        self.backward(self._run(self._nothing, ()))
+
+    def _run(self, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         exchanging = self._by_hand or self._loop.steps
         if exchanging is not self._exchanging:
             self._exchange(exchanging)
         self._tape, self._order = [], []
         try:
             with self.precision.forward_context():
-                output = self._call(self._learning, *self._cast(args))
+                output = self._call(step, *args)
         finally:
             self._tape = None
         self._pending = not exchanging
@@ -347,6 +357,10 @@ class FSDPStrategy(MeshStrategy):
         if self._by_hand or self.world_size == 1:
             return output
         if output is None or (isinstance(output, Mapping) and output.get("loss", 0) is None):
+            rank_zero_warn(
+                "training_step() returned None: with several processes the batch counts with gradients of 0, so that the"
+                " other ranks get theirs."
+            )
             return self._nothing()
         return output
 
@@ -451,10 +465,6 @@ class FSDPStrategy(MeshStrategy):
 
     def _nothing(self) -> Tensor:
         """A loss whose gradients are 0: the batch of a rank that skips it, so that the others need not wait."""
-        rank_zero_warn(
-            "training_step() returned None: with several processes the batch counts with gradients of 0, so that the"
-            " other ranks get theirs."
-        )
         if not self._tape and self._layers():
             return self._ghost()
         outputs = [tensor for tensor in leaves(self._tape) if isinstance(tensor, Tensor) and tensor.requires_grad]

@@ -17,7 +17,8 @@ _ALWAYS = ("use_orig_params", "sync_module_states", "limit_all_gathers", "forwar
 _OURS = (
     "cpu_offload", "mixed_precision", "auto_wrap_policy", "activation_checkpointing",
     "activation_checkpointing_policy", "sharding_strategy", "state_dict_type", "device_mesh", "timeout",
-    "process_group_backend", "ignored_modules", "ignored_states", "start_method", "find_unused_parameters",
+    "process_group_backend", "ignored_modules", "ignored_states", "start_method", "find_unused_parameters", "hang_timeout",
+    "uneven",
 )  # fmt: skip
 
 

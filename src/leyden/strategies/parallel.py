@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +35,8 @@ from leyden.tree import leaves, tree_map
 _PROGRAMS = itertools.count()
 _RUNS = itertools.count()
 """All ranks run the same script, and so make the same runs in the same order."""
+UNEVEN = ("stop", "join", "pad")
+"""What may happen where ranks have other numbers of training batches."""
 
 
 class ParallelStrategy(Strategy):
@@ -50,6 +52,11 @@ class ParallelStrategy(Strategy):
             ``"spawn"``, ``"fork"``, ``"forkserver"`` and ``"fresh"`` run the one call (``fit``, say) in each, and bring its
             results back; ``"notebook"`` chooses among these; ``"ray"`` or an ``OnRay`` runs it in actors of a Ray cluster.
         cluster_environment: Says which process this is and where they meet; None reads what the launchers set that we know.
+        hang_timeout: After how long without any event a run is ended whose ranks wait for one that hangs; each rank then
+            prints where it stands. None is ``timeout``.
+        uneven: What happens in training where ranks have other numbers of batches: ``"stop"`` ends the epoch with the rank
+            that has the fewest; ``"join"`` lets those that are done take part with gradients of 0, and averages over those
+            that have a batch; ``"pad"`` lets those that are done begin their loaders anew.
 
     Raises:
         MisconfigurationException: for a value that is not possible.
@@ -64,6 +71,8 @@ class ParallelStrategy(Strategy):
         timeout: timedelta = timedelta(minutes=30),
         start_method: Any = "popen",
         cluster_environment: Any = None,
+        hang_timeout: timedelta | None = None,
+        uneven: str = "stop",
     ) -> None:
         super().__init__("cpu", precision, checkpoint_io)
         name = type(self).__name__
@@ -72,13 +81,19 @@ class ParallelStrategy(Strategy):
                 f"{name}(start_method={start_method!r}) is not valid: it must be one of {list(launch.STARTS)}, or an OnRay"
                 " object."
             )
-        if timeout <= timedelta(0):
+        for argument, value in (("timeout", timeout), ("hang_timeout", hang_timeout)):
+            if value is not None and value <= timedelta(0):
+                raise MisconfigurationException(
+                    f"{name}({argument}={value!r}) is not valid: it must be a positive datetime.timedelta."
+                )
+        if uneven not in UNEVEN:
             raise MisconfigurationException(
-                f"{name}(timeout={timeout!r}) is not valid: it must be a positive datetime.timedelta."
+                f"{name}(uneven={uneven!r}) is not valid: it must be one of {list(UNEVEN)}."
             )
         self.parallel_devices: Any = parallel_devices
         self.process_group_backend, self.timeout, self.start_method = process_group_backend, timeout, start_method
         self._cluster_environment = cluster_environment
+        self.hang_timeout, self.uneven = hang_timeout, uneven
         self._world = World()
         self.sync_batchnorm = False
         self._norms: list[Any] = []
@@ -196,15 +211,13 @@ class ParallelStrategy(Strategy):
         self._alone = False
         if world.size > 1:
             from leyden.strategies.watch import Watch  # noqa: PLC0415  # where there is somebody to watch
+            from leyden.strategies.where import Where  # noqa: PLC0415  # as above
 
+            limit = self.timeout if self.hang_timeout is None else min(self.hang_timeout, self.timeout)
             self._watch = Watch(
-                collective.store_of(world),
-                f"run{next(_RUNS)}",
-                world.rank,
-                world.size,
-                interrupt,
-                lambda: int(progress.batches),
-            )
+                collective.store_of(world), f"run{next(_RUNS)}", world.rank, world.size, interrupt,
+                lambda: int(progress.batches), limit=limit.total_seconds(), where=Where(progress, lambda: self.module),
+            )  # fmt: skip
 
     def begin(self) -> None:
         self._begun = True
@@ -248,10 +261,9 @@ class ParallelStrategy(Strategy):
         if first is not None:
             with contextlib.suppress(Exception):
                 print(
-                    f"leyden: what rank {self.global_rank} says comes after the failure of {first}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                    f"leyden: what rank {self.global_rank} says comes after another failure: {first}",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
         return first is not None
 
     def _backend(self) -> str:
@@ -300,6 +312,14 @@ class ParallelStrategy(Strategy):
         found = {name: buffer for name, buffer in self.module.named_buffers() if _is_plain(buffer)}
         sums = self.gather_objects({name: _checksum(buffer) for name, buffer in found.items()}) if found else []
         return {name: buffer for name, buffer in found.items() if any(s.get(name) != sums[0].get(name) for s in sums)}
+
+    def prepare(self, name: str, work: Callable[[], Any], here: bool) -> None:
+        if here:
+            work()
+        if self._watch is None or self._alone:
+            self.barrier(name)
+        else:
+            self._watch.gather(name)
 
     # ------------------------------------------------------------------ between processes
 
@@ -395,6 +415,15 @@ class ParallelStrategy(Strategy):
 
     def unanimous(self, about: str) -> bool:
         return self._watch is None or self._watch.unanimous(about)
+
+    def all_skip(self, batch: int) -> bool:
+        if self._watch is None or self._watch.unanimous(f"skip/{batch}", self.timeout.total_seconds()):
+            return True
+        raise RuntimeError(
+            f"on_train_batch_start returned -1 on rank {self.global_rank} in batch {batch}, which ends the epoch, but not on"
+            " all ranks: the others wait for gradients that do not come. Decide from what is the same on all ranks, or let"
+            " them agree: trainer.strategy.reduce_boolean_decision(wish, all=False)."
+        )
 
     def agree_on(self, interrupt: Interrupt) -> bool:
         if not self._exchanges:

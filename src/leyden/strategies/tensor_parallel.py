@@ -65,6 +65,7 @@ class TensorParallelStrategy(FSDPStrategy):
     """
 
     strategy_name = "tensor_parallel"
+    joins = False
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class TensorParallelStrategy(FSDPStrategy):
         checkpoint_io: Any = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
-        start_method: str = "popen",
+        start_method: Any = "popen",
         **kwargs: Any,
     ) -> None:
         _check_kwargs(type(self).__name__, kwargs)

@@ -7,6 +7,8 @@ Nothing of it costs an ordinary batch anything, and none of it is a collective: 
 from __future__ import annotations
 
 import contextlib
+import math
+import multiprocessing
 import os
 import sys
 import threading
@@ -17,15 +19,18 @@ from typing import Any
 
 from leyden.errors import CheckpointError
 from leyden.signals import Interrupt
+from leyden.strategies.board import Board, first_line, ranks_in_words, tell
+from leyden.strategies.hang import ANSWER, Hang, is_timeout
+from leyden.strategies.where import Where
 
 PERIOD = 0.1
 """Seconds between two looks at the store."""
 GRACE = 5.0
 """Seconds that a process has to leave a run by itself when another one has failed."""
-ANSWER = 10.0
-"""Seconds after which a process that does not answer counts as gone."""
 PATIENCE = 2.0
 """Seconds that a rank waits for the others to say, after the same batch, what it says."""
+NOTICE = 30.0
+"""Seconds that ranks wait for work that only some do, before they say so."""
 
 
 class Watch:
@@ -36,6 +41,9 @@ class Watch:
     too; the others then have ``GRACE`` seconds to leave the run, which those do by themselves whose exchange is broken off;
     those that wait for ever are ended.
 
+    A rank that has not moved for ``limit`` seconds asks all where they stand. If none has moved, and one waits for another
+    in an exchange, that is the end of the run: each rank prints its stacks, and one says who is behind.
+
     Args:
         store: The key-value store of the processes.
         name: Of the run: the same on all ranks, and of no other run.
@@ -44,6 +52,8 @@ class Watch:
         interrupt: Of the run.
         batches: Returns how many batches the loop has done.
         leave: Ends this process, with an exit code.
+        limit: After how many seconds without any event ranks that wait for one that hangs are ended.
+        where: Tells what this process does.
     """
 
     def __init__(
@@ -55,16 +65,29 @@ class Watch:
         interrupt: Interrupt,
         batches: Callable[[], int],
         leave: Callable[[int], None] = os._exit,
+        limit: float = math.inf,
+        where: Where | None = None,
     ) -> None:
-        self.store, self.name, self.rank, self.size = store, name, rank, size
+        self.board, self.rank, self.size = Board(store, name), rank, size
         self.interrupt, self.batches, self.leave = interrupt, batches, leave
+        self.where = Where() if where is None else where
+        self.period = PERIOD * max(1.0, size / 64)  # all look at one store
         self._last: int | None = None
         self._answered = False
         self._since = 0.0
-        self._lock = threading.Lock()  # two questions that belong together, two threads
-        self._over = threading.Event()
+        self._gathered = 0
+        self._over, self._wake = threading.Event(), threading.Event()
+        self._failed: str | None = None
+        self._said: str | None = None
+        """What this rank has to say of its own failure; the thread says it: the way to the store may be cut."""
+        self._told = threading.Event()
+        self._hang = Hang(self.board, rank, size, self.where, limit)
+        self._looked = time.monotonic()
         self._thread = threading.Thread(target=self._look, name="leyden-watch", daemon=True)
         self._thread.start()
+        self._second = threading.Thread(target=self._watch_the_store, name="leyden-watch-store", daemon=True)
+        if rank:
+            self._second.start()
 
     def ends_after(self, batch: int) -> bool:
         """Whether the run ends after batch ``batch``, the one that this rank has just done; waits for what others answer.
@@ -87,62 +110,151 @@ class Watch:
 
     def _bounds(self) -> list[int | None]:
         """The last batch that each rank can be in; None for one that has not answered yet."""
-        answers = [self._read(f"bound/{rank}") for rank in range(self.size)]
+        answers = [self.board.read(f"bound/{rank}") for rank in range(self.size)]
         return [None if answer is None else int(answer) for answer in answers]
 
-    def unanimous(self, about: str) -> bool:
-        """Whether all ranks ask this, at the same point; those that do get the same answer, and wait ``PATIENCE`` at most."""
-        votes, result = f"{self.name}/{about}/votes", f"{self.name}/{about}/result"
-        with self._lock:
-            if self.store.add(votes, 1) == self.size:
-                self.store.compare_set(result, "", "yes")
-        until = time.monotonic() + PATIENCE
-        while (answer := self._read(f"{about}/result")) is None:
-            if time.monotonic() > until:
-                with self._lock:  # whichever comes first, "yes" or "no", is the answer for all
-                    self.store.compare_set(result, "", "no")
+    def unanimous(self, about: str, patience: float = PATIENCE) -> bool:
+        """Whether all ranks ask this, at the same point; those that do get the same answer, and wait ``patience`` at most.
+
+        They wait no longer than until another rank is known to have gone on.
+        """
+        votes, result = f"{about}/votes", f"{about}/result"
+        if self.board.add(votes, 1) == self.size:
+            self.board.first(result, "yes")
+        began, here = time.monotonic(), self._hang.place()
+        asks = began + PATIENCE
+        while (answer := self.board.read(result)) is None:
+            now = time.monotonic()
+            if now > began + patience:
+                self.board.first(result, "no")  # whichever comes first, "yes" or "no", is the answer for all
+            elif now > asks:
+                asks = now + PATIENCE
+                if self._hang.others_are_further(here):
+                    self.board.first(result, "no")
             time.sleep(PERIOD / 10)
         return answer == "yes"
 
+    def hear(self, about: str, mine: str, seconds: float = PATIENCE) -> dict[int, str]:
+        """Tell the others ``mine``; return, by rank, what those have told that did so within ``seconds``."""
+        self.board.write(f"{about}/{self.rank}", mine)
+        until = time.monotonic() + seconds
+        while True:
+            found = {rank: self.board.read(f"{about}/{rank}") for rank in range(self.size)}
+            if None not in found.values() or time.monotonic() > until:
+                return {rank: text for rank, text in found.items() if text is not None}
+            time.sleep(PERIOD / 2)
+
+    def gather(self, about: str) -> None:
+        """Wait, as long as it takes, until all ranks have come here; say once in a while who waits for whom.
+
+        Raises:
+            RuntimeError: when a rank has failed meanwhile.
+        """
+        self._hang.patient = True
+        self._gathered += 1  # all ranks come to the same places in the same order
+        key = f"gather{self._gathered}"
+        try:
+            self.board.write(f"{key}/{self.rank}", "1")
+            self.board.add(key, 1)
+            began, notice = time.monotonic(), NOTICE
+            while True:
+                if self.board.add(key) >= self.size:
+                    return
+                if self._failed is not None:
+                    raise RuntimeError(
+                        f"Rank {self.rank} waited for {about} of other ranks; one failed: {self._failed}"
+                    )
+                if (waited := time.monotonic() - began) >= notice:
+                    notice = waited + 20 * NOTICE
+                    self._say_who_waits(key, about, waited)
+                time.sleep(min(PERIOD / 2, max(waited / 20, 0.001)))
+        finally:
+            self._hang.patient = False
+
+    def _say_who_waits(self, key: str, about: str, waited: float) -> None:
+        here = [rank for rank in range(self.size) if self.board.read(f"{key}/{rank}") is not None]
+        if here and here[0] == self.rank:
+            missing = [rank for rank in range(self.size) if rank not in here]
+            tell(
+                f"leyden: {ranks_in_words(here)} {'wait' if len(here) > 1 else 'waits'} for {about} on"
+                f" {ranks_in_words(missing)}, for {waited:.0f} s so far. It has all the time that it needs.\n"
+            )
+
     def failed(self, error: BaseException) -> str | None:
-        """Say that this rank leaves the run with ``error``; return what another one has said before, if one has."""
-        said = f"rank {self.rank} of {self.size}: {type(error).__name__}: {_first_line(error)}"
-        with contextlib.suppress(Exception):  # the store may be gone, with rank 0
-            first = self._read("failed")
-            if first is None:
-                self._write("failed", said)
-            elif not first.startswith(f"rank {self.rank} "):
-                return first
-        return None
+        """Say that this rank leaves the run with ``error``; return what another one has said before, if one has.
+
+        Where ``error`` is an exchange whose time is up, all ranks say where they stand.
+        """
+        late = is_timeout(error)
+        self._said = f"rank {self.rank} of {self.size}: {type(error).__name__}: {first_line(error)}"
+        if late and self._failed is None:
+            self._hang.suspect(error)
+        self._wake.set()
+        self._told.wait(ANSWER)
+        if late:
+            self._hang.shown.wait(ANSWER)
+        first = self._failed
+        return None if first is None or first.startswith(f"rank {self.rank} ") else first
 
     def close(self) -> None:
         """Stop to look."""
         self._over.set()
+        self._wake.set()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=ANSWER)
-
-    def _read(self, key: str) -> str | None:
-        with self._lock:
-            key = f"{self.name}/{key}"
-            return self.store.get(key).decode() if self.store.check([key]) else None
-
-    def _write(self, key: str, value: str) -> None:
-        with self._lock:
-            self.store.set(f"{self.name}/{key}", value)
+        if self.rank and threading.current_thread() is not self._second:
+            self._second.join(timeout=ANSWER)
 
     # ------------------------------------------------------------------ the thread
 
     def _look(self) -> None:
-        while not self._over.wait(PERIOD):
+        until: float | None = None
+        while not self._over.is_set():
+            self._wake.wait(self.period)
+            self._wake.clear()
+            if self._over.is_set():
+                break
             try:
-                self._answer()
-                failed = self._read("failed") or self._silent()
+                failed = self._round()
             except Exception as error:
                 if self._over.is_set():
                     return
-                failed = f"rank 0 cannot be reached any more ({_first_line(error)})"
-            if failed is not None:
-                self._wait_and_end(failed)
+                failed = f"rank 0 cannot be reached any more ({first_line(error)})"
+            self._looked = now = time.monotonic()
+            if failed is None:
+                continue
+            self._failed = self._failed or failed
+            self._told.set()
+            verdict = self._hang.known()
+            if verdict is not None and not self._hang.shown.is_set():
+                self._hang.show(verdict)
+                until = time.monotonic() + GRACE
+            elif until is None and failed != self._said:  # one that has failed itself leaves by itself
+                until = now + GRACE
+            if until is not None and now >= until:
+                self._end(self._failed)
+                return
+        with contextlib.suppress(Exception):
+            self.board.write(f"left/{self.rank}", "1")
+
+    def _round(self) -> str | None:
+        """One look at the store; return what has failed, if anything has."""
+        self._answer()
+        lost = self._hang.look()
+        if self._said is not None and not self._told.is_set() and not self._hang.pending:
+            return self.board.first("failed", self._said)
+        return self.board.read("failed") or lost or self._silent()
+
+    def _watch_the_store(self) -> None:
+        """End a process that rank 0, which keeps the store, does not answer any more: the first thread waits for it."""
+        while not self._over.wait(min(self._hang.silence / 4, 1.0)):
+            if time.monotonic() - self._looked > self._hang.silence and self._thread.is_alive():
+                failed = f"rank 0 has not answered for {self._hang.silence:g} s: its machine is gone, or the way to it is cut"
+                self._failed = self._failed or failed
+                self._told.set()
+                self._hang.shown.set()
+                if not self._over.wait(GRACE):
+                    self._end(failed)
                 return
 
     def _answer(self) -> None:
@@ -150,11 +262,11 @@ class Watch:
         interrupt = self.interrupt
         if self._answered:
             return
-        asked = self._read("asked")
+        asked = self.board.read("asked")
         if asked is None and interrupt.asked:
             error = f"rank {self.rank}: {interrupt.error}" if interrupt.error is not None else ""
             asked = f"{interrupt.number or 0}:{error}"
-            self._write("asked", asked)
+            self.board.write("asked", asked)
         if asked is None:
             return
         number, _, error = asked.partition(":")
@@ -164,7 +276,7 @@ class Watch:
             interrupt.error = CheckpointError(f"The run was ended by {error}")
         # first the flag, then the count: the loop may have looked at the flag just before, and is one further then
         interrupt.received = True
-        self._write(f"bound/{self.rank}", str(self.batches() + 1))
+        self.board.write(f"bound/{self.rank}", str(self.batches() + 1))
         self._answered, self._since = True, time.monotonic()
 
     def _silent(self) -> str | None:
@@ -175,21 +287,17 @@ class Watch:
         self._since = float("inf")
         return f"rank {bounds.index(None)} of {self.size} does not answer" if None in bounds else None
 
-    def _wait_and_end(self, failed: str) -> None:
-        if failed.startswith(f"rank {self.rank} ") or self._over.wait(GRACE):
-            return
+    def _end(self, failed: str) -> None:
+        """End this process: its loop has not left the run in time."""
         with contextlib.suppress(Exception):
-            print(
-                f"\nleyden: rank {self.rank} of {self.size} ends, because another one has failed: {failed}",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
-            main = sys._current_frames().get(threading.main_thread().ident or 0)  # noqa: SLF001  # no other way
-            print(f"leyden: rank {self.rank} waits here:", file=sys.stderr)
-            traceback.print_stack(main, file=sys.stderr)
+            text = f"\nleyden: rank {self.rank} of {self.size} ends, because another one has failed: {failed}\n"
+            if self._hang.verdict is None:
+                event, _ = self.where.told()
+                main = sys._current_frames().get(threading.main_thread().ident or 0)  # noqa: SLF001  # no other way
+                text += f"leyden: rank {self.rank} waits here, {event}:\n{''.join(traceback.format_stack(main))}"
+            tell(text)
             sys.stdout.flush()
-            sys.stderr.flush()
+        with contextlib.suppress(Exception):
+            for child in multiprocessing.active_children():
+                child.kill()  # a worker that hangs does not notice that its parent is gone
         self.leave(1)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]

@@ -52,21 +52,25 @@ class Others:
     def _look(self) -> None:
         while not self._over.wait(0.1):
             for rank, process in enumerate(self.processes, 1):
-                if process.poll() not in (None, 0):
-                    self._one_is_lost(rank, process)
+                # one that ends well before the others, in the middle of a run, is lost as well: they wait for it
+                missed = (code := process.poll()) or (code == 0 and self.running)
+                if missed and self._one_is_lost(rank, process):
                     return
 
-    def _one_is_lost(self, rank: int, process: subprocess.Popen[bytes]) -> None:
+    def _one_is_lost(self, rank: int, process: subprocess.Popen[bytes]) -> bool:
+        """Wait for this process to leave the run, and end it if it does not; return False where nobody is missed."""
         code = process.returncode
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        self.lost = f"local rank {rank} (process {process.pid}) has ended with {how}"
+        lost = f"local rank {rank} (process {process.pid}) has ended with {how}"
+        self.lost = lost if code else None
         until = time.monotonic() + GRACE
         while time.monotonic() < until and not self._over.is_set():
             if not self.running:
-                return
+                return bool(code)
             time.sleep(0.1)
         if self._over.is_set():
-            return
+            return True
+        self.lost = lost
         with contextlib.suppress(Exception):
             print(f"\nleyden: {self.lost}; all ranks end.", file=sys.stderr, flush=True)
             sys.stdout.flush()
