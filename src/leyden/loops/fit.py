@@ -27,18 +27,9 @@ from torch import Tensor
 
 from leyden.config import ValInterval, parse_val_check_interval
 from leyden.data.combined import CombinedLoader
-from leyden.loops import batches, when
+from leyden.loops import batches, optimize, when
 from leyden.loops.evaluate import EvaluationLoop
-from leyden.loops.optimize import (
-    Optimization,
-    check_loss,
-    detached,
-    divisor_of,
-    no_batch,
-    read_loss,
-    step_losses,
-    weighted,
-)  # fmt: skip
+from leyden.loops.optimize import Optimization, check_loss, detached, read_loss, step_losses, weighted
 from leyden.loops.paths import choose
 from leyden.loops.schedule import step_schedules
 from leyden.loops.session import Session
@@ -114,13 +105,13 @@ class FitLoop:
                     self.last = last = True
                     output = None
                 elif batch is None:
-                    output = no_batch(session, self, batch_idx)
+                    output = optimize.no_batch(session, self, batch_idx)
                 else:
                     store.hook = "training_step"
                     args = (batch, batch_idx) if num_args > 1 else (batch,)
                     output = train(
                         session, optimization, args, batch_idx, batch_idx % accumulate == 0, steps,
-                        1 if accumulate == 1 else divisor_of(self, session, batch_idx, last),
+                        1 if accumulate == 1 else optimize.divisor_of(self, session, batch_idx, last),
                     )  # fmt: skip
                 progress.batch_idx += 1
                 progress.batches += 1
@@ -323,7 +314,7 @@ class FitLoop:
         self.last, optimization.stepped = True, 0
         self.steps = bool(progress.batch_idx % session.trainer.batches_per_update) and optimization.automatic
         if self.steps:
-            divisor_of(self, session, progress.batch_idx - 1, True)
+            optimize.divisor_of(self, session, progress.batch_idx - 1, True)
             optimization.update()
             step_schedules(session, "step", False, progress.batch_idx)
         if optimization.automatic:
