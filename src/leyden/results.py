@@ -147,6 +147,8 @@ class Store:
         self.slots: dict[tuple[Any, ...], Slot] = {}
         self.hook: str | None = None
         self.batch: Any = None
+        self.passed_over = False
+        """Whether this process has none of the batch that runs: of what it logs, none is of this step."""
         self.loader: int | None = None
         self.on_step = False
         """True from the first batch of an epoch (or loader) to its last: metrics are then those of the step."""
@@ -159,6 +161,7 @@ class Store:
     def start_batch(self, batch: Any, loader: int | None = None) -> None:
         """A new batch begins; ``loader`` is its index where there are several evaluation loaders."""
         self.batch, self.loader, self.on_step, self._batch_size = batch, loader, True, None
+        self.passed_over = batch is None
 
     def end_batch(self) -> None:
         """Let go of the batch."""

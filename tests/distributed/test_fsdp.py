@@ -199,7 +199,12 @@ class Tied(Deep):
 
 
 class Direct(Deep):
-    """Calls layers and uses weights in its steps, not in its forward."""
+    """Calls layers and uses weights in its steps, not in its forward; two of them it leaves out."""
+
+    def __init__(self, optimizer: str = "sgd") -> None:
+        super().__init__(optimizer)
+        self.blocks[1].requires_grad_(False)
+        self.scale.requires_grad_(False)
 
     def loss(self, batch: Any) -> Tensor:
         x = torch.nn.functional.linear(batch[0], self.enter.weight, self.enter.bias)

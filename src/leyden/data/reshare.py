@@ -156,7 +156,8 @@ def items_of(loader: Any) -> int:
 def replicas_of(loader: Any) -> int | None:
     """Return among how many a sampler of torch's that knows ranks shares its samples out; None for any other."""
     sampler = _sampler(loader)
-    return int(sampler.num_replicas) if isinstance(sampler, DistributedSampler) else None
+    knows = isinstance(sampler, DistributedSampler) and not isinstance(sampler, Sharded)
+    return int(sampler.num_replicas) if knows else None
 
 
 def _sampler(loader: Any) -> Any:

@@ -142,6 +142,19 @@ class Sharded:
         return getattr(self.sampler, name)
 
 
+class SharedOrder(Sharded, DistributedSampler[Any]):
+    """The share of one rank in what a DistributedSampler of one process draws, for programs that look for one of several."""
+
+    def __init__(self, sampler: Any, rank: int, size: int, pads: bool, loader: Any, turns: int = 1) -> None:
+        Sharded.__init__(self, sampler, rank, size, pads, loader, turns)
+        vars(self).update(vars(DistributedSampler(sampler.dataset, size, rank, sampler.shuffle, sampler.seed)))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch begins: another order is drawn for it."""
+        self.epoch = epoch
+        self.sampler.set_epoch(epoch)
+
+
 class Turns(BatchSampler):
     """The batches of a rank that takes the places of several, one after the other: each as that rank would have had it.
 
@@ -195,7 +208,8 @@ def _shared(loader: Any, rank: int, size: int, pads: bool, turns: int) -> Any:
     if batches is None:
         object.__setattr__(copied, "sampler", Sharded(loader.sampler, rank, size, pads, loader, turns))
     elif type(batches) is BatchSampler:
-        own, samples = copy.copy(batches), Sharded(batches.sampler, rank, size, pads, loader, turns)
+        kind = SharedOrder if isinstance(batches.sampler, DistributedSampler) else Sharded
+        own, samples = copy.copy(batches), kind(batches.sampler, rank, size, pads, loader, turns)
         own.sampler = samples
         object.__setattr__(copied, "sampler", samples)
         object.__setattr__(copied, "batch_sampler", own if turns == 1 else Turns(batches, samples))

@@ -117,7 +117,7 @@ class Across:
 
     def step(self, store: Store) -> None:
         """Replace the values of the last step by those over all ranks, where ``sync_dist=True`` was said."""
-        has = store.batch is not None  # a rank without a batch has logged nothing for it
+        has = not store.passed_over
         slots = {
             _name(key, slot, {}): slot
             for key, slot in (store.slots.items() if has else ())
