@@ -100,7 +100,8 @@ def test_processes_that_somebody_else_starts_meet_where_their_environment_says(
         assert {path.name for path in tmp_path.glob("down*")} == {"down0", "down1"}
 
 
-@pytest.mark.parametrize("name", [pytest.param("LightningEnvironment", marks=pytest.mark.slow), "Starts"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["LightningEnvironment", "Starts"])
 def test_an_environment_that_starts_nothing_has_us_start_the_others(tmp_path: Path, name: str) -> None:
     command = [sys.executable, str(SCRIPT), str(tmp_path), name]
     ranks = _run([command], tmp_path, [{"OWN_PORT": _free_port()}])

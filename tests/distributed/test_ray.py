@@ -103,6 +103,7 @@ def test_each_entry_point_runs_in_actors() -> None:
     assert tested == pytest.approx(alone, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_d1_the_traceback_of_the_rank_that_failed_first_is_the_error() -> None:
     with pytest.raises(Exception, match="(?s)Rank 1 ended with the following.*broken on rank 1") as caught:
         make_trainer(strategy="ddp_ray", max_epochs=1).fit(Broken(), _loader())

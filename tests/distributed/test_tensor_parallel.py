@@ -74,13 +74,13 @@ def _same(one: dict[str, Any], ranks: list[dict[str, Any]], size: int) -> None:
             assert torch.equal(weight, ranks[0]["weights"][name]), name
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["perceptron", "gpt", "plan", pytest.param("llama", marks=pytest.mark.slow)])
 def test_f1_f2_u1_m1_two_processes_on_one_batch_give_the_numbers_of_one(case: str) -> None:
     options: dict[str, Any] = {"gradient_clip_val": 0.5}
     _same(_train(case, 1, 1, **options), on_ranks(2, lambda: _train(case, 2, 2, **options)), 2)
 
 
-@pytest.mark.parametrize("case", ["perceptron", "gpt"])
+@pytest.mark.parametrize("case", [pytest.param("perceptron", marks=pytest.mark.slow), "gpt"])
 def test_f1_f2_u1_m1_groups_of_two_share_out_the_data_and_the_parameters(case: str) -> None:
     options: dict[str, Any] = {"gradient_clip_val": 0.5}
     _same(_train(case, 1, 1, **options), on_ranks(4, lambda: _train(case, 4, 2, **options)), 2)
