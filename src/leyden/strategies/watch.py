@@ -71,7 +71,7 @@ class Watch:
         self.board, self.rank, self.size = Board(store, name), rank, size
         self.interrupt, self.batches, self.leave = interrupt, batches, leave
         self.where = Where() if where is None else where
-        self.period = PERIOD * max(1.0, size / 64)  # all look at one store
+        self.pace = PERIOD * max(1.0, size / 64)  # all look at one store
         self._last: int | None = None
         self._answered = False
         self._since = 0.0
@@ -210,7 +210,7 @@ class Watch:
     def _look(self) -> None:
         until: float | None = None
         while not self._over.is_set():
-            self._wake.wait(self.period)
+            self._wake.wait(self.pace)
             self._wake.clear()
             if self._over.is_set():
                 break
