@@ -21,6 +21,19 @@ _STARTS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebo
 _UNUSED = {"": {}, "_find_unused_parameters_true": {"find_unused_parameters": True}} | {
     "_find_unused_parameters_false": {"find_unused_parameters": False}
 }
+# what of DeepSpeed a name means
+_OFFLOAD = {"offload_optimizer": True}
+_DEEPSPEED: dict[str, dict[str, Any]] = {
+    "deepspeed": {},
+    **{f"deepspeed_stage_{stage}": {"stage": stage} for stage in (1, 2, 3)},
+    "deepspeed_stage_1_offload": {"stage": 1, **_OFFLOAD},
+    "deepspeed_stage_2_offload": {"stage": 2, **_OFFLOAD},
+    "deepspeed_stage_3_offload": {"stage": 3, "offload_parameters": True, **_OFFLOAD},
+    "deepspeed_stage_3_offload_nvme": {
+        "stage": 3, "offload_parameters": True, "offload_params_device": "nvme", "offload_optimizer_device": "nvme",
+        **_OFFLOAD,
+    },
+}  # fmt: skip
 
 # name -> "module:class", imported when used, or a class; with the arguments it is made with, if it takes any.
 # Third parties add to it
@@ -34,6 +47,7 @@ STRATEGIES: dict[str, Any] = {
     },
     "fsdp": "leyden.strategies.fsdp:FSDPStrategy",
     "fsdp_cpu_offload": ("leyden.strategies.fsdp:FSDPStrategy", {"cpu_offload": True}),
+    **{name: ("leyden.strategies.deepspeed:DeepSpeedStrategy", arguments) for name, arguments in _DEEPSPEED.items()},
 }
 LATER = ("xla", "xla_debug", "single_xla", "single_tpu", "xla_fsdp")
 

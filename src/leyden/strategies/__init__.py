@@ -10,15 +10,17 @@ from leyden.strategies.base import Strategy
 
 if TYPE_CHECKING:
     from leyden.strategies.ddp import DDPStrategy
+    from leyden.strategies.deepspeed import DeepSpeedStrategy
     from leyden.strategies.fsdp import FSDPStrategy
     from leyden.strategies.mesh import MeshStrategy
     from leyden.strategies.parallel import ParallelStrategy
     from leyden.strategies.single import SingleDeviceStrategy
 
-__all__ = ["DDPStrategy", "FSDPStrategy", "MeshStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
+__all__ = ["DDPStrategy", "DeepSpeedStrategy", "FSDPStrategy", "MeshStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
 
 _WHERE = {
     "DDPStrategy": "ddp",
+    "DeepSpeedStrategy": "deepspeed",
     "FSDPStrategy": "fsdp",
     "MeshStrategy": "mesh",
     "ParallelStrategy": "parallel",
