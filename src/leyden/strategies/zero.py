@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -111,11 +112,28 @@ def whole_weight(parameter: nn.Parameter, trained: bool) -> Tensor:
         return parameter.detach().clone()
 
 
-def set_master(parameter: nn.Parameter, value: Tensor) -> None:
-    """Put a whole value, the same on all ranks, in the place of the 32-bit weight that the optimizer steps on."""
-    from deepspeed.utils import safe_set_full_fp32_param  # noqa: PLC0415  # see gathered
+def set_master(parameter: nn.Parameter, value: Tensor, name: str | None = None) -> None:
+    """Put a whole value, the same on all ranks, in the place of what the optimizer steps on, or keeps under ``name``.
 
-    safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+    Takes no exchange: each process keeps its part.
+    """
+    from deepspeed import utils  # noqa: PLC0415  # see gathered
+
+    whole = value.to(parameter.device, torch.float32)
+    if not hasattr(parameter, "ds_id"):
+        utils.safe_set_full_optimizer_state(parameter, whole, name) if name else utils.safe_set_full_fp32_param(
+            parameter, whole
+        )
+        return
+    # what DeepSpeed has for whole values of stage 3 fails where they cannot be shared out evenly
+    size = parameter.ds_tensor.numel()
+    start = min(size * dist.get_rank(parameter.ds_process_group), whole.numel())
+    part = torch.zeros(size, device=whole.device)
+    mine = whole.flatten()[start : start + size]
+    part[: mine.numel()] = mine
+    utils.safe_set_local_optimizer_state(parameter, part, name) if name else utils.safe_set_local_fp32_param(
+        parameter, part
+    )
 
 
 def optimizer_state(zero: Any, before: Before, writes: bool) -> dict[str, Any]:
@@ -135,10 +153,14 @@ def optimizer_state(zero: Any, before: Before, writes: bool) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     index = 0
-    for group, parameters, parts in zip(inner.param_groups, before.groups, flats(zero), strict=True):
+    for position, (group, parameters, parts) in enumerate(
+        zip(inner.param_groups, before.groups, flats(zero), strict=True)
+    ):
         first = index
         flat = next((part for part in parts if inner.state.get(part)), None)
         known = {} if flat is None else inner.state[flat]
+        if flat is not None:
+            _link(zero, position, flat)
         for parameter in parameters:
             if parameter in before.trained and known:
                 own = state[index] = {}
@@ -165,8 +187,6 @@ def load_optimizer_state(zero: Any, before: Before, state: Mapping[str, Any]) ->
     Raises:
         ValueError: for the state of another optimizer.
     """
-    from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_set_full_optimizer_state  # noqa: PLC0415
-
     inner = zero.optimizer
     saved = state["param_groups"]
     if [len(group["params"]) for group in saved] != [len(parameters) for parameters in before.groups]:
@@ -185,13 +205,20 @@ def load_optimizer_state(zero: Any, before: Before, state: Mapping[str, Any]) ->
                 name: torch.zeros_like(flat) if name in names else _scalar(value, flat, group)
                 for name, value in template.items()
             }
-        if hasattr(zero, "bit16_groups"):
-            lazy_init_hp_params_optimizer_state(zero.bit16_groups[position], parts[0], inner.state)
+        _link(zero, position, parts[0])
         for parameter, each in own.items():
             for name in names:
                 if each is None or name not in each:
                     raise ValueError(f"it has no {name!r} for a parameter of shape {tuple(parameter.shape)}")
-                safe_set_full_optimizer_state(parameter, each[name].to(parameter.device, torch.float32), name)
+                set_master(parameter, each[name], name)
+
+
+def _link(zero: Any, position: int, flat: Tensor) -> None:
+    """Let parameters know the state of their group; DeepSpeed does it too early where there are several groups."""
+    if hasattr(zero, "bit16_groups"):  # stages 1 and 2
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state  # noqa: PLC0415  # see gathered
+
+        lazy_init_hp_params_optimizer_state(zero.bit16_groups[position], flat, zero.optimizer.state)
 
 
 def _scalar(value: Any, flat: Tensor, group: Mapping[str, Any]) -> Any:
