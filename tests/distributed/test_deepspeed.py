@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import DataLoader
 
 import leyden as L
-from tests.distributed.ranks import Judged, data, make_trainer, on_ranks
+from leyden.errors import MisconfigurationException
+from ranks import Judged, data, make_trainer, on_ranks
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
@@ -48,7 +49,10 @@ class Net(Judged):
         """Gradients are the engine's."""
 
     def configure_optimizers(self) -> Any:
-        groups = [{"params": [*self.layer.parameters()]}, {"params": [self.scale, *self.frozen.parameters()], "lr": 0.01}]
+        groups = [
+            {"params": [*self.layer.parameters()]},
+            {"params": [self.scale, *self.frozen.parameters()], "lr": 0.01},
+        ]
         optimizer: Any = torch.optim.SGD(groups, self.lr, momentum=0.9)
         if self.kind == "adam":
             optimizer = torch.optim.AdamW(groups, 0.02)
@@ -63,7 +67,9 @@ def weights(module: Any) -> dict[str, torch.Tensor]:
 def plain(module: Any) -> bool:
     """Whether nothing of DeepSpeed is left on a module."""
     marks = [n for p in module.parameters() for n in vars(p)]
-    hooks = [h for m in module.modules() for n, hs in vars(m).items() if n.endswith("_hooks") for h in (hs or {}).values()]
+    hooks = [
+        h for m in module.modules() for n, hs in vars(m).items() if n.endswith("_hooks") for h in (hs or {}).values()
+    ]
     kinds = {type(vars(m)["_parameters"]) for m in module.modules()}
     return not marks and not hooks and kinds == {dict} and "forward" not in vars(module)
 
@@ -162,7 +168,9 @@ def test_a_checkpoint_is_one_of_one_process(tmp_path: Path) -> None:
     model.load_state_dict(checkpoint["state_dict"])
     optimizer = model.configure_optimizers()[0][0]
     optimizer.load_state_dict(checkpoint["optimizer_states"][0])
-    assert {k: v.shape for k, v in checkpoint["state_dict"].items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert {k: v.shape for k, v in checkpoint["state_dict"].items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
     assert all(v["exp_avg"].shape == p.shape for p, v in optimizer.state.items())
     # and goes on in one process
     trainer = make_trainer(1, max_epochs=1)
@@ -176,7 +184,9 @@ def saved_afterwards(folder: str) -> Any:
     trainer = make_trainer(2, strategy="deepspeed_stage_2", max_epochs=1)
     trainer.fit(module, DataLoader(data(16), 2))
     trainer.save_checkpoint(os.path.join(folder, "end.ckpt"))
-    module(torch.ones(1, 4)) if type(module).forward is not L.LightningModule.forward else module.layer(torch.ones(1, 4))
+    module(torch.ones(1, 4)) if type(module).forward is not L.LightningModule.forward else module.layer(
+        torch.ones(1, 4)
+    )
     first = list(module.losses)
     trainer = make_trainer(2, strategy="deepspeed_stage_3", max_epochs=1)  # the same module, by another stage
     trainer.fit(module, DataLoader(data(16), 2))
@@ -195,9 +205,6 @@ def test_save_after_the_run_and_train_once_more(tmp_path: Path) -> None:
 
 
 def refused(how: str) -> str:
-    class Manual(Net):
-        automatic_optimization = False  # type: ignore[assignment]
-
     class Several(Net):
         def configure_optimizers(self) -> Any:
             return [torch.optim.SGD(self.layer.parameters(), 0.1), torch.optim.SGD([self.scale], 0.1)]
@@ -212,7 +219,7 @@ def refused(how: str) -> str:
         module.automatic_optimization = False
     try:
         fit("deepspeed_stage_2", 2, 2, {"count": 8, **given}, module)
-    except L.MisconfigurationException as error:
+    except MisconfigurationException as error:
         return str(error)
     return "nothing was raised"
 
@@ -235,7 +242,9 @@ def own_hooks(stage: int) -> Any:
         def on_before_backward(self, loss: torch.Tensor) -> None:
             self.seen.append(loss.item())
 
-        def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:
+        def configure_gradient_clipping(
+            self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any
+        ) -> None:
             self.clip_gradients(optimizer, 0.2, "norm")
 
         def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:

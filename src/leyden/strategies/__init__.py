@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from leyden.strategies.parallel import ParallelStrategy
     from leyden.strategies.single import SingleDeviceStrategy
 
-__all__ = ["DDPStrategy", "DeepSpeedStrategy", "FSDPStrategy", "MeshStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
+__all__ = [
+    "DDPStrategy",
+    "DeepSpeedStrategy",
+    "FSDPStrategy",
+    "MeshStrategy",
+    "ParallelStrategy",
+    "SingleDeviceStrategy",
+    "Strategy",
+]
 
 _WHERE = {
     "DDPStrategy": "ddp",

@@ -8,6 +8,7 @@ and whole optimizer state in one file, in which nothing is pickled. After a run 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import math
 import os
@@ -226,8 +227,7 @@ class DeepSpeedStrategy(ParallelStrategy):
             world_size=self.world_size,
         )
         with self._environment():
-            import deepspeed  # noqa: PLC0415  # few programs have it
-
+            deepspeed: Any = importlib.import_module("deepspeed")  # few programs have it
             from leyden.strategies.zero import Before  # noqa: PLC0415  # with it
 
             deepspeed.utils.logging.logger.setLevel(self._logging_level)
@@ -425,7 +425,9 @@ class DeepSpeedStrategy(ParallelStrategy):
                     continue
                 if value not in made:
                     whole = whole_weight(value, value in before.trained).to(before.dtype_of(name, value))
-                    made[value] = whole.to("cpu", copy=True) if self.is_global_zero else torch.empty_like(whole, device="meta")
+                    made[value] = (
+                        whole.to("cpu", copy=True) if self.is_global_zero else torch.empty_like(whole, device="meta")
+                    )
                 state[name] = made[value]
             elif isinstance(value, Tensor):
                 state[name] = value.detach().to("cpu", before.dtype_of(name, value), copy=True)

@@ -188,7 +188,7 @@ def build(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete(
-    config: Mapping[str, Any],
+    given: Mapping[str, Any],
     *,
     precision: str,
     scaling: Mapping[str, Any],
@@ -199,7 +199,7 @@ def complete(
     """Return the configuration of a fit: what the Trainer knows is put in, and what contradicts it is an error.
 
     Args:
-        config: As built, or as given.
+        given: As built, or as it was given.
         precision: That of the Trainer.
         scaling: The arguments about the scale of losses, for 16 bits.
         accumulate: ``accumulate_grad_batches``. DeepSpeed gets 1: losses are divided here, where it is known how long the
@@ -210,7 +210,7 @@ def complete(
     Raises:
         MisconfigurationException: naming both sides.
     """
-    config = copy.deepcopy(dict(config))
+    config: dict[str, Any] = copy.deepcopy(dict(given))
     _put_precision(config, precision, scaling)
     steps = config.pop("gradient_accumulation_steps", accumulate)
     if steps != accumulate:
@@ -230,12 +230,12 @@ def complete(
             )
         micro = each
     config["train_micro_batch_size_per_gpu"] = micro or 1
-    given = config.get("gradient_clipping")
-    if given is not None and clip is not None and given != clip:
+    own = config.get("gradient_clipping")
+    if own is not None and clip is not None and own != clip:
         raise MisconfigurationException(
-            f"The config of DeepSpeed has gradient_clipping={given!r}, and the Trainer gradient_clip_val={clip}. Say it once."
+            f"The config of DeepSpeed has gradient_clipping={own!r}, and the Trainer gradient_clip_val={clip}. Say it once."
         )
-    config["gradient_clipping"] = float(given or clip or 0.0)  # DeepSpeed clips to 1.0 where nothing is said
+    config["gradient_clipping"] = float(own or clip or 0.0)  # DeepSpeed clips to 1.0 where nothing is said
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     config.setdefault("steps_per_print", 2**31)

@@ -8,6 +8,7 @@ Everything here reaches into DeepSpeed's ZeRO optimizers; nothing else does.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -33,7 +34,9 @@ class Before:
         self.module, self.optimizer = module, optimizer
         self.groups = [list(group["params"]) for group in optimizer.param_groups]
         owned = (parameter for group in self.groups for parameter in group)
-        self.dtypes = {parameter: (parameter.dtype, set(vars(parameter))) for parameter in (*module.parameters(), *owned)}
+        self.dtypes = {
+            parameter: (parameter.dtype, set(vars(parameter))) for parameter in (*module.parameters(), *owned)
+        }
         self.trained = {p for group in self.groups for p in group if p.requires_grad}
         self._buffers = {name: buffer.dtype for name, buffer in module.named_buffers()}
         self._vars = [(child, set(vars(child))) for child in module.modules()]
@@ -41,8 +44,9 @@ class Before:
 
     def dtype_of(self, name: str, tensor: Tensor) -> torch.dtype:
         """The number format that a parameter or a buffer had."""
-        if tensor in self.dtypes:
-            return self.dtypes[tensor][0]  # type: ignore[index]
+        if isinstance(tensor, nn.Parameter) and tensor in self.dtypes:
+            dtype, _ = self.dtypes[tensor]
+            return dtype
         return self._buffers.get(name, tensor.dtype)
 
     def restore(self, weights: Mapping[nn.Parameter, Tensor], state: dict[str, Any] | None) -> None:
@@ -54,7 +58,9 @@ class Before:
                 for key in [key for key, hook in hooks.items() if str(_module_of(hook)).startswith("deepspeed")]:
                     hooks.pop(key)
             for name in set(mine) - names:
-                if str(getattr(mine[name], "__module__", "")).startswith("deepspeed") or name.startswith(("ds_", "_ds")):
+                if str(getattr(mine[name], "__module__", "")).startswith("deepspeed") or name.startswith(
+                    ("ds_", "_ds")
+                ):
                     mine.pop(name)
         for parameter, (dtype, names) in self.dtypes.items():
             for name in set(vars(parameter)) - names:
@@ -90,40 +96,41 @@ def flats(zero: Any) -> list[list[Tensor]]:
     return [[flat] for flat in zero.single_partition_of_fp32_groups]
 
 
+def _utils() -> Any:
+    return importlib.import_module("deepspeed.utils")
+
+
 @contextlib.contextmanager
 def gathered(parameters: Iterable[nn.Parameter], writes: bool = False) -> Iterator[None]:
     """A context in which ``parameters`` are whole on all ranks, which take part together; it may write to them."""
-    import deepspeed  # noqa: PLC0415  # few programs have it
-
+    zero: Any = importlib.import_module("deepspeed").zero
     own = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    with deepspeed.zero.GatheredParameters(own, modifier_rank=0 if writes else None, enabled=bool(own)):
+    with zero.GatheredParameters(own, modifier_rank=0 if writes else None, enabled=bool(own)):
         yield
 
 
 def whole_weight(parameter: nn.Parameter, trained: bool) -> Tensor:
     """Return the whole value of a parameter, in 32 bits where it is trained; all ranks take part."""
-    from deepspeed.utils import safe_get_full_fp32_param  # noqa: PLC0415  # see gathered
-
     if trained:
-        value: Tensor | None = safe_get_full_fp32_param(parameter)
+        value: Tensor | None = _utils().safe_get_full_fp32_param(parameter)
         if value is not None:
             return value.detach()
     with gathered([parameter]):
         return parameter.detach().clone()
 
 
-def set_master(parameter: nn.Parameter, value: Tensor, name: str | None = None) -> None:
+def set_master(parameter: Any, value: Tensor, name: str | None = None) -> None:
     """Put a whole value, the same on all ranks, in the place of what the optimizer steps on, or keeps under ``name``.
 
     Takes no exchange: each process keeps its part.
     """
-    from deepspeed import utils  # noqa: PLC0415  # see gathered
-
+    utils = _utils()
     whole = value.to(parameter.device, torch.float32)
     if not hasattr(parameter, "ds_id"):
-        utils.safe_set_full_optimizer_state(parameter, whole, name) if name else utils.safe_set_full_fp32_param(
-            parameter, whole
-        )
+        if name is None:
+            utils.safe_set_full_fp32_param(parameter, whole)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, whole, name)
         return
     # what DeepSpeed has for whole values of stage 3 fails where they cannot be shared out evenly
     size = parameter.ds_tensor.numel()
@@ -131,9 +138,10 @@ def set_master(parameter: nn.Parameter, value: Tensor, name: str | None = None) 
     part = torch.zeros(size, device=whole.device)
     mine = whole.flatten()[start : start + size]
     part[: mine.numel()] = mine
-    utils.safe_set_local_optimizer_state(parameter, part, name) if name else utils.safe_set_local_fp32_param(
-        parameter, part
-    )
+    if name is None:
+        utils.safe_set_local_fp32_param(parameter, part)
+    else:
+        utils.safe_set_local_optimizer_state(parameter, part, name)
 
 
 def optimizer_state(zero: Any, before: Before, writes: bool) -> dict[str, Any]:
@@ -147,9 +155,7 @@ def optimizer_state(zero: Any, before: Before, writes: bool) -> dict[str, Any]:
     Raises:
         CheckpointError: for state of an optimizer that does not go with the elements of parameters.
     """
-    from deepspeed.utils import safe_get_full_optimizer_state  # noqa: PLC0415  # see gathered
-
-    inner = zero.optimizer
+    inner, utils = zero.optimizer, _utils()
     state: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     index = 0
@@ -168,7 +174,7 @@ def optimizer_state(zero: Any, before: Before, writes: bool) -> dict[str, Any]:
                     if not isinstance(value, Tensor) or value.numel() == 1 and value.dim() == 0:
                         own[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else value
                     elif flat is not None and value.shape == flat.shape:
-                        whole = safe_get_full_optimizer_state(parameter, name).detach()
+                        whole = utils.safe_get_full_optimizer_state(parameter, name).detach()
                         own[name] = whole.to("cpu", copy=True) if writes else torch.empty_like(whole, device="meta")
                     else:
                         raise CheckpointError(
@@ -195,7 +201,9 @@ def load_optimizer_state(zero: Any, before: Before, state: Mapping[str, Any]) ->
         zip(inner.param_groups, saved, before.groups, flats(zero), strict=True)
     ):
         group.update({name: value for name, value in given.items() if name != "params"})
-        own = {p: state["state"].get(i) for i, p in zip(given["params"], parameters, strict=True) if p in before.trained}
+        own = {
+            p: state["state"].get(i) for i, p in zip(given["params"], parameters, strict=True) if p in before.trained
+        }
         template = next((each for each in own.values() if each), None)
         if template is None:
             continue
@@ -216,9 +224,7 @@ def load_optimizer_state(zero: Any, before: Before, state: Mapping[str, Any]) ->
 def _link(zero: Any, position: int, flat: Tensor) -> None:
     """Let parameters know the state of their group; DeepSpeed does it too early where there are several groups."""
     if hasattr(zero, "bit16_groups"):  # stages 1 and 2
-        from deepspeed.utils import lazy_init_hp_params_optimizer_state  # noqa: PLC0415  # see gathered
-
-        lazy_init_hp_params_optimizer_state(zero.bit16_groups[position], flat, zero.optimizer.state)
+        _utils().lazy_init_hp_params_optimizer_state(zero.bit16_groups[position], flat, zero.optimizer.state)
 
 
 def _scalar(value: Any, flat: Tensor, group: Mapping[str, Any]) -> Any:
