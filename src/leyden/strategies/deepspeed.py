@@ -27,6 +27,7 @@ from leyden.loading import clean_name
 from leyden.optim import NoOptimizer
 from leyden.precision import Precision
 from leyden.precision.deepspeed import DeepSpeedPrecision
+from leyden.runtime.world import OURS
 from leyden.strategies import deepspeed_arguments as arguments
 from leyden.strategies.base import IDLE
 from leyden.strategies.parallel import ParallelStrategy
@@ -158,6 +159,8 @@ class DeepSpeedStrategy(ParallelStrategy):
         self._clip = 0.0
         self._held: Mapping[str, Any] | None = None
         """Weights that came before the engine was made, whose 32 bits it is to have."""
+        self._names = contextlib.ExitStack()
+        """What environment variables a fit has added."""
         self._told = True
         """Whether the engine was told that the batch that ran last ends a window."""
 
@@ -252,6 +255,7 @@ class DeepSpeedStrategy(ParallelStrategy):
                     synchronize=activations.get("synchronize_checkpoint_boundary"),
                     profile=activations.get("profile"),
                 )
+        self._names.enter_context(self._environment("LOCAL_RANK"))  # which it looks at in steps, without GPUs
         self.precision.engine = self.engine  # type: ignore[attr-defined]  # it is a DeepSpeedPrecision, see the setter
         self._clip = float(self.config.get("gradient_clipping") or 0.0)
         self._zero.clip_grad = self._clip  # what the Trainer says comes with each step, see clip_gradients
@@ -265,23 +269,22 @@ class DeepSpeedStrategy(ParallelStrategy):
         return self.engine.optimizer
 
     @contextlib.contextmanager
-    def _environment(self) -> Iterator[None]:
-        """The environment variables by which DeepSpeed knows this process; as they were afterwards."""
+    def _environment(self, *names: str) -> Iterator[None]:
+        """The environment variables (all, or ``names``) by which DeepSpeed knows this process; then as they were."""
         wanted = {**self._world.environment(self.local_rank), "DS_ACCELERATOR": self.root_device.type}
-        wanted = {name: value for name, value in wanted.items() if not name.startswith("LEYDEN")}
-        before = {name: os.environ.get(name) for name in wanted}
-        os.environ.update({name: value for name, value in wanted.items() if before[name] is None})
+        names = names or tuple(name for name in wanted if name != OURS)
+        added = {name: wanted[name] for name in names if name not in os.environ}
+        os.environ.update(added)
         try:
             yield
         finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
+            for name in added:
+                os.environ.pop(name, None)
 
     def teardown(self) -> None:
-        engine = self.engine
-        if engine is not None:
+        if self._before is not None:
             self._stop()
+        self._names.close()
         self._loop = self._held = None
         super().teardown()
 
@@ -290,13 +293,14 @@ class DeepSpeedStrategy(ParallelStrategy):
 
         engine, before = self.engine, self._before
         weights, state = {}, None
-        if not self._alone:  # else the others do not take part any more, and stage 3 stays in parts
+        if engine is not None and not self._alone:  # else the others take no part, and weights of stage 3 stay in parts
             weights = {p: zero.whole_weight(p, p in before.trained).to("cpu", copy=True) for p in before.dtypes}
             state = zero.optimizer_state(self._zero, before, self.is_global_zero)
         if self._through is not None:
             self._through.remove()
         self.engine = self.precision.engine = self._through = self._before = None  # type: ignore[attr-defined]
-        engine.destroy()
+        if engine is not None:
+            engine.destroy()
         before.restore(weights, state if self.is_global_zero else None)
 
     # ------------------------------------------------------------------ steps

@@ -34,7 +34,7 @@ class Before:
         self.module, self.optimizer = module, optimizer
         self.groups = [list(group["params"]) for group in optimizer.param_groups]
         owned = (parameter for group in self.groups for parameter in group)
-        self.dtypes = {
+        self.dtypes: dict[Any, tuple[torch.dtype, set[str]]] = {
             parameter: (parameter.dtype, set(vars(parameter))) for parameter in (*module.parameters(), *owned)
         }
         self.trained = {p for group in self.groups for p in group if p.requires_grad}
@@ -45,8 +45,7 @@ class Before:
     def dtype_of(self, name: str, tensor: Tensor) -> torch.dtype:
         """The number format that a parameter or a buffer had."""
         if isinstance(tensor, nn.Parameter) and tensor in self.dtypes:
-            dtype, _ = self.dtypes[tensor]
-            return dtype
+            return self.dtypes[tensor][0]
         return self._buffers.get(name, tensor.dtype)
 
     def restore(self, weights: Mapping[nn.Parameter, Tensor], state: dict[str, Any] | None) -> None:
