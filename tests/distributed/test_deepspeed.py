@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import leyden as L
-from leyden.errors import MisconfigurationException
+from leyden.errors import CheckpointError, MisconfigurationException
 from ranks import Judged, data, make_trainer, on_ranks
 
 pytestmark = [
@@ -263,6 +263,58 @@ def test_hooks_around_backward_and_step_and_own_clipping(stage: int) -> None:
         assert rank[5] == rank[0]
 
 
-def test_offload_to_the_host() -> None:
-    one, two = both("deepspeed_stage_2_offload", count=24, accumulate_grad_batches=2)
+@pytest.mark.parametrize(
+    "strategy", ["deepspeed_stage_1_offload", "deepspeed_stage_2_offload", "deepspeed_stage_3_offload"]
+)
+def test_offload_to_the_host(strategy: str) -> None:
+    one, two = both(strategy, count=44, accumulate_grad_batches=3, gradient_clip_val=0.3)
     assert_same(one, two)
+
+
+def weighted(stage: int) -> Any:
+    class Weighted(Net):
+        """Batches count by how many samples are positive; ranks have different numbers of them."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            kept = batch[1].flatten() > 0
+            one = (self.layer(batch[0][kept]) - batch[1][kept]) ** 2 * self.scale.mean()
+            self.losses.append(one.sum().item())
+            return {"loss": one.sum() / kept.sum().clamp(min=1), "num_items": kept.sum()}
+
+    strategy, batch, size = (f"deepspeed_stage_{stage}", 2, 2) if stage else ("single_device", 4, 1)
+    given = {"count": 40, "accumulate_grad_batches": 2, "limit_val_batches": 0}
+    return fit(strategy, batch, size, given, Weighted("sgd"))[1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_batches_that_declare_their_weight(stage: int) -> None:
+    one, two = weighted(0), on_ranks(2, weighted, stage)
+    for rank in two:
+        for name, value in one.items():
+            torch.testing.assert_close(rank[name], value, rtol=0, atol=1e-5)
+
+
+def loaded(stage: int) -> Any:
+    seen: list[Any] = []
+
+    class Back(L.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                seen.append({name: value.clone() for name, value in trainer.strategy.module_state_dict().items()})
+            if batch_idx == 4:
+                first = trainer.strategy.broadcast(seen[0])
+                trainer.strategy.load_module_state_dict(first, True, "what was kept")
+                seen.append(trainer.strategy.module_state_dict())
+                with pytest.raises(CheckpointError, match="fit"):
+                    trainer.strategy.load_module_state_dict({**first, "more": torch.ones(1)}, True, "something else")
+                trainer.should_stop = True
+
+    fit(f"deepspeed_stage_{stage}", 2, 2, {"count": 40, "callbacks": [Back()], "limit_val_batches": 0})
+    return seen
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_are_loaded_while_the_engine_has_them(stage: int) -> None:
+    before, after = on_ranks(2, loaded, stage)[0]
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
