@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 import leyden as L
 from leyden.errors import CheckpointError, MisconfigurationException
+from leyden.strategies import DeepSpeedStrategy
 from ranks import Judged, data, make_trainer, on_ranks
 
 pytestmark = [
@@ -144,7 +145,9 @@ def resumed(stage: int, folder: str, cut: int, given: dict[str, Any]) -> Any:
     return whole, first, second
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(1, "32-true"), (2, "bf16-mixed"), (3, "32-true"), (3, "bf16-mixed")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(1, "32-true"), (1, "16-mixed"), (2, "bf16-mixed"), (3, "32-true"), (3, "bf16-mixed")]
+)
 def test_a_run_goes_on_exactly(stage: int, precision: str, tmp_path: Path) -> None:
     for whole, first, second in on_ranks(2, resumed, stage, str(tmp_path), 4, {"precision": precision}):
         assert whole[0] == first[0][:4] + second[0]
@@ -318,3 +321,31 @@ def test_weights_are_loaded_while_the_engine_has_them(stage: int) -> None:
     before, after = on_ranks(2, loaded, stage)[0]
     for name, value in before.items():
         assert torch.equal(value, after[name]), name
+
+
+def without_frozen(folder: str) -> Any:
+    path = os.path.join(folder, "small.ckpt")
+    for ckpt_path in (None, path):
+        module = Net()
+        strategy = DeepSpeedStrategy(stage=3, exclude_frozen_parameters=True)
+        trainer = make_trainer(2, strategy=strategy, max_epochs=1 if ckpt_path is None else 2, limit_val_batches=0)
+
+        class Save(L.Callback):
+            def on_train_end(self, trainer: Any, module: Any) -> None:
+                trainer.save_checkpoint(path, weights_only=True)
+
+        class SaveAll(L.Callback):
+            def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+                trainer.save_checkpoint(path)
+
+        trainer.callbacks.append(SaveAll() if ckpt_path is None else Save())
+        trainer.fit(module, DataLoader(data(16), 2), ckpt_path=ckpt_path)
+    return trainer.global_step, module.losses
+
+
+def test_checkpoints_without_frozen_parameters(tmp_path: Path) -> None:
+    for steps, losses in on_ranks(2, without_frozen, str(tmp_path)):
+        assert (steps, len(losses)) == (8, 4)
+    state = torch.load(tmp_path / "small.ckpt", weights_only=True)["state_dict"]
+    assert "scale" in state
+    assert not any(name.startswith("frozen") for name in state)
