@@ -72,7 +72,10 @@ def plain(module: Any) -> bool:
         h for m in module.modules() for n, hs in vars(m).items() if n.endswith("_hooks") for h in (hs or {}).values()
     ]
     kinds = {type(vars(m)["_parameters"]) for m in module.modules()}
-    return not marks and not hooks and kinds == {dict} and "forward" not in vars(module)
+    layer = {*vars(torch.nn.Linear(1, 1))}
+    left = [name for m in module.modules() if isinstance(m, torch.nn.Linear) for name in {*vars(m)} - layer]
+    own = torch.nn.functional.linear.__module__.startswith("torch")
+    return not (marks or hooks or left) and kinds == {dict} and "forward" not in vars(module) and own
 
 
 def fit(strategy: Any, batch: int, size: int, given: dict[str, Any], module: Any = None, path: Any = None) -> Any:

@@ -19,6 +19,8 @@ from torch.optim import Optimizer
 
 from leyden.errors import CheckpointError
 
+_LEFT = ("applied_pre_backward_ref_cnt", "_original_parameters", "_external_params", "post_bwd_fn", "pre_bwd_fn")
+"""What stage 3 leaves on layers."""
 _PART, _WHOLE = "zero part ", "zero parts"
 """Names of gradients of a window of accumulation that is open, of which a process has its share."""
 
@@ -40,6 +42,7 @@ class Before:
         self.trained = {p for group in self.groups for p in group if p.requires_grad}
         self._buffers = {name: buffer.dtype for name, buffer in module.named_buffers()}
         self._vars = [(child, set(vars(child))) for child in module.modules()]
+        self._linear = nn.functional.linear  # stage 3 puts its own in the place of torch's
         vars(optimizer)["zero_grad"] = _nothing  # the engine clears gradients, after its step
 
     def dtype_of(self, name: str, tensor: Tensor) -> torch.dtype:
@@ -57,10 +60,10 @@ class Before:
                 for key in [key for key, hook in hooks.items() if str(_module_of(hook)).startswith("deepspeed")]:
                     hooks.pop(key)
             for name in set(mine) - names:
-                if str(getattr(mine[name], "__module__", "")).startswith("deepspeed") or name.startswith(
-                    ("ds_", "_ds")
-                ):
+                theirs = str(getattr(mine[name], "__module__", "")).startswith("deepspeed")
+                if theirs or name.startswith(("ds_", "_ds")) or name in _LEFT:
                     mine.pop(name)
+        nn.functional.linear = self._linear
         for parameter, (dtype, names) in self.dtypes.items():
             for name in set(vars(parameter)) - names:
                 delattr(parameter, name)
