@@ -213,7 +213,7 @@ class ModelSummary:
     def model_size(self) -> float:
         """The size of the parameters in MB (10**6 bytes), each in its own data type."""
         known = filter(_has_shape, self._model.parameters())
-        return sum(parameter.numel() * parameter.element_size() for parameter in known) / 1e6
+        return sum(_elements(parameter) * parameter.element_size() for parameter in known) / 1e6
 
     @property
     def flop_counts(self) -> dict[str, dict[Any, int]]:
@@ -323,7 +323,12 @@ def shape_of(value: Any) -> Any:
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters if _has_shape(parameter))
+    return sum(_elements(parameter) for parameter in parameters if _has_shape(parameter))
+
+
+def _elements(parameter: Tensor) -> int:
+    """How many elements a parameter has, also where DeepSpeed has taken them out of it and left their number."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _has_shape(tensor: Tensor) -> bool:

@@ -21,6 +21,19 @@ _STARTS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebo
 _UNUSED = {"": {}, "_find_unused_parameters_true": {"find_unused_parameters": True}} | {
     "_find_unused_parameters_false": {"find_unused_parameters": False}
 }
+# what of DeepSpeed a name means
+_OFFLOAD = {"offload_optimizer": True}
+_DEEPSPEED: dict[str, dict[str, Any]] = {
+    "deepspeed": {},
+    **{f"deepspeed_stage_{stage}": {"stage": stage} for stage in (1, 2, 3)},
+    "deepspeed_stage_1_offload": {"stage": 1, **_OFFLOAD},
+    "deepspeed_stage_2_offload": {"stage": 2, **_OFFLOAD},
+    "deepspeed_stage_3_offload": {"stage": 3, "offload_parameters": True, **_OFFLOAD},
+    "deepspeed_stage_3_offload_nvme": {
+        "stage": 3, "offload_parameters": True, "offload_params_device": "nvme", "offload_optimizer_device": "nvme",
+        **_OFFLOAD,
+    },
+}  # fmt: skip
 
 # name -> "module:class", imported when used, or a class; with the arguments it is made with, if it takes any.
 # Third parties add to it
@@ -37,6 +50,7 @@ STRATEGIES: dict[str, Any] = {
     "fsdp_cpu_offload": ("leyden.strategies.fsdp:FSDPStrategy", {"cpu_offload": True}),
     "tensor_parallel": "leyden.strategies.tensor_parallel:TensorParallelStrategy",
     "model_parallel": "leyden.strategies.model_parallel:ModelParallelStrategy",
+    **{name: ("leyden.strategies.deepspeed:DeepSpeedStrategy", arguments) for name, arguments in _DEEPSPEED.items()},
 }
 LATER = ("xla", "xla_debug", "single_xla", "single_tpu", "xla_fsdp")
 
@@ -145,13 +159,6 @@ def _named(given: Any) -> tuple[Any, dict[str, Any]]:
     if name in LATER:
         raise MisconfigurationException(
             f"Trainer(strategy={given!r}) is not there: TPUs are out of scope. Use 'ddp' or 'fsdp' on GPUs or CPUs."
-        )
-    if name.startswith("deepspeed") and name not in STRATEGIES:
-        stage = "FSDPStrategy(sharding_strategy='SHARD_GRAD_OP')" if "3" not in name else "'fsdp'"
-        same = "'fsdp_cpu_offload'" if "offload" in name else stage
-        raise MisconfigurationException(
-            f"Trainer(strategy={given!r}) is not there. What its stages share out, torch's own fully_shard does too: use"
-            f" strategy={same}."
         )
     if name not in STRATEGIES:
         known = ["auto", *STRATEGIES]

@@ -11,6 +11,7 @@ from leyden.strategies.base import Strategy
 if TYPE_CHECKING:
     from leyden.strategies.data_parallel import DataParallelStrategy
     from leyden.strategies.ddp import DDPStrategy
+    from leyden.strategies.deepspeed import DeepSpeedStrategy
     from leyden.strategies.fsdp import FSDPStrategy
     from leyden.strategies.launch.ray import OnRay
     from leyden.strategies.mesh import MeshStrategy
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DDPStrategy",
     "DataParallelStrategy",
+    "DeepSpeedStrategy",
     "FSDPStrategy",
     "MeshStrategy",
     "ModelParallelStrategy",
@@ -35,6 +37,7 @@ __all__ = [
 _WHERE = {
     "DDPStrategy": "ddp",
     "DataParallelStrategy": "data_parallel",
+    "DeepSpeedStrategy": "deepspeed",
     "FSDPStrategy": "fsdp",
     "MeshStrategy": "mesh",
     "ModelParallelStrategy": "model_parallel",
