@@ -55,6 +55,35 @@ class Turn(L.Callback):
             module.layer[0].requires_grad_(self.on)
 
 
+class Normed(Net):
+    """Has a batch norm, and notes its statistics in each validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer.insert(1, torch.nn.BatchNorm1d(5))
+        self.statistics: list[list[float]] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.statistics.append([*self.layer[1].running_mean.tolist(), *self.layer[1].running_var.tolist()])
+
+
+def statistics(strategy: Any) -> Any:
+    L.seed_everything(5, verbose=False)
+    module = Normed()
+    trainer = make_trainer(2, strategy=strategy, max_epochs=3, val_check_interval=3)
+    trainer.fit(module, DataLoader(data(48), 4, shuffle=True), DataLoader(data(8), 4))
+    return module.statistics
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_m1_an_evaluation_is_of_one_model_on_all_ranks(strategy: str) -> None:
+    first, second = on_ranks(2, statistics, strategy)
+    assert first == second
+    assert first[-1] != first[-2]
+    if strategy == "fsdp":
+        assert first == on_ranks(2, statistics, "ddp")[0]  # to the last bit: rank 0 goes on with its own
+
+
 def trained(devices: int, made: Any, strategy: str, turn: bool | None) -> Any:
     L.seed_everything(5, verbose=False)
     module = made()

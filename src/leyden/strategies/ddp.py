@@ -92,6 +92,7 @@ class DDPStrategy(ParallelStrategy):
                 f"{did_you_mean(unknown, _WRAPPER)}"
             )
         self.ddp_kwargs = kwargs
+        self.shares_statistics = bool(kwargs.get("broadcast_buffers", True))
         self._hook = ddp_comm_state, ddp_comm_hook, ddp_comm_wrapper
         self.model: Any = None
         """The module, wrapped, while a fit runs."""
