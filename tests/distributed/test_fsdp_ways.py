@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from leyden.errors import MisconfigurationException
 from leyden.strategies.fsdp import FSDPStrategy
 from ranks import Net, data, make_trainer, on_ranks
 
@@ -99,3 +100,31 @@ def test_d4_a_rank_without_a_batch_calls_the_layers_of_its_last_step(uneven: str
     wanted = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
     for values in on_ranks(2, run, uneven):
         assert torch.allclose(values, wanted, atol=1e-6)
+
+
+class Penalised(Tangled):
+    """Adds a penalty on all parameters to its loss."""
+
+    def loss(self, batch: Any) -> Tensor:
+        return super().loss(batch) + sum(p.square().sum() for p in self.parameters())
+
+
+class Whole(Tangled):
+    """Steps by an optimizer that works on all parameters at once."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+def explained(made: Any) -> str:
+    trainer = make_trainer(strategy=FSDPStrategy(auto_wrap_policy={nn.Linear}), max_epochs=1)
+    try:
+        trainer.fit(made(), DataLoader(data(8), 2), DataLoader(data(2), 1))
+    except (RuntimeError, MisconfigurationException) as error:
+        return str(error)
+    return ""
+
+
+def test_what_is_not_possible_with_shares_of_weights_is_explained() -> None:
+    assert all("self.parameters()" in said and "weight_decay" in said for said in on_ranks(2, explained, Penalised))
+    assert all("LBFGS" in said and "strategy='ddp'" in said for said in on_ranks(2, explained, Whole))

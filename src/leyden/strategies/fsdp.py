@@ -28,7 +28,7 @@ from leyden.runtime.ranks import rank_zero_warn
 from leyden.strategies import fsdp_arguments as arguments
 from leyden.strategies import fully_sharded, units
 from leyden.strategies.mesh import DATA, MeshStrategy, local, rebuilt
-from leyden.strategies.root import ROOT, Entered, Gap, Root
+from leyden.strategies.root import ROOT, Entered, Gap, Root, uncalled
 from leyden.tree import leaves, tree_map
 
 REPLICATE = "replicate"
@@ -320,7 +320,7 @@ class FSDPStrategy(MeshStrategy):
             return root(partial(step, *args))
         except RuntimeError as error:
             if "mixed torch.Tensor and DTensor" in str(error):
-                raise _uncalled(error) from error
+                raise uncalled(error) from error
             raise
         finally:
             gap.open = True
@@ -414,6 +414,8 @@ class FSDPStrategy(MeshStrategy):
         """Prepare what ``loss.backward(**kwargs)`` is to be called on; runs before each backward."""
         if self._root is None:
             return loss, kwargs
+        if isinstance(loss, DTensor) and DATA in (loss.device_mesh.mesh_dim_names or ()):
+            raise uncalled("The loss has been computed from weights of which each process has a share.")
         if kwargs.get("inputs") is not None:
             twins = {id(part.sharded_param): fully_sharded.twin(part) for part in fully_sharded.parts(self._root)}
             kwargs = {
@@ -589,11 +591,3 @@ def _make_contiguous(module: nn.Module) -> None:
     for parameter in module.parameters():
         if not isinstance(parameter, DTensor) and not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
-
-
-def _uncalled(error: RuntimeError) -> RuntimeError:
-    return RuntimeError(
-        f"{error}\nUnder strategy='fsdp' a layer that is sharded by itself must be called, as in self.layer(x): only then are"
-        " its weights whole. Call it, leave it out with FSDPStrategy(auto_wrap_policy=...), or keep it whole with"
-        " FSDPStrategy(ignored_modules=[...])."
-    )
