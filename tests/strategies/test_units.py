@@ -126,3 +126,14 @@ def test_layers_without_memory_get_the_values_of_their_constructor() -> None:
     wrong = [name for name, value in expected.state_dict().items() if not torch.equal(value, built.state_dict()[name])]
     # an attention draws before its inner layer in its constructor, and after it here
     assert set(wrong) <= {"1.in_proj_weight", "1.out_proj.weight"}
+
+
+def test_f5_a_layer_whose_weights_are_read_from_outside_is_left_to_what_reads_them() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(
+            nn.Transformer(8, 2, 1, 1, 16, batch_first=True), nn.MultiheadAttention(3200, 2), nn.Linear(8, 8)
+        )
+    kinds = [type(layer) for layer in units.find(model, {nn.Linear})]
+    attentions = [nn.MultiheadAttention] * 2  # of the decoder, whose other layers are called
+    assert kinds == [nn.TransformerEncoderLayer, *attentions, nn.Linear, nn.Linear, nn.MultiheadAttention, nn.Linear]
+    assert [type(layer) for layer in units.find(model)] == [nn.MultiheadAttention]  # large, as is a layer inside of it

@@ -92,6 +92,7 @@ class DDPStrategy(ParallelStrategy):
                 f"{did_you_mean(unknown, _WRAPPER)}"
             )
         self.ddp_kwargs = kwargs
+        self.shares_statistics = bool(kwargs.get("broadcast_buffers", True))
         self._hook = ddp_comm_state, ddp_comm_hook, ddp_comm_wrapper
         self.model: Any = None
         """The module, wrapped, while a fit runs."""
@@ -99,7 +100,11 @@ class DDPStrategy(ParallelStrategy):
         self._loop: Any = None
         self._by_hand = False
         """Whether gradients are exchanged right before an optimizer steps, not while they are computed."""
-        self._checked = False
+        self._checked, self._automatic = False, True
+        self._frozen: list[nn.Parameter] = []
+        """What did not require gradients when the module was wrapped: of this the wrapper never learns."""
+        self._met: dict[nn.Parameter, tuple[Tensor | None, int]] = {}
+        """Gradients that were averaged ahead of a step, with the version that they had then."""
 
     # ------------------------------------------------------------------ the life of a module
 
@@ -115,6 +120,7 @@ class DDPStrategy(ParallelStrategy):
 
     def _wrap(self, module: nn.Module) -> None:
         self._through = _Through(module)  # given back in teardown
+        self._frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
         self.model = self._averaged(module)
 
     def setup_module(self, module: nn.Module) -> nn.Module:
@@ -139,7 +145,7 @@ class DDPStrategy(ParallelStrategy):
         return wrapped
 
     def accompany(self, loop: Any, automatic: bool) -> None:
-        self._loop, self._checked = loop, False
+        self._loop, self._checked, self._automatic, self._met = loop, False, automatic, {}
         # one backward for each forward is what DistributedDataParallel can follow
         self._by_hand = not automatic or len(self.optimizers) > 1
         if self.model is not None:
@@ -155,6 +161,7 @@ class DDPStrategy(ParallelStrategy):
 
     def _unwrap(self) -> None:
         through, self._through, self.model = self._through, None, None
+        self._frozen, self._met = [], {}
         if through is not None:
             through.remove()
 
@@ -193,20 +200,34 @@ class DDPStrategy(ParallelStrategy):
         model = self.model
         if model is None:
             return
-        travels = not model.require_backward_grad_sync and self.world_size > 1 and not self._alone
-        if self._checked and not travels:
+        several = self.world_size > 1 and not self._alone
+        travels = several and not model.require_backward_grad_sync
+        late = several and any(parameter.requires_grad for parameter in self._frozen)
+        if self._checked and not travels and not late:
             return  # an ordinary step: nothing is looked for among the parameters
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if not self._checked:
             self._checked = True
             if any(parameter.grad is None and parameter.requires_grad for parameter in parameters):
                 raise self.unused(self.module, None)
-        if not travels:
-            return
+        if travels:
+            self._average(parameters)
+        elif late:
+            frozen = set(self._frozen)
+            self._average([p for p in parameters if p in frozen and p.requires_grad])
+
+    def _average(self, parameters: list[nn.Parameter]) -> None:
+        """Average gradients over all ranks, unless they have been averaged and nobody has touched them since."""
         from leyden.runtime.collective import average_flat, gather_numbers  # noqa: PLC0415  # see launch
 
-        there = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
-        anywhere = gather_numbers(there).sum(0).tolist()
+        if not parameters:
+            return
+        met = [self._met.pop(parameter, None) for parameter in parameters]
+        touched_here = not all(map(_is_as, parameters, met))
+        there = torch.tensor([*(float(p.grad is not None) for p in parameters), float(touched_here)])
+        *anywhere, touched = gather_numbers(there).sum(0).tolist()
+        if not touched:
+            return
         grads = []
         for parameter, count in zip(parameters, anywhere, strict=True):
             if count:
@@ -218,9 +239,22 @@ class DDPStrategy(ParallelStrategy):
         if grads:
             average_flat(grads)
 
+    def clip_gradients(self, optimizer: Optimizer, value: float, algorithm: str) -> Tensor | None:
+        if self._automatic or self.model is None or self.world_size == 1 or self._alone:
+            return super().clip_gradients(optimizer, value, algorithm)
+        # by hand this comes ahead of the step, which averages: the norm is to be that of the mean
+        self.exchange_gradients(optimizer)
+        norm = super().clip_gradients(optimizer, value, algorithm)
+        for group in optimizer.param_groups:
+            self._met.update((p, (p.grad, 0 if p.grad is None else p.grad._version)) for p in group["params"])  # noqa: SLF001  # torch has no other name for it
+        return norm
+
     def unused(self, module: nn.Module, error: RuntimeError | None) -> RuntimeError:
         """Return the error that names the parameters that took no part in the loss, their modules, and the ranks."""
         names = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+        if not names:  # what was frozen after the module was wrapped has no gradients either
+            begun_frozen = set(self._frozen)
+            names = [name for name, p in module.named_parameters() if not p.requires_grad and p not in begun_frozen]
         mine = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         kinds = {type(module.get_submodule(path)).__name__: path for path in (n.rpartition(".")[0] for n in names)}
         inside = ", ".join(f"{path or 'the module itself'}: {kind}" for kind, path in list(kinds.items())[:4])
@@ -238,9 +272,17 @@ class DDPStrategy(ParallelStrategy):
             f"On rank {self.global_rank}, these parameters of {type(module).__name__} took no part in the loss of"
             f" the last batch, so the others wait for gradients that do not come: {mine}."
             f"{f' By rank: {where}.' if len(told) > 1 else ''} If that is meant, use"
-            " strategy='ddp_find_unused_parameters_true'; else let them take part, freeze them (requires_grad=False), or"
-            " remove them."
+            " strategy='ddp_find_unused_parameters_true', also where they are frozen in the middle of a run; else let them take"
+            " part, freeze them (requires_grad=False) before the run begins, or remove them."
         )
+
+
+def _is_as(parameter: nn.Parameter, met: tuple[Tensor | None, int] | None) -> bool:
+    """Whether the gradient of a parameter is still what was ``met``, and nobody has written to it since."""
+    gradient = parameter.grad
+    return (
+        met is not None and met[0] is gradient and (gradient is None or met[1] == gradient._version)  # noqa: SLF001  # torch has no other name for it
+    )
 
 
 def _naming(wrapper: nn.Module, strategy: DDPStrategy) -> nn.Module:

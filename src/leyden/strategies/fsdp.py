@@ -28,7 +28,7 @@ from leyden.runtime.ranks import rank_zero_warn
 from leyden.strategies import fsdp_arguments as arguments
 from leyden.strategies import fully_sharded, units
 from leyden.strategies.mesh import DATA, MeshStrategy, local, rebuilt
-from leyden.strategies.root import ROOT, Entered, Gap, Root
+from leyden.strategies.root import ROOT, Entered, Gap, Root, uncalled
 from leyden.tree import leaves, tree_map
 
 REPLICATE = "replicate"
@@ -144,7 +144,9 @@ class FSDPStrategy(MeshStrategy):
         self._tape: list[Any] | None = None
         """The outputs of layers in the training step that runs."""
         self._order: list[Any] = []
-        """The sharded layers in the order in which the step that ran last has called them."""
+        """The sharded layers in the order in which the step that ran last has called them; None where a call ended."""
+        self._learned: list[Any] = []
+        """The same of the training step that ran last, or of an evaluation before the first."""
         self._knows = False
         """Whether a step of the evaluation that runs has told the order."""
         self._held_together = False
@@ -296,7 +298,7 @@ class FSDPStrategy(MeshStrategy):
 
     def come_home(self) -> None:
         super().come_home()
-        self._loop, self._tape, self._order = None, None, []
+        self._loop, self._tape, self._order, self._learned = None, None, [], []
         self._by_hand = self._pending = False
         if self._root is not None and vars(self.module).get(ROOT) is None:
             self._root = self._gap = None
@@ -318,7 +320,7 @@ class FSDPStrategy(MeshStrategy):
             return root(partial(step, *args))
         except RuntimeError as error:
             if "mixed torch.Tensor and DTensor" in str(error):
-                raise _uncalled(error) from error
+                raise uncalled(error) from error
             raise
         finally:
             gap.open = True
@@ -349,7 +351,7 @@ class FSDPStrategy(MeshStrategy):
                 output = self._call(step, *args)
         finally:
             self._tape = None
-        self._pending = not exchanging
+        self._pending, self._learned = not exchanging, self._order or self._learned
         return output
 
     def _learning(self, *args: Any) -> Any:
@@ -377,6 +379,7 @@ class FSDPStrategy(MeshStrategy):
         self._order, self._knows = [], True
         with self.precision.forward_context():
             output = self._call(step, *self._cast(args))
+        self._learned = self._learned or self._order
         self._let_go()
         return output
 
@@ -396,6 +399,7 @@ class FSDPStrategy(MeshStrategy):
             self._gap.used = True
 
     def _note_output(self, _layer: Any, _args: Any, output: Any) -> None:
+        self._order.append(None)
         if self._tape is not None and not self._by_hand and torch.is_grad_enabled():
             self._tape.append(output)
 
@@ -410,6 +414,8 @@ class FSDPStrategy(MeshStrategy):
         """Prepare what ``loss.backward(**kwargs)`` is to be called on; runs before each backward."""
         if self._root is None:
             return loss, kwargs
+        if isinstance(loss, DTensor) and DATA in (loss.device_mesh.mesh_dim_names or ()):
+            raise uncalled("The loss has been computed from weights of which each process has a share.")
         if kwargs.get("inputs") is not None:
             twins = {id(part.sharded_param): fully_sharded.twin(part) for part in fully_sharded.parts(self._root)}
             kwargs = {
@@ -480,10 +486,23 @@ class FSDPStrategy(MeshStrategy):
         return [parameter for parameter in whole if parameter is not None and parameter.requires_grad]
 
     def _ghost(self) -> Tensor:
-        """Take part in a training step of the others without a batch: each layer adds nothing, and has gradients of 0."""
-        total = _zero(self._own_parameters(self._root))
-        for layer in self._layers():
-            with _standing_in(layer, lambda tensor, layer=layer: tensor + _zero(self._own_parameters(layer))):
+        """Take part in a training step of the others without a batch: each layer adds nothing, and has gradients of 0.
+
+        Layers are called as in this rank's last step, for each call is an exchange; before it has run any, in their order.
+        """
+        calls = self._learned or [each for layer in self._layers() for each in (layer, None)]
+        return self._repeat(iter(calls), _zero(self._own_parameters(self._root)))
+
+    def _repeat(self, calls: Iterator[Any], total: Tensor) -> Tensor:
+        """Repeat ``calls`` of layers, those inside of each as well, up to the end of the one that is running."""
+        for layer in calls:
+            if layer is None:
+                break
+
+            def inside(tensor: Tensor, layer: Any = layer) -> Tensor:
+                return self._repeat(calls, tensor) + _zero(self._own_parameters(layer))
+
+            with _standing_in(layer, inside):
                 total = layer(total)
         return total
 
@@ -506,7 +525,7 @@ class FSDPStrategy(MeshStrategy):
     def keep_up(self) -> None:
         if not self._held_together:
             self._root.unshard()
-            for layer in self._order:
+            for layer in filter(None, self._order):
                 layer.unshard()
                 if self._reshards:
                     layer.reshard()
@@ -572,11 +591,3 @@ def _make_contiguous(module: nn.Module) -> None:
     for parameter in module.parameters():
         if not isinstance(parameter, DTensor) and not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
-
-
-def _uncalled(error: RuntimeError) -> RuntimeError:
-    return RuntimeError(
-        f"{error}\nUnder strategy='fsdp' a layer that is sharded by itself must be called, as in self.layer(x): only then are"
-        " its weights whole. Call it, leave it out with FSDPStrategy(auto_wrap_policy=...), or keep it whole with"
-        " FSDPStrategy(ignored_modules=[...])."
-    )

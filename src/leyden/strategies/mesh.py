@@ -202,6 +202,7 @@ class MeshStrategy(ShardedCheckpoints):
     # ------------------------------------------------------------------ steps
 
     def evaluating(self, inference: bool) -> AbstractContextManager[Any]:
+        self.share_statistics()
         return torch.no_grad()  # the parts of a tensor are brought together in memory that training uses again
 
     def paced(self, batches: Iterator[tuple[Any, int, int]]) -> Iterator[tuple[Any, int, int]]:

@@ -308,6 +308,31 @@ class ParallelStrategy(Strategy):
         else:
             yield
 
+    shares_statistics = True
+    """Whether all ranks are to have the running statistics of rank 0 in an evaluation."""
+
+    def evaluating(self, inference: bool) -> contextlib.AbstractContextManager[Any]:
+        self.share_statistics()
+        return super().evaluating(inference)
+
+    def share_statistics(self) -> None:
+        """Give the numbers that layers keep of their data, such as those of a batch norm, the values of rank 0.
+
+        An evaluation is of one model then, the one that is saved, though each rank has trained on its own batches.
+        """
+        if not self._exchanges or not self.shares_statistics:
+            return
+        from leyden.runtime.collective import copy_flat  # noqa: PLC0415  # see launch
+
+        found: dict[int, Tensor] = {}
+        for layer in self.module.modules():
+            for name, buffer in layer.named_buffers(recurse=False):
+                kept = name not in layer._non_persistent_buffers_set  # noqa: SLF001  # torch has no other name for it
+                if kept and _is_plain(buffer) and buffer.is_floating_point():
+                    found[id(buffer)] = buffer
+        with torch.no_grad():
+            copy_flat(list(found.values()))
+
     def own_buffers(self) -> dict[str, Tensor]:
         found = {name: buffer for name, buffer in self.module.named_buffers() if _is_plain(buffer)}
         sums = self.gather_objects({name: _checksum(buffer) for name, buffer in found.items()}) if found else []

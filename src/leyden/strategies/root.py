@@ -67,3 +67,12 @@ class Gap:
         if self.open:
             self.used = True
             self.bring_together()
+
+
+def uncalled(error: object) -> RuntimeError:
+    """Return the error of a step that uses a layer's weights where they are not whole."""
+    return RuntimeError(
+        f"{error}\nUnder strategy='fsdp' a layer that is sharded by itself must be called, as in self.layer(x): only then are"
+        " its weights whole, not for a penalty on self.parameters(), say. Call it (and use the optimizer's weight_decay), leave"
+        " it out with FSDPStrategy(auto_wrap_policy=...), or keep it whole with FSDPStrategy(ignored_modules=[...])."
+    )

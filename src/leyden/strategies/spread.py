@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from leyden import archive, files, folders, shards
-from leyden.errors import CheckpointError
+from leyden.errors import CheckpointError, MisconfigurationException
 from leyden.loading import clean_name
 from leyden.strategies.parallel import ParallelStrategy
 from leyden.types import PathLike
@@ -223,6 +223,14 @@ class ShardedCheckpoints(ParallelStrategy):
 
     def exchange_optimizers(self, optimizers: list[Any]) -> None:
         super().exchange_optimizers(optimizers)
+        parameters = (p for one in optimizers for group in one.param_groups for p in group["params"])
+        if any(isinstance(one, torch.optim.LBFGS) for one in optimizers) and any(
+            isinstance(p, DTensor) for p in parameters
+        ):
+            raise MisconfigurationException(
+                f"torch.optim.LBFGS works on all parameters as one vector, which {type(self).__name__} has spread over"
+                " processes. Use another optimizer, or strategy='ddp'."
+            )
         self._called = self._names_now()  # after the run the module has other parameters
 
     def optimizer_parts(self, optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:

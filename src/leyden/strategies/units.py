@@ -41,7 +41,7 @@ def find(root: nn.Module, policy: Policy = None) -> list[nn.Module]:
             f"FSDPStrategy(auto_wrap_policy={policy!r}) is not valid: give a set of classes of layers, or a function that"
             " takes a layer and says whether it is sharded by itself."
         )
-    shared = _shared(root)
+    shared, chosen = _shared(root), _as_they_are_read(root, chosen)
     chosen -= {id(_inner(layer)) for layer in root.modules() if _inner(layer) is not layer}
     return [
         layer
@@ -154,6 +154,20 @@ class Ties:
             known = self.first.setdefault(id(former), getattr(layer, name))
             if known is not getattr(layer, name):
                 setattr(layer, name, known)
+
+
+_READERS = nn.MultiheadAttention, nn.TransformerEncoderLayer
+"""Layers of torch that read the weights of layers inside of them, some only when they do not train, and do not call them."""
+
+
+def _as_they_are_read(root: nn.Module, chosen: set[int]) -> set[int]:
+    """Return ``chosen`` with whole layers for those parts of them that are not called."""
+    for layer in root.modules():  # outer ones first
+        if isinstance(layer, _READERS):
+            inside = {id(part) for part in layer.modules()} - {id(layer)}
+            if chosen & inside:
+                chosen = (chosen - inside) | {id(layer)}
+    return chosen
 
 
 def _inner(layer: nn.Module) -> Any:
