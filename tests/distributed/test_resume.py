@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 import leyden as L
 from leyden import files
 from leyden.callbacks import ModelCheckpoint
-from ranks import Judged, data, make_trainer, on_ranks
+from leyden.strategies import DDPStrategy
+from ranks import Judged, Net, data, make_trainer, on_ranks
 
 
 class _Random(Judged):
@@ -134,3 +135,48 @@ def test_files_that_are_named_after_the_value_of_a_step_are_rank_zeros(tmp_path:
     assert len(kept) == 2
     assert best in kept
     assert sorted(str(path) for path in tmp_path.glob("*.ckpt")) == kept
+
+
+class _OtherOrder(Net):
+    """Its layers are used in another order than they are made in, so that gradients come in another than is guessed."""
+
+    def __init__(self, folder: Path, at: int) -> None:
+        super().__init__()
+        self.last, self.first, self.middle = torch.nn.Linear(48, 1), torch.nn.Linear(4, 48), torch.nn.Linear(48, 48)
+        self.folder, self.at = folder, at
+        self.losses: list[float] = []
+
+    def loss(self, batch: Any) -> Any:
+        hidden = self.middle(self.first(batch[0]).relu()).tanh()
+        return (self.last(hidden) - batch[1].reshape(-1, 1)).square().mean() + 0.0 * super().loss(batch)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.losses.append(loss.item())
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if len(self.losses) == self.at:
+            self.trainer.save_checkpoint(self.folder / "at.ckpt")
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 0.05)
+
+
+def _of_three(folder: Path, at: int, resumes: bool, arguments: dict[str, Any]) -> Any:
+    L.seed_everything(4, verbose=False)
+    module = _OtherOrder(folder, -1 if resumes else at)
+    trainer = make_trainer(3, max_epochs=2, strategy=DDPStrategy(**arguments), accumulate_grad_batches=1 + (at == 3))
+    trainer.fit(module, DataLoader(data(60), 2, shuffle=True), ckpt_path=folder / "at.ckpt" if resumes else None)
+    return module.losses, [p.tolist() for p in module.parameters()]
+
+
+@pytest.mark.parametrize(("at", "arguments"), [(1, {}), (3, {}), (8, {"gradient_as_bucket_view": True})])
+def test_r4_three_ranks_add_up_their_gradients_in_the_same_order(
+    tmp_path: Path, at: int, arguments: dict[str, Any]
+) -> None:
+    whole = on_ranks(3, _of_three, tmp_path, at, False, arguments)
+    resumed = on_ranks(3, _of_three, tmp_path, at, True, arguments)
+    for (losses, weights), (their_losses, their_weights) in zip(whole, resumed, strict=True):
+        assert their_losses == losses[at:]
+        assert their_weights == weights

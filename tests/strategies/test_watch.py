@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +17,9 @@ from torch.distributed import HashStore
 
 from leyden.errors import CheckpointError
 from leyden.signals import Interrupt
-from leyden.strategies import watch
+from leyden.strategies import hang, watch, where
+from leyden.strategies.board import Board
+from leyden.strategies.hang import Hang
 from leyden.strategies.watch import Watch
 
 
@@ -139,3 +143,38 @@ def test_what_ranks_tell_each_other_is_heard_from_those_that_tell(ranks: Any) ->
     with ThreadPoolExecutor(2) as pool:
         heard = list(pool.map(lambda rank: rank.watch.hear("x", f"by {rank.watch.rank}", 0.5), (zero, one)))
     assert heard == [{0: "by 0", 1: "by 1"}] * 2
+
+
+def test_d5_one_that_is_stopped_or_holds_on_to_python_is_not_lost() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    board = Board(HashStore(), "run")
+    words = where.home().split()
+    there = " ".join([*words[:3], str(process.pid), where._began(process.pid) or ""])
+    board.write("home/1", there)
+
+    def lost() -> str | None:
+        watched = Hang(board, 0, 2, where.Where(), 1800.0)
+        now = time.monotonic()
+        watched._open, watched._heard = (1, now), {1: now - 400.0}
+        return watched._judge(now)
+
+    assert where.is_there(where.home())
+    assert lost() is None
+    process.communicate()
+    assert not where.is_there(there)
+    assert "rank 1 of 2 has not answered for 300 s" in (lost() or "")
+
+
+def test_d5_a_process_that_was_stopped_has_not_missed_rank_0(ranks: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(watch, "GRACE", 0.1)
+    monkeypatch.setattr(hang, "SILENCE", 1.0)
+    _, one = ranks(2)
+    one.watch.pace = 60.0
+    time.sleep(0.1)  # the first thread sleeps now
+    clock = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 10000.0)  # as after a SIGSTOP of hours
+    time.sleep(0.6)
+    assert one.watch._failed is None
+    monkeypatch.setattr(hang, "is_there", lambda _: False)
+    _until(lambda: one.left)  # if nobody answers from then on either, and rank 0 is not there
+    assert "rank 0 has not answered" in (one.watch._failed or "")

@@ -102,6 +102,8 @@ def gather(
             ours["results"].update(before.views)
             metrics = {name: metric for name, metric in metrics.items() if name not in before.idle}
         ours["metrics"] = gather_metrics(metrics)
+        if order := strategy.exchange_order():
+            ours["order"] = order
         inside = progress.batch_idx > 0 and not progress.epoch_done
         # by hand, only the module knows whether its gradients are still wanted; after the end of an epoch too
         if optimization is not None and (not optimization.automatic or (inside and not fit_loop.steps)):
@@ -283,6 +285,7 @@ def restore_training(
     if ours is not None:
         progress.load_state_dict(ours["progress"])
         last, steps = ours.get("last", False), ours.get("steps", True)
+        strategy.follow_order(ours.get("order", []))
         strategy.load_own_buffers(ours.get("buffers", {}))
         if "results" in ours:
             metrics = metrics_of(strategy.module)

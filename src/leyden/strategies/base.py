@@ -445,6 +445,13 @@ class Strategy:
                 if name in own and own[name].shape == value.shape:
                     own[name].copy_(value)
 
+    def exchange_order(self) -> list[int]:
+        """The order in which gradients are exchanged, where the last bit of a sum depends on it."""
+        return []
+
+    def follow_order(self, order: list[int]) -> None:
+        """Take over what ``exchange_order`` returned; all ranks do so together."""
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of one optimizer."""
         return dict(optimizer.state_dict())

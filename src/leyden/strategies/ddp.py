@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.precision import Precision
 from leyden.runtime.ranks import rank_zero_warn
+from leyden.strategies.buckets import Order
 from leyden.strategies.parallel import ParallelStrategy
 from leyden.strategies.through import Through
 
@@ -105,6 +107,7 @@ class DDPStrategy(ParallelStrategy):
         """What did not require gradients when the module was wrapped: of this the wrapper never learns."""
         self._met: dict[nn.Parameter, tuple[Tensor | None, int]] = {}
         """Gradients that were averaged ahead of a step, with the version that they had then."""
+        self._order: Order | None = None
 
     # ------------------------------------------------------------------ the life of a module
 
@@ -153,6 +156,24 @@ class DDPStrategy(ParallelStrategy):
             self._checked = self._by_hand or bool(
                 self.ddp_kwargs.get("find_unused_parameters") or self.ddp_kwargs.get("static_graph")
             )
+        # nobody's order matters between two, and a hook may exchange anything in any way
+        if self.model is not None and not self._checked and self.world_size > 2 and self._hook[1] is None:
+            self._order = Order(self.model, [p for p in self.module.parameters() if p.requires_grad])
+            self._order.listen()
+
+    def exchange_order(self) -> list[int]:
+        return [] if self._order is None else self._order.found
+
+    def follow_order(self, order: list[int]) -> None:
+        if self._order is not None and order:
+            self._order.follow(order, self._bring_zeros)
+
+    def _bring_zeros(self, parameters: list[Tensor]) -> None:
+        model, through = self.model, self._through
+        assert through is not None
+        model.require_backward_grad_sync = True
+        through.step, through.counts = partial(through.idle, parameters), False
+        model().backward()
 
     def teardown(self) -> None:
         self._unwrap()
@@ -160,6 +181,9 @@ class DDPStrategy(ParallelStrategy):
         super().teardown()
 
     def _unwrap(self) -> None:
+        if self._order is not None:
+            self._order.close()
+        self._order = None
         through, self._through, self.model = self._through, None, None
         self._frozen, self._met = [], {}
         if through is not None:
@@ -210,6 +234,8 @@ class DDPStrategy(ParallelStrategy):
             self._checked = True
             if any(parameter.grad is None and parameter.requires_grad for parameter in parameters):
                 raise self.unused(self.module, None)
+            if self._order is not None:
+                self._order.settle()
         if travels:
             self._average(parameters)
         elif late:
@@ -331,9 +357,10 @@ class _Through(Through):
         loss = self.idle()
         return {"loss": loss, "num_items": 0.0} if self.weighs else loss
 
-    def idle(self) -> Tensor:
+    def idle(self, parameters: Iterable[Tensor] | None = None) -> Tensor:
         """A loss that is 0, and so are all its gradients."""
-        parts = [(parameter * 0.0).sum() for parameter in self.module.parameters() if parameter.requires_grad]
+        among = self.module.parameters() if parameters is None else parameters
+        parts = [(parameter * 0.0).sum() for parameter in among if parameter.requires_grad]
         return torch.stack(parts).sum()
 
 

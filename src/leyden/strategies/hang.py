@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from leyden.strategies.board import Board, first_line, ranks_in_words, tell
-from leyden.strategies.where import Where, activity, exchanges, stacks, workers
+from leyden.strategies.where import Where, activity, exchanges, home, is_there, stacks, workers
 
 ANSWER = 10.0
 """Seconds after which a process that does not answer counts as gone."""
@@ -56,6 +56,8 @@ class Hang:
         """The number of the inquiry that this rank has made, and until when it waits for answers."""
         self._next = 0.0
         self._heard: dict[int, float] = {}
+        self._homes: dict[int, str] = {}
+        self._looked = time.monotonic()
         self._pinged = time.monotonic()
         self._error: str | None = None
         """In words, which exchange of this rank has run out of time."""
@@ -80,6 +82,14 @@ class Hang:
     def look(self) -> str | None:
         """Answer who asks, ask if this rank stands still, and return which rank is lost, if one is."""
         now = time.monotonic()
+        if now - self._looked > max(self.silence / 4, 1.0):  # this process was stopped, or starved: nobody was heard
+            self._moved, self._open = now, None
+            self._heard.clear()
+        self._looked = now
+        if self.rank not in self._homes:
+            self._homes[self.rank] = home()
+            self.board.write(f"home/{self.rank}", self._homes[self.rank])
+        self._home(0)  # while the store, which rank 0 may keep, answers
         marker = self.where.marker()
         if marker != self._marker:
             self._marker, self._moved = marker, now
@@ -96,6 +106,15 @@ class Hang:
             self._pinged = now
             self._open = self.board.add("inquiry", 1), now + min(ANSWER, max(self.silence / 4, 1.0))
         return None
+
+    def _home(self, rank: int) -> str | None:
+        if rank not in self._homes and (text := self.board.read(f"home/{rank}")) is not None:
+            self._homes[rank] = text
+        return self._homes.get(rank)
+
+    def keeps_the_store(self) -> bool:
+        """Whether rank 0 is a process of this machine that is there, whether or not it answers."""
+        return is_there(self._homes.get(0))
 
     def place(self) -> list[int]:
         """How far this rank is: epoch, batches, exchanges; those of other ranks can be compared with it."""
@@ -145,7 +164,8 @@ class Hang:
             self.board.first("failed", self.verdict.splitlines()[0])
             return None
         lost = [rank for rank in range(self.size) if now - self._heard.setdefault(rank, now) > self.silence]
-        if lost and self.rank == 0:
+        # one of this machine that is there may be stopped, or hold on to Python: that is a hang, if it is anything
+        if self.rank == 0 and (lost := [rank for rank in lost if not is_there(self._home(rank))]):
             return self.board.first(
                 "failed",
                 f"{ranks_in_words(lost)} of {self.size} {'have' if len(lost) > 1 else 'has'} not answered for"

@@ -247,15 +247,26 @@ class Watch:
 
     def _watch_the_store(self) -> None:
         """End a process that rank 0, which keeps the store, does not answer any more: the first thread waits for it."""
-        while not self._over.wait(min(self._hang.silence / 4, 1.0)):
-            if time.monotonic() - self._looked > self._hang.silence and self._thread.is_alive():
-                failed = f"rank 0 has not answered for {self._hang.silence:g} s: its machine is gone, or the way to it is cut"
-                self._failed = self._failed or failed
-                self._told.set()
-                self._hang.shown.set()
-                if not self._over.wait(GRACE):
-                    self._end(failed)
-                return
+        hang = self._hang
+        step, seen, waited = min(hang.silence / 4, 1.0), self._looked, 0.0
+        while not self._over.wait(step):
+            if self._looked != seen:
+                seen, waited = self._looked, 0.0
+                continue
+            waited += step  # not what the clock says: a process that was stopped has not listened
+            if waited <= hang.silence or not self._thread.is_alive():
+                continue
+            if hang.keeps_the_store() and waited <= hang.limit:
+                continue  # it is stopped, or busy beyond measure
+            failed = (
+                f"rank 0 has not answered for {waited:.0f} s: its machine is gone, the way to it is cut, or it hangs"
+            )
+            self._failed = self._failed or failed
+            self._told.set()
+            hang.shown.set()
+            if not self._over.wait(GRACE):
+                self._end(failed)
+            return
 
     def _answer(self) -> None:
         """Ask the others to stop, if this rank was asked; answer, if any was."""

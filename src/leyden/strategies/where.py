@@ -167,6 +167,34 @@ def stacks() -> str:
     return "".join(text)
 
 
+def home() -> str:
+    """Name this process and its machine, for ``is_there``; ``""`` where the system does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        spaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net")]
+        return " ".join([boot, *spaces, str(os.getpid()), _began(os.getpid()) or ""])
+    except OSError:
+        return ""
+
+
+def is_there(named: str | None) -> bool:
+    """Whether the process that ``home`` has named is one of this machine, and has not ended."""
+    mine = home()
+    if not named or not mine or named.split()[:3] != mine.split()[:3]:
+        return False
+    pid, began = named.split()[3:]
+    return _began(int(pid)) == began
+
+
+def _began(pid: int) -> str | None:
+    """When a process was started, in ticks; None for one that is gone, or that has ended and is not yet waited for."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
 def workers() -> str:
     """Say how the child processes of this one stand, one a line; those that load data print their stacks themselves."""
     lines = []
@@ -185,4 +213,4 @@ def workers() -> str:
     return "".join(lines)
 
 
-__all__ = ["Where", "activity", "exchanges", "stacks", "workers"]
+__all__ = ["Where", "activity", "exchanges", "home", "is_there", "stacks", "workers"]
