@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,11 +12,18 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import leyden as L
+from leyden.runtime import collective
 from leyden.strategies import DDPStrategy, FSDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    yield
+    collective.part()  # as at the end of the process
 
 
 class Net(L.LightningModule):
