@@ -154,9 +154,6 @@ class Verbs:
     def post_backward(self, closure_loss: Tensor) -> None:
         """Runs after each backward of a training step."""
 
-    def post_training_step(self) -> None:
-        """Runs after each training step."""
-
 
 HOOKS = (
     "on_train_start", "on_train_end", "on_train_batch_start", "on_validation_start", "on_validation_end", "on_test_start",
