@@ -361,33 +361,3 @@ def test_with_lightnings_semantics_samples_are_shared_out_as_there() -> None:
             sampler.set_epoch(epoch)
             expected += [batch[2].tolist() for batch in DataLoader(data(10), 2, sampler=sampler)]
         assert samples == expected
-
-
-def _validated() -> Any:
-    class Normed(L.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
-
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return self.net(batch).square().mean()
-
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.log("val", self.net(batch).mean())
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    L.seed_everything(2, verbose=False)
-    samples = torch.randn(24, 3) * torch.arange(1.0, 25.0)[:, None]
-    module, trainer = Normed(), make_trainer(max_epochs=2)
-    trainer.fit(module, DataLoader(samples, 4), DataLoader(samples, 4))
-    within = float(trainer.callback_metrics["val"])
-    trainer.validate(module, DataLoader(samples, 4), verbose=False)
-    return within, float(trainer.callback_metrics["val"])
-
-
-def test_m1_a_validation_in_fit_sees_the_statistics_of_the_checkpoint_on_all_ranks() -> None:
-    (within, after), other = on_ranks(2, _validated)
-    assert within == pytest.approx(after, abs=1e-6)
-    assert other == (within, after)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -232,18 +231,6 @@ class DDPStrategy(ParallelStrategy):
         loss = model()  # the wrapper exchanges something of its own ahead of some steps
         if travels:
             loss.backward()
-
-    def evaluating(self, inference: bool) -> AbstractContextManager[Any]:
-        if self._wrapped is not None and self._exchanges and self.ddp_kwargs.get("broadcast_buffers", True):
-            # those of rank 0, as at the beginning of each training batch: what is evaluated is what a checkpoint holds
-            ignored = getattr(self.module, "_ddp_params_and_buffers_to_ignore", ())
-            buffers = [buffer for name, buffer in self.module.named_buffers() if name not in ignored]
-            if buffers:
-                from leyden.runtime.collective import copy_flat  # noqa: PLC0415  # see launch
-
-                with torch.no_grad():
-                    copy_flat([buffer.detach() for buffer in buffers])
-        return super().evaluating(inference)
 
     def exchange_gradients(self, optimizer: Optimizer) -> None:
         """Average what has not been averaged while it was computed; runs before each step of an optimizer."""
