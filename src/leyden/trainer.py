@@ -432,7 +432,7 @@ class Trainer(TrainerFace):
             )  # fmt: skip
         self.results.clear()
         session.bind(self._callbacks, self._profiler)
-        strategy.setup()
+        strategy.setup(self)
         strategy.distribute(fitting)
         compile_steps(session, fn)
         if fitting:

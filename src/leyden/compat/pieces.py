@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 from enum import Enum
 from typing import Any, TypeAlias, TypedDict
 
@@ -90,3 +91,20 @@ def grad_norm(module: nn.Module, norm_type: float | int | str, group_separator: 
         device = next(iter(norms.values())).device
         norms[f"grad_{p}_norm_total"] = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms.values()]), p)
     return norms
+
+
+def find_free_network_port() -> int:
+    """Return a port of this machine that nobody uses now."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def num_cuda_devices() -> int:
+    """The number of CUDA devices that can be used here."""
+    return torch.cuda.device_count()
+
+
+def is_cuda_available() -> bool:
+    """Whether there is one."""
+    return num_cuda_devices() > 0

@@ -24,6 +24,7 @@ from leyden.loops.session import Session
 from leyden.module import LightningModule
 from leyden.runtime.ranks import rank_zero_only, rank_zero_warn
 from leyden.runtime.seed import given_seed, rng_state, seeds_workers
+from leyden.strategies.verbs import is_own
 from leyden.types import TrainerFn
 
 if TYPE_CHECKING:
@@ -222,7 +223,12 @@ def request(session: Session, prefix: str, mode: str) -> CombinedLoader:
     if prefix == "train":
         elastic.decide(session, combined)
     several = session.strategy.world_size > 1 or elastic.is_shared(session, prefix)
-    return shared(session, combined, prefix) if several and session.config.use_distributed_sampler else combined
+    if several and session.config.use_distributed_sampler:
+        combined = shared(session, combined, prefix)
+    if is_own(session.strategy, "process_dataloader"):
+        combined = copy.copy(combined)
+        combined.flattened = [session.strategy.process_dataloader(loader) for loader in combined.flattened]
+    return combined
 
 
 def shared(session: Session, combined: CombinedLoader, prefix: str) -> CombinedLoader:

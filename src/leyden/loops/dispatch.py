@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from leyden.callback import Callback
@@ -110,6 +111,7 @@ def bind(
     results: Results,
     profiler: Any,
     meet: Callable[[], None] | None = None,
+    strategy: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
 ) -> Hooks:
     """Make the ``Hooks`` of one run.
 
@@ -121,6 +123,7 @@ def bind(
         results: Where ``self.log`` stores.
         profiler: Measures each call if it is not None.
         meet: Runs at the end of a training epoch, before callbacks read its metrics; None where there is nobody to meet.
+        strategy: The hooks that a strategy of the user's own has written, see ``strategies.verbs``.
     """
     hooks = Hooks()
     callbacks = list(callbacks)
@@ -156,10 +159,17 @@ def bind(
             ordered = first + [call for late, call in theirs if late]
         else:
             ordered = [call for _, call in theirs] + mine
+            if name in strategy:
+                # what the last one of a batch's beginning returns counts
+                ordered.insert(_place(name, len(ordered)), strategy[name])
         calls = Calls(ordered)
         calls.name, calls.results = name, results
         setattr(hooks, name, calls)
     return hooks
+
+
+def _place(name: str, count: int) -> int:
+    return 0 if name in ("on_before_backward", "on_train_batch_start") else count
 
 
 def _unused(callback: Callback, name: str, trainer: Any) -> bool:

@@ -35,12 +35,12 @@ def tell(trainer: Any, exception: BaseException, interrupt: Interrupt) -> None:
     Checkpoints that are still being written are waited for, before and after.
     """
     _settle(trainer, exception)
-    told = [*trainer.callbacks, trainer.datamodule]
+    told = [*trainer.callbacks, trainer.datamodule, trainer.strategy]
     if interrupt.forced:  # in the middle of a step: what is written there is nothing to go on from
         told = [listener for listener in told if listener not in trainer.checkpoint_callbacks]
     for listener in told:
         try:
-            if listener is trainer.datamodule:
+            if listener is trainer.datamodule or listener is trainer.strategy:
                 if listener is not None:
                     listener.on_exception(exception)
             else:

@@ -19,6 +19,7 @@ from leyden.loops import when
 from leyden.loops.session import Session
 from leyden.module import LightningModule
 from leyden.runtime.ranks import rank_zero_warn
+from leyden.strategies.verbs import is_own, own_backward
 from leyden.tree import detach
 
 
@@ -55,6 +56,9 @@ class Optimization:
         self._leads = 0
         """The optimizer that stepped first in the current batch: each of its steps is an update of the model."""
         self.own_backward = session.hooks.backward[0] if session.hooks.backward else None
+        self._closure = _nothing if is_own(session.strategy, "optimizer_step") else None
+        """What a step of ``update`` is given: a strategy of the user's own may rely on a closure."""
+        self._strategy_backward = own_backward(session.strategy)
         self.counts = True
         """Whether a step of an optimizer counts by itself; not inside the module's own ``optimizer_step``."""
         self.weighs = session.config.rule("short_window") == "actual"
@@ -95,7 +99,10 @@ class Optimization:
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients, with hooks; the loss is scaled where the precision says so."""
         hooks = self.hooks
-        if hooks.on_before_backward or self.own_backward is not None:
+        if self._strategy_backward is not None and self.own_backward is None:
+            hooks.on_before_backward(loss)
+            self._strategy_backward(loss, *args, **kwargs)
+        elif hooks.on_before_backward or self.own_backward is not None:
             loss = self.precision.scale(loss)
             hooks.on_before_backward(loss)
             if self._join is not None:
@@ -115,7 +122,7 @@ class Optimization:
         """Step all optimizers on the gradients that are there, with hooks and clipping."""
         for index, optimizer in enumerate(self.optimizers):
             self.before_step(optimizer)
-            self.strategy.optimizer_step(optimizer)
+            self.strategy.optimizer_step(optimizer, self._closure)
             self.count(index)
         self.window_weight, self.window_mixes, self.rescale = None, False, 1.0
 
@@ -198,6 +205,10 @@ class Optimization:
         self._averages(optimizer)
         if self.strategy.reduce_boolean_decision(self.window_weight is not None, all=False):
             self.window_weight = 0.0 if self.window_weight is None else self.window_weight
+
+
+def _nothing() -> None:
+    """What is left of a batch when its optimizer steps: loss and gradients are there."""
 
 
 def _first_update(opt: Optimization) -> None:

@@ -22,6 +22,7 @@ from leyden.progress import Progress
 from leyden.results import Results
 from leyden.signals import Interrupt
 from leyden.strategies.base import Strategy
+from leyden.strategies.verbs import calls_of, is_own
 from leyden.types import RunningStage, TrainerFn, TrainerView
 
 if TYPE_CHECKING:
@@ -140,17 +141,22 @@ class Session:
             name for name in ("configure_sharded_model", "configure_model") if is_written(module, name, LightningModule)
         ]
         if build and self.strategy.builds():
-            with self.strategy.root_device, self.strategy.precision.init_context():
+            with (
+                self.strategy.model_sharded_context(),
+                self.strategy.root_device,
+                self.strategy.precision.init_context(),
+            ):
                 for name in build:
                     getattr(module, name)()
 
     def bind(self, callbacks: list[Any], profiler: Any) -> None:
         """Bind all hooks to the calls that somebody wrote, and send ``self.log`` to this run."""
         self.profiler = profiler
+        theirs = calls_of(self.strategy)
         if profiler is not None:
             self.strategy = cast("Strategy", ProfiledStrategy(self.strategy, profiler))
         meet = self._across() if self.strategy.world_size > 1 else None
-        self.hooks = bind(self.trainer, self.module, self.datamodule, callbacks, self.results, profiler, meet)
+        self.hooks = bind(self.trainer, self.module, self.datamodule, callbacks, self.results, profiler, meet, theirs)
         if self.across is not None:
             from leyden.loops.same import facts  # noqa: PLC0415  # only for several processes
 
@@ -201,6 +207,7 @@ class Session:
         if self.across is not None:
             self.across.close()
         self.module.log_into(None)
+        self.strategy.brings = None
         if self.compilation is not None:
             self.compilation.remove()
         if self._shelf is not None:
@@ -246,10 +253,11 @@ class Session:
         )
         precision, device = strategy.precision, strategy.root_device
         converts = _converts(precision)
-        if device.type == "cpu" and not (before or move or after or converts):
+        own = is_own(strategy, "batch_to_device")
+        if device.type == "cpu" and not (before or move or after or converts or own):
             return None  # loaders deliver host memory: nothing to move
         move_batch: Callable[..., Any] = move or module.transfer_batch_to_device
-        if device.type == "cuda" and self.config.fast_data and not move:
+        if device.type == "cuda" and self.config.fast_data and not move and not own:
             from leyden.loops.ahead import Ahead, Lane  # noqa: PLC0415  # only runs on CUDA copy batches ahead
 
             move_batch = ahead = Ahead(device, Lane(device))
@@ -261,9 +269,16 @@ class Session:
                 batch = precision.convert_input(batch)
             if before:
                 batch = before(batch, dataloader_idx)
+            if own:
+                return strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+            return arrive(batch, device, dataloader_idx)
+
+        def arrive(batch: Any, device: Any, dataloader_idx: int) -> Any:
             batch = move_batch(batch, device, dataloader_idx)
             return after(batch, dataloader_idx) if after else batch
 
+        if own:
+            strategy.brings = arrive
         return bring
 
 

@@ -29,6 +29,7 @@ from leyden.results import Results
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.runtime.seed import rng_state
 from leyden.strategies.base import Strategy
+from leyden.strategies.verbs import is_own
 from leyden.tree import move_to
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def gather(
         "epoch": progress.epoch,
         "global_step": progress.global_step,
         "pytorch-lightning_version": LIGHTNING_VERSION,
-        "state_dict": strategy.module_state_dict(),
+        "state_dict": strategy.lightning_module_state_dict(),
         "loops": to_lightning(progress, loaders, fit_loop.last),
     }
     before = position.unfinished(fit_loop, progress)
@@ -219,7 +220,10 @@ def restore_model(
     """Put back the data module, the module's weights and the callbacks, with their hooks."""
     module: LightningModule = strategy.module
     module.on_load_checkpoint(checkpoint)
-    strategy.load_module_state_dict(checkpoint["state_dict"], module.strict_loading, source)
+    if is_own(strategy, "load_model_state_dict"):
+        strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
+    else:
+        strategy.load_module_state_dict(checkpoint["state_dict"], module.strict_loading, source)
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
     if not fitting:
@@ -269,9 +273,12 @@ def restore_training(
         )
     if state := checkpoint.get(type(strategy.precision).__qualname__):
         strategy.precision.load_state_dict(state)
-    _restore_each(
-        "optimizer_states", "optimizers", checkpoint, strategy.optimizers, source, strategy.load_optimizer_state
-    )
+    if is_own(strategy, "load_optimizer_state_dict"):
+        strategy.load_optimizer_state_dict(checkpoint)
+    elif strategy.lightning_restore_optimizer:
+        _restore_each(
+            "optimizer_states", "optimizers", checkpoint, strategy.optimizers, source, strategy.load_optimizer_state
+        )
     schedulers = [schedule.scheduler for schedule in strategy.lr_scheduler_configs]
     _restore_each(
         "lr_schedulers",

@@ -23,6 +23,7 @@ from leyden.loops.session import STEPS, Session
 from leyden.module import LightningModule
 from leyden.optim import NoOptimizer, normalize
 from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
+from leyden.strategies.verbs import is_own, replace_optimizers
 from leyden.types import TrainerFn
 
 _REMOVED = {
@@ -142,6 +143,8 @@ def configure_optimizers(session: Session) -> None:
     session.strategy.optimizers, session.strategy.lr_scheduler_configs = optimizers, schedules
     optimization = session.optimization = Optimization(session)
     session.strategy.set_optimizers(optimizers, schedules, optimization.step_with_closure, optimization.backward)
+    if is_own(session.strategy, "setup_optimizers"):
+        replace_optimizers(session.strategy, session.trainer)
 
 
 def check(session: Session, fn: TrainerFn) -> None:

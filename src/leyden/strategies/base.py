@@ -19,6 +19,7 @@ from leyden.optim import LightningOptimizer
 from leyden.precision import Precision
 from leyden.precision.base import WithoutInit
 from leyden.signals import Interrupt
+from leyden.strategies.verbs import Verbs
 from leyden.tree import move_to
 from leyden.types import PathLike
 
@@ -31,13 +32,15 @@ IDLE: Any = object()
 """Stands in the place of a batch in a turn of an evaluation in which only other processes have one."""
 
 
-class Strategy:
+class Strategy(Verbs):
     """Runs the steps of a module on ``root_device``, in the number format of its ``precision``.
 
     Args:
         device: The device of this process.
         precision: The number format; None is 32-true.
         checkpoint_io: Writes, reads and removes checkpoints; None keeps them in files.
+        accelerator: Accepted for compatibility.
+        precision_plugin: Another name for ``precision``.
     """
 
     strategy_name = "single"
@@ -53,9 +56,12 @@ class Strategy:
         device: torch.device | str = "cpu",
         precision: Precision | None = None,
         checkpoint_io: CheckpointIO | None = None,
+        *,
+        accelerator: Any = None,
+        precision_plugin: Precision | None = None,
     ) -> None:
         self._root_device = torch.device(device)
-        self.precision = precision or Precision()
+        self.precision = precision or precision_plugin or Precision()
         self._checkpoint_io = checkpoint_io
         self.module: Any = None
         self.optimizers: list[Optimizer] = []
@@ -124,6 +130,7 @@ class Strategy:
 
     def launch(self, interrupt: Interrupt, progress: Any) -> None:
         """Start the processes that are missing, and meet them; a run begins, with these counters."""
+        self.setup_environment()
 
     def land(self) -> None:
         """A run is over, in whatever way."""
@@ -154,10 +161,10 @@ class Strategy:
         """Whether ``configure_model`` is to be called in the coming run; not for a module that is as it left it."""
         return True
 
-    def setup(self) -> None:
+    def setup(self, trainer: Any = None) -> None:
         """Bring the module to its device and number format."""
         self.module = self.precision.convert_module(self.module)
-        self.place()
+        self.model_to_device()
 
     def place(self) -> None:
         """Bring the module to its device."""
@@ -239,7 +246,7 @@ class Strategy:
         return nullcontext()
 
     @contextmanager
-    def tensor_init_context(self) -> Iterator[None]:
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """A context in which tensors are made on the device and in the number format of the run."""
         with self.root_device, self.precision.init_context():
             yield
@@ -303,6 +310,8 @@ class Strategy:
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients, scaled where the precision scales them."""
+        if args and (args[0] is None or isinstance(args[0], Optimizer)):
+            args = args[1:]  # Lightning's own have the optimizer there
         self.precision.backward(loss, *args, **kwargs)
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -315,7 +324,9 @@ class Strategy:
             raise RuntimeError("manual_backward() works inside Trainer.fit only: no fit is running.")
         self._manual_backward(loss, *args, **kwargs)
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, model: Any = None, **kwargs: Any
+    ) -> Any:
         """Step ``optimizer``; ``precision.skipped_step`` tells whether the step was left out."""
         return self.precision.optimizer_step(optimizer, closure, **kwargs)
 

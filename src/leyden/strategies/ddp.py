@@ -47,6 +47,8 @@ class DDPStrategy(ParallelStrategy):
         ddp_comm_state: State of ``ddp_comm_hook``.
         ddp_comm_hook: How the gradients of a bucket are exchanged, see ``register_comm_hook`` of torch.
         ddp_comm_wrapper: Wraps ``ddp_comm_hook``.
+        model_averaging_period: With a ``PostLocalSGDState`` as ``ddp_comm_state``: after how many updates weights are averaged
+            over all processes, beginning with the state's ``start_localSGD_iter``.
         process_group_backend: torch's name for how tensors travel; None is NCCL for GPUs and Gloo for CPUs.
         timeout: After how long an exchange that not all ranks take part in is an error.
         start_method: Where nobody else starts the processes: ``"popen"`` runs the same script once more in each;
@@ -76,8 +78,9 @@ class DDPStrategy(ParallelStrategy):
         ddp_comm_state: Any = None,
         ddp_comm_hook: Callable[..., Any] | None = None,
         ddp_comm_wrapper: Callable[..., Any] | None = None,
+        model_averaging_period: int | None = None,
         process_group_backend: str | None = None,
-        timeout: timedelta = timedelta(minutes=30),
+        timeout: timedelta | None = timedelta(minutes=30),
         start_method: Any = "popen",
         hang_timeout: timedelta | None = None,
         uneven: str = "stop",
@@ -96,7 +99,10 @@ class DDPStrategy(ParallelStrategy):
         self.ddp_kwargs = kwargs
         self.shares_statistics = bool(kwargs.get("broadcast_buffers", True))
         self._hook = ddp_comm_state, ddp_comm_hook, ddp_comm_wrapper
-        self.model: Any = None
+        self.model_averaging_period = model_averaging_period
+        self._averages: list[Any] = []
+        """The hooks of optimizers that average weights."""
+        self._wrapped: Any = None
         """The module, wrapped, while a fit runs."""
         self._through: _Through | None = None
         self._loop: Any = None
@@ -124,7 +130,19 @@ class DDPStrategy(ParallelStrategy):
     def _wrap(self, module: nn.Module) -> None:
         self._through = _Through(module)  # given back in teardown
         self._frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
-        self.model = self._averaged(module)
+        if self._wrapped is None:
+            self.configure_ddp()
+
+    def configure_ddp(self) -> None:
+        """Put what averages gradients around the module: ``self.model`` is that, while a fit runs."""
+        self.model = self._setup_model(self.module)
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return self._averaged(model)
+
+    def determine_ddp_device_ids(self) -> list[int] | None:
+        """What DistributedDataParallel gets as ``device_ids``."""
+        return None if self.root_device.type == "cpu" else [self.root_device.index]
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         if any(parameter.requires_grad for parameter in module.parameters()):
@@ -139,9 +157,7 @@ class DDPStrategy(ParallelStrategy):
         thread = threading.Thread(target=importlib.import_module, args=("torch._dynamo",))
         thread.start()
         thread.join()
-        device = self.root_device
-        ids = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(module, device_ids=ids, **self.ddp_kwargs)
+        wrapped = DistributedDataParallel(module, device_ids=self.determine_ddp_device_ids(), **self.ddp_kwargs)
         state, hook, around = self._hook
         if hook is not None:
             wrapped.register_comm_hook(state, hook if around is None else around(hook))
@@ -151,14 +167,15 @@ class DDPStrategy(ParallelStrategy):
         self._loop, self._checked, self._automatic, self._met = loop, False, automatic, {}
         # one backward for each forward is what DistributedDataParallel can follow
         self._by_hand = not automatic or len(self.optimizers) > 1
-        if self.model is not None:
-            self.model.require_backward_grad_sync = not self._by_hand
+        if self._wrapped is not None:
+            self._average_weights()
+            self._wrapped.require_backward_grad_sync = not self._by_hand
             self._checked = self._by_hand or bool(
                 self.ddp_kwargs.get("find_unused_parameters") or self.ddp_kwargs.get("static_graph")
             )
         # nobody's order matters between two, and a hook may exchange anything in any way
-        if self.model is not None and not self._checked and self.world_size > 2 and self._hook[1] is None:
-            self._order = Order(self.model, [p for p in self.module.parameters() if p.requires_grad])
+        if self._wrapped is not None and not self._checked and self.world_size > 2 and self._hook[1] is None:
+            self._order = Order(self._wrapped, [p for p in self.module.parameters() if p.requires_grad])
             self._order.listen()
 
     def exchange_order(self) -> list[int]:
@@ -169,7 +186,7 @@ class DDPStrategy(ParallelStrategy):
             self._order.follow(order, self._bring_zeros)
 
     def _bring_zeros(self, parameters: list[Tensor]) -> None:
-        model, through = self.model, self._through
+        model, through = self._wrapped, self._through
         assert through is not None
         model.require_backward_grad_sync = True
         through.step, through.counts = partial(through.idle, parameters), False
@@ -178,13 +195,40 @@ class DDPStrategy(ParallelStrategy):
     def teardown(self) -> None:
         self._unwrap()
         self._loop = None
+        while self._averages:
+            self._averages.pop().remove()
         super().teardown()
+
+    def _average_weights(self) -> None:
+        """Let weights be averaged now and then, where gradients are not always: post-local SGD.
+
+        Raises:
+            MisconfigurationException: without ``model_averaging_period``.
+        """
+        start = getattr(self._hook[0], "start_localSGD_iter", None)
+        if start is None:
+            return
+        if self.model_averaging_period is None:
+            raise MisconfigurationException(
+                "DDPStrategy(ddp_comm_state=PostLocalSGDState(...)) averages weights now and then: say after how many updates,"
+                " DDPStrategy(model_averaging_period=...)."
+            )
+        from torch.distributed.algorithms.model_averaging.averagers import (  # noqa: PLC0415  # few ask
+            PeriodicModelAverager,
+        )
+
+        averager = PeriodicModelAverager(period=self.model_averaging_period, warmup_steps=start)
+
+        def average(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+            averager.average_parameters(p for group in optimizer.param_groups for p in group["params"])
+
+        self._averages += [optimizer.register_step_post_hook(average) for optimizer in self.optimizers]
 
     def _unwrap(self) -> None:
         if self._order is not None:
             self._order.close()
         self._order = None
-        through, self._through, self.model = self._through, None, None
+        through, self._through, self._wrapped = self._through, None, None
         self._frozen, self._met = [], {}
         if through is not None:
             through.remove()
@@ -192,7 +236,7 @@ class DDPStrategy(ParallelStrategy):
     # ------------------------------------------------------------------ steps
 
     def training_step(self, *args: Any) -> Any:
-        model, through = self.model, self._through
+        model, through = self._wrapped, self._through
         if model is None or through is None:
             return super().training_step(*args)
         if not self._by_hand and model.require_backward_grad_sync is not self._loop.steps:
@@ -210,7 +254,7 @@ class DDPStrategy(ParallelStrategy):
             through.step = None
 
     def idle_step(self) -> None:
-        model, through = self.model, self._through
+        model, through = self._wrapped, self._through
         if model is None or through is None or self._alone:
             return
         travels = model.require_backward_grad_sync = self._loop.steps and not self._by_hand
@@ -221,7 +265,7 @@ class DDPStrategy(ParallelStrategy):
 
     def exchange_gradients(self, optimizer: Optimizer) -> None:
         """Average what has not been averaged while it was computed; runs before each step of an optimizer."""
-        model = self.model
+        model = self._wrapped
         if model is None:
             return
         several = self.world_size > 1 and not self._alone
@@ -266,7 +310,7 @@ class DDPStrategy(ParallelStrategy):
             average_flat(grads)
 
     def clip_gradients(self, optimizer: Optimizer, value: float, algorithm: str) -> Tensor | None:
-        if self._automatic or self.model is None or self.world_size == 1 or self._alone:
+        if self._automatic or self._wrapped is None or self.world_size == 1 or self._alone:
             return super().clip_gradients(optimizer, value, algorithm)
         # by hand this comes ahead of the step, which averages: the norm is to be that of the mean
         self.exchange_gradients(optimizer)

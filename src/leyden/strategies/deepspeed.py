@@ -343,7 +343,9 @@ class DeepSpeedStrategy(ParallelStrategy):
     def exchange_gradients(self, optimizer: Optimizer) -> None:
         """Nothing: the engine has averaged them."""
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, model: Any = None, **kwargs: Any
+    ) -> Any:
         if self.engine is None:
             return super().optimizer_step(optimizer, closure, **kwargs)
         result = closure() if closure is not None else None

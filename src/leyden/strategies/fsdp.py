@@ -85,7 +85,7 @@ class FSDPStrategy(MeshStrategy):
         checkpoint_io: Any = None,
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
-        timeout: timedelta = timedelta(minutes=30),
+        timeout: timedelta | None = timedelta(minutes=30),
         cpu_offload: Any = None,
         mixed_precision: Any = None,
         auto_wrap_policy: units.Policy = None,
@@ -176,8 +176,8 @@ class FSDPStrategy(MeshStrategy):
 
     # ------------------------------------------------------------------ the life of a module
 
-    def setup(self) -> None:
-        super().setup()
+    def setup(self, trainer: Any = None) -> None:
+        super().setup(trainer)
         self._own_scaler()
 
     def setup_module(self, module: nn.Module) -> nn.Module:
@@ -458,7 +458,9 @@ class FSDPStrategy(MeshStrategy):
             self.exchange_gradients(optimizer)  # else that has been done
         return super().clip_gradients(optimizer, value, algorithm)
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, model: Any = None, **kwargs: Any
+    ) -> Any:
         result = super().optimizer_step(optimizer, closure, **kwargs)
         if self._gap is not None and self._gap.used:
             self._gap.used = False

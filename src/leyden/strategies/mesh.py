@@ -248,7 +248,9 @@ class MeshStrategy(ShardedCheckpoints):
             for parameter, gradient, count in zip(parameters, grads, there.tolist(), strict=True):
                 parameter.grad = gradient if count else None
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, model: Any = None, **kwargs: Any
+    ) -> Any:
         if closure is not None or not steps_by_parts(optimizer):
             return super().optimizer_step(optimizer, closure, **kwargs)
         if self._parts is None:

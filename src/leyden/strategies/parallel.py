@@ -57,6 +57,8 @@ class ParallelStrategy(Strategy):
         uneven: What happens in training where ranks have other numbers of batches: ``"stop"`` ends the epoch with the rank
             that has the fewest; ``"join"`` lets those that are done take part with gradients of 0, and averages over those
             that have a batch; ``"pad"`` lets those that are done begin their loaders anew.
+        accelerator: Accepted for compatibility.
+        precision_plugin: Another name for ``precision``.
 
     Raises:
         MisconfigurationException: for a value that is not possible.
@@ -68,13 +70,17 @@ class ParallelStrategy(Strategy):
         precision: Precision | None = None,
         checkpoint_io: Any = None,
         process_group_backend: str | None = None,
-        timeout: timedelta = timedelta(minutes=30),
+        timeout: timedelta | None = timedelta(minutes=30),
         start_method: Any = "popen",
         cluster_environment: Any = None,
         hang_timeout: timedelta | None = None,
         uneven: str = "stop",
+        *,
+        accelerator: Any = None,
+        precision_plugin: Precision | None = None,
     ) -> None:
-        super().__init__("cpu", precision, checkpoint_io)
+        super().__init__("cpu", precision or precision_plugin, checkpoint_io)
+        timeout = timedelta(minutes=30) if timeout is None else timeout
         name = type(self).__name__
         if start_method not in launch.STARTS and not callable(getattr(start_method, "call", None)):
             raise MisconfigurationException(
@@ -190,6 +196,11 @@ class ParallelStrategy(Strategy):
         return self._world.node
 
     @property
+    def is_distributed(self) -> bool:
+        """Whether it is made for several processes."""
+        return True
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """How many share the data, and which of them this is."""
         return {"num_replicas": self.data_size, "rank": self.data_rank}
@@ -207,7 +218,7 @@ class ParallelStrategy(Strategy):
                 script.start_others(world)
             self._world = world = worlds.joined() or world  # of an earlier Trainer of this script, maybe
             script.enter()
-        collective.meet(world, self._backend(), self.timeout)
+        self.setup_environment()
         self._alone = False
         if world.size > 1:
             from leyden.strategies.watch import Watch  # noqa: PLC0415  # where there is somebody to watch
@@ -218,6 +229,15 @@ class ParallelStrategy(Strategy):
                 collective.store_of(world), f"run{next(_RUNS)}", world.rank, world.size, interrupt,
                 lambda: int(progress.batches), limit=limit.total_seconds(), where=Where(progress, lambda: self.module),
             )  # fmt: skip
+
+    def setup_environment(self) -> None:
+        self.setup_distributed()
+
+    def setup_distributed(self) -> None:
+        """Meet the other processes."""
+        from leyden.runtime import collective  # noqa: PLC0415  # see launch
+
+        collective.meet(self._world, self._backend(), self.timeout)
 
     def begin(self) -> None:
         self._begun = True
@@ -274,10 +294,10 @@ class ParallelStrategy(Strategy):
 
     # ------------------------------------------------------------------ the life of a module
 
-    def setup(self) -> None:
+    def setup(self, trainer: Any = None) -> None:
         if self.sync_batchnorm and self.root_device.type == "cuda":
             self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)  # type: ignore[no-untyped-call]
-        super().setup()
+        super().setup(trainer)
         if self.sync_batchnorm and self.root_device.type == "cpu" and self.world_size > 1:
             from leyden.strategies.sync_norm import synchronise  # noqa: PLC0415  # only where it is asked for
 
@@ -325,13 +345,19 @@ class ParallelStrategy(Strategy):
         from leyden.runtime.collective import copy_flat  # noqa: PLC0415  # see launch
 
         found: dict[int, Tensor] = {}
-        for layer in self.module.modules():
+        ignored = getattr(self.module, "_ddp_params_and_buffers_to_ignore", ())
+        for path, layer in self.module.named_modules():
             for name, buffer in layer.named_buffers(recurse=False):
                 kept = name not in layer._non_persistent_buffers_set  # noqa: SLF001  # torch has no other name for it
+                kept = kept and (f"{path}.{name}" if path else name) not in ignored
                 if kept and _is_plain(buffer) and buffer.is_floating_point():
                     found[id(buffer)] = buffer
         with torch.no_grad():
             copy_flat(list(found.values()))
+
+    def block_backward_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which gradients of the module are not exchanged."""
+        return self.no_backward_sync(self.model)
 
     def own_buffers(self) -> dict[str, Tensor]:
         found = {name: buffer for name, buffer in self.module.named_buffers() if _is_plain(buffer)}
