@@ -527,7 +527,7 @@ class FSDPStrategy(MeshStrategy):
     def keep_up(self) -> None:
         if not self._held_together:
             self._root.unshard()
-            for layer in filter(None, self._order):
+            for layer in (each for each in self._order if each is not None):
                 layer.unshard()
                 if self._reshards:
                     layer.reshard()
