@@ -44,6 +44,13 @@ class Frozen(Net):
         self.layer[0].requires_grad_(False)
 
 
+class Searching(Net):
+    """Goes as far as a line search over the loss says."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), max_iter=4, line_search_fn="strong_wolfe")
+
+
 class Turn(L.Callback):
     """Lets the first layer require gradients, or not, from the second epoch on."""
 
@@ -115,3 +122,11 @@ def test_f1_what_is_frozen_in_the_middle_of_a_run() -> None:
     compare(Net, "ddp_find_unused_parameters_true", False)
     with pytest.raises(AssertionError, match=r"no part .*: layer\.0\.weight, layer\.0\.bias.* frozen in the middle"):
         on_ranks(2, trained, 2, Net, "ddp", False)
+
+
+def test_f1_an_optimizer_that_goes_by_the_loss_does_the_same_on_all_ranks() -> None:
+    losses, _ = trained(1, Searching, "auto", None)
+    first, second = on_ranks(2, trained, 2, Searching, "ddp", None)
+    assert torch.equal(first[1], second[1])
+    means = [(one + other) / 2 for one, other in zip(first[0], second[0], strict=True)]
+    assert means[:12] == pytest.approx(losses[:12], abs=1e-4)  # later on rounding decides where a search ends

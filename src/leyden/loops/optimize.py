@@ -136,7 +136,9 @@ class Optimization:
         def whole() -> Any:
             result = closure() if closure is not None else None
             self.before_step(optimizer)
-            return result
+            # an optimizer that goes by the loss, as in a line search, is to do the same on all ranks
+            goes_by_it = self.exchange is not None and isinstance(optimizer, torch.optim.LBFGS)
+            return self.strategy.reduce(result) if goes_by_it else result
 
         if closure is None:
             self.before_step(optimizer)
