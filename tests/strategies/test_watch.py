@@ -74,7 +74,7 @@ def test_an_error_of_one_rank_that_ends_the_run_is_that_of_all(ranks: Any) -> No
 
 
 def test_a_rank_that_does_not_answer_is_named(ranks: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(watch, "ANSWER", 0.2)
+    monkeypatch.setattr(watch, "BOUND", 0.2)
     monkeypatch.setattr(watch, "GRACE", 60.0)
     zero, _ = ranks(3, 2)
     zero.interrupt._ask()

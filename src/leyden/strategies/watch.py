@@ -29,6 +29,8 @@ GRACE = 5.0
 """Seconds that a process has to leave a run by itself when another one has failed."""
 PATIENCE = 2.0
 """Seconds that a rank waits for the others to say, after the same batch, what it says."""
+BOUND = 60.0
+"""Seconds that a rank has to say after which batch it can stop: it may hold on to Python just then, in a long call to C."""
 NOTICE = 30.0
 """Seconds that ranks wait for work that only some do, before they say so."""
 
@@ -96,12 +98,12 @@ class Watch:
             RuntimeError: if one does not.
         """
         if self._last is None:
-            until, bounds = time.monotonic() + ANSWER, self._bounds()
+            until, bounds = time.monotonic() + BOUND, self._bounds()
             while None in bounds:
                 if time.monotonic() > until:
                     raise RuntimeError(
                         f"The run was to end after this batch, but rank {bounds.index(None)} has not answered for"
-                        f" {ANSWER:g} s: it is gone, or hangs."
+                        f" {BOUND:g} s: it is gone, or hangs."
                     )
                 time.sleep(PERIOD / 4)
                 bounds = self._bounds()
@@ -292,7 +294,7 @@ class Watch:
 
     def _silent(self) -> str | None:
         """Say which rank has not answered for too long, if one has not: the loop may wait for it in an exchange."""
-        if not self._answered or time.monotonic() < self._since + ANSWER:
+        if not self._answered or time.monotonic() < self._since + BOUND:
             return None
         bounds = self._bounds()
         self._since = float("inf")
