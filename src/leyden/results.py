@@ -153,6 +153,8 @@ class Store:
         self.collected: tuple[bool, int | None] | None = None
         """For which moment ``row`` holds what was logged; None when something was logged since."""
         self.row: dict[str, Tensor] = {}
+        self.resumed = False
+        """Whether the values of the step are those that a run goes on with, and no row has been written of them."""
         self._names: dict[tuple[str, int | None, str], tuple[Any, ...]] = {}
         self._batch_size: int | None = None
 
@@ -309,14 +311,14 @@ class Store:
             slot.load_state_dict(logged["slot"])
             slot.metric = metrics.get(logged["metric"])
             self.slots[_RESUMED, logged["hook"], logged["loader"], logged["name"]] = slot
-        self.collected = None
+        self.collected, self.resumed = None, True
 
     def reset(self) -> None:
         """Forget all values; the slots and their checks stay."""
         for slot in self.slots.values():
             slot.reset()
         self.on_step, self.hook, self.batch, self.loader = False, None, None, None
-        self.collected = None
+        self.collected, self.resumed = None, False
 
     def clear(self) -> None:
         """Forget all values, and what ``self.log`` was called with: the next run may be another module's."""

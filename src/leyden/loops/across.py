@@ -117,7 +117,8 @@ class Across:
 
     def step(self, store: Store) -> None:
         """Replace the values of the last step by those over all ranks, where ``sync_dist=True`` was said."""
-        has = store.batch is not None  # a rank without a batch has logged nothing for it
+        # a rank without a batch has logged nothing for it; what a run goes on with was logged for the batch before
+        has, store.resumed = store.batch is not None or store.resumed, False
         slots = {
             _name(key, slot, {}): slot
             for key, slot in (store.slots.items() if has else ())
