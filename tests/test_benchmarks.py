@@ -20,7 +20,7 @@ import overhead
 @pytest.mark.parametrize("part", ["a", "b", "c", "d"])
 def test_training_ends_with_the_weights_of_the_loop_by_hand(part: str) -> None:
     (section,) = bench.sections(bench.SMOKE, "leyden", part)
-    assert len(section.rows) == {"a": 5, "b": 4}.get(part, 2)
+    assert len(section.rows) == {"a": 6, "b": 4}.get(part, 2)
     assert all((row.ratio or 0) > 0 and row.figure > 0 for row in section.rows)
     assert all(row.weights in ("equal", "close" if "fused" in row.name else "equal") for row in section.rows)
     for shown in (harness.as_text(section), harness.as_markdown(section)):

@@ -46,6 +46,7 @@ def cluster(whole: Any) -> Iterator[None]:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ends = signal.getsignal(signal.SIGTERM)
         ray.init(
             address="local", _node_ip_address="127.0.0.1", num_cpus=2, include_dashboard=False, log_to_driver=False,
             configure_logging=False,
@@ -54,6 +55,7 @@ def cluster(whole: Any) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+            signal.signal(signal.SIGTERM, ends)  # Ray has put its own there
 
 
 @pytest.fixture(autouse=True)

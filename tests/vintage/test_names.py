@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "leyden"
 HOMES = ("vintage/", "loggers/experiment.py", "loggers/git.py", "search/", "compat/")
 ALSO_TODAY = {
     # words that the core uses for things of its own
-    "experiment", "checkpoint_callback", "progress_bar",
+    "experiment", "checkpoint_callback", "progress_bar", "period",
     "hparams", "trainer", "dtype", "on_gpu", "filepath", "prefix",
     "training_step", "validation_step", "test_step", "configure_optimizers", "val_dataloader", "test_dataloader",
     "on_save_checkpoint", "on_load_checkpoint", "on_before_zero_grad", "on_after_backward", "current_epoch",

@@ -55,7 +55,7 @@ class Recorder:
         self._failed: set[int] = set()
         self._pen = Lock()
         self._wake = Event()
-        self._closing = False
+        self._over = Event()
         self._unsaved = False
         self._thread: Thread | None = None
 
@@ -97,14 +97,13 @@ class Recorder:
                 loggers' exceptions are then given as warnings.
         """
         if self._thread is not None:
-            self._closing = True
+            self._over.set()
             self._wake.set()
             try:
                 self._thread.join()
             finally:
                 # a Ctrl-C may end the wait; the thread then ends by itself, and rows of another run get one of their own
-                thread, self._thread = self._thread, None
-                self._closing = thread.is_alive()
+                self._thread = None
         with self._pen:
             while self._queue:
                 self._write(_ROWS_AT_ONCE)
@@ -131,17 +130,17 @@ class Recorder:
         for logger in self._queued:
             # what a logger has put off until there is a row: here, for workers may be forked while the thread imports
             _ = getattr(logger, "experiment", None)
-        self._closing = False  # still set where the wait for a former thread was interrupted
-        self._thread = Thread(target=self._run, name="leyden-recorder", daemon=True)
+        self._over = Event()  # each thread has its own
+        self._thread = Thread(target=self._run, args=(self._over,), name="leyden-recorder", daemon=True)
         self._thread.start()
 
-    def _run(self) -> None:
+    def _run(self, over: Event) -> None:
         saved_at = time.monotonic()
         closing = False
         while not closing:
             self._wake.wait(_WAIT_S)
             self._wake.clear()
-            closing = self._closing  # read before the queue: what was put before close is written
+            closing = over.is_set()  # read before the queue: what was put before close is written
             while self._queue:
                 with self._pen:
                     self._write(_ROWS_AT_ONCE)

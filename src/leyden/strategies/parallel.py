@@ -214,7 +214,7 @@ class ParallelStrategy(Strategy):
         if world.starter == "leyden":
             from leyden.strategies.launch import script  # noqa: PLC0415  # in a script that we have started
 
-            if worlds.OURS not in os.environ and not worlds.has_started():
+            if world.size > 1 and worlds.OURS not in os.environ and not worlds.has_started():
                 script.start_others(world)
             self._world = world = worlds.joined() or world  # of an earlier Trainer of this script, maybe
             script.enter()

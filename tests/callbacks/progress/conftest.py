@@ -25,7 +25,7 @@ class FakeTrainer:
         self.num_sanity_val_batches = [min(2, number) for number in val]
         self.max_epochs, self.max_steps = max_epochs, -1
         self.current_epoch = self.global_step = 0
-        self.accumulate_grad_batches = 1
+        self.accumulate_grad_batches = self.batches_per_update = 1
         self.check_val_every_n_epoch = 1
         self.enable_validation = bool(val)
         self.sanity_checking = False

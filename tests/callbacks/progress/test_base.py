@@ -98,7 +98,7 @@ def test_total_of_training(bar, fake_trainer):
     assert bar.total_train_batches == 10
     trainer.max_epochs, trainer.max_steps, trainer.global_step = -1, 7, 4
     assert bar.total_train_batches == 3
-    trainer.accumulate_grad_batches = 2
+    trainer.accumulate_grad_batches = trainer.batches_per_update = 2
     assert bar.total_train_batches == 6
     trainer.num_training_batches = INF
     assert bar.total_train_batches == 6

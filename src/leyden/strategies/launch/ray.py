@@ -12,6 +12,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,8 @@ from leyden.runtime.world import LOCALHOST, World
 from leyden.strategies.launch import carry
 from leyden.strategies.launch.fresh import pack, perform
 
+START = 30.0
+"""Seconds that an actor has to answer when Ray starts it anew."""
 GRACE = 3.0
 """Seconds in which the death of an actor shows, after another one has failed: it may be what that one failed of."""
 
@@ -124,6 +127,7 @@ def _connected(ray: Any, cpus: float) -> Iterator[None]:
         yield
         return
     quiet = {"log_to_driver": True, "configure_logging": True}
+    ends = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
     except ConnectionError:
@@ -135,6 +139,8 @@ def _connected(ray: Any, cpus: float) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ends)  # Ray has put its own there
 
 
 class _Actors:
@@ -162,6 +168,17 @@ class _Actors:
         except BaseException:
             self.close()
             raise
+
+    def _answers(self, ask: Callable[[], Any]) -> Any:
+        """Return what actors answer; one that Ray is just starting anew is asked again."""
+        until = time.monotonic() + START
+        while True:
+            try:
+                return self.ray.get(ask())
+            except self.ray.exceptions.ActorUnavailableError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
 
     def _wait_for_room(self, bundle: Mapping[str, float], timeout: float) -> None:
         ray, began = self.ray, time.monotonic()
@@ -191,10 +208,10 @@ class _Actors:
         """
         ray = self.ray
         try:
-            self.places = ray.get([actor.place.remote() for actor in self.actors])
+            self.places = self._answers(lambda: [actor.place.remote() for actor in self.actors])
             one_machine = len({place["node"] for place in self.places}) == 1
             address = LOCALHOST if one_machine else self.places[0]["address"]
-            port = ray.get(self.actors[0].serve.remote(address))
+            port = self._answers(lambda: self.actors[0].serve.remote(address))
         except ray.exceptions.RayActorError as error:
             raise _Lost(f"An actor ended before the run began ({_first_line(error)}).") from error
         size, what, path = len(self.actors), ray.put(call), [os.path.abspath(entry) for entry in sys.path]
