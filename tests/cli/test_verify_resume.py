@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import torch
 import lightning.pytorch as pl
@@ -43,6 +45,7 @@ def test_a_script_with_lightnings_names_is_verified(tmp_path: Path) -> None:
     assert "exact" in done.stdout
 
 
+@pytest.mark.slow
 def test_one_that_is_seeded_by_the_clock_is_found_out(tmp_path: Path) -> None:
     done = verify(tmp_path, "__import__('time').time_ns() % 2**32")
     assert done.returncode == 1, done.stdout + done.stderr

@@ -28,7 +28,10 @@ def run(name: str, folder: Path, *words: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("classifier", "gan") else pytest.param(name, marks=pytest.mark.slow) for name in RECORDED],
+)
 def test_a_script_gives_what_it_gave_on_lightning_2_6_6(name: str, tmp_path: Path) -> None:
     found = run(name, tmp_path)
     assert numbers(found) == pytest.approx(numbers(RECORDED[name]), rel=1e-6)

@@ -61,6 +61,7 @@ def _names(ranks: list[dict[str, Any]], name: str) -> None:
     assert [rank["said"] for rank in ranks] == [[0, 2, 0], [1, 2, 1]]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun (the package openmpi-bin)")
 def test_mpi_environment_joins_the_processes_of_mpirun(tmp_path: Path) -> None:
     mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", "--mca", "btl", "self,vader"]

@@ -409,6 +409,7 @@ def test_d1_a_rank_that_breaks_ends_all_and_says_so_first(mode: str, tmp_path: P
     _nobody_is_left(tmp_path)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     running = subprocess.Popen(
         [sys.executable, str(SCRIPT), str(tmp_path), "wait"], env=_environment(), cwd=tmp_path, start_new_session=True,

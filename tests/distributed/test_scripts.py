@@ -34,6 +34,7 @@ def _both(folder: Path, code: int, output: str) -> None:
     assert sorted(lines) == [f"above {rank} {folder}" for rank in (0, 1)]  # once for each rank, in the same folder
 
 
+@pytest.mark.slow
 def test_t1_a_loop_of_runs_without_a_main_guard_whose_folder_and_arguments_change(tmp_path: Path) -> None:
     shutil.copy(SCRIPT, tmp_path / "train.py")
     _both(tmp_path, *_run([sys.executable, "train.py", "."], tmp_path))
