@@ -6,8 +6,10 @@ A forked process has all imports already, so that a test takes a second. The lau
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -27,11 +29,30 @@ from leyden.runtime.world import OURS, World
 
 
 def on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 90.0) -> list[Any]:
-    """Return what ``function(*args)`` returned on each rank; fail with the traceback of the first that raised."""
+    """Return what ``function(*args)`` returned on each rank; fail with the traceback of the first that raised.
+
+    Ranks that did not end in time show where they stand, and begin once more: four of them on two cores, copies of a
+    process with threads, have been seen to stand still, and why is not known yet.
+    """
+    try:
+        return _on_ranks(size, function, *args, timeout=timeout)
+    except _Stood as error:
+        print(f"{error}\nThe ranks begin once more.", file=sys.stderr)
+        return _on_ranks(size, function, *args, timeout=timeout)
+
+
+class _Stood(AssertionError):
+    """Ranks that did not end in time, and their stacks."""
+
+
+def _on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float) -> list[Any]:
     world = World(size=size, local_size=size, port=collective.serve())
     with tempfile.TemporaryDirectory() as folder:
         children = [_fork(replace(world, rank=r, local_rank=r), Path(folder), function, args) for r in range(size)]
-        _wait(children, timeout)
+        stood = _wait(children, timeout)
+        if stood:
+            stacks = "\n".join(path.read_text() for path in sorted(Path(folder).glob("stack*")))
+            raise _Stood(f"{stood} of {size} ranks did not end within {timeout:g} s:\n{stacks}")
         outcomes = [_outcome(Path(folder) / str(rank)) for rank in range(size)]
     failed = [(when, rank, text) for rank, (when, text, _) in enumerate(outcomes) if text is not None]
     if failed:
@@ -48,6 +69,7 @@ def _fork(world: World, folder: Path, function: Callable[..., Any], args: tuple[
     if pid:
         return pid
     text, result = None, None
+    faulthandler.register(signal.SIGQUIT, file=open(folder / f"stack{world.rank}", "w"), all_threads=True)  # noqa: SIM115
     try:
         os.environ.update({**world.environment(world.local_rank), OURS: "spawn"})
         torch.set_num_threads(1)
@@ -60,14 +82,18 @@ def _fork(world: World, folder: Path, function: Callable[..., Any], args: tuple[
     os._exit(0 if text is None else 1)
 
 
-def _wait(children: list[int], timeout: float) -> None:
+def _wait(children: list[int], timeout: float) -> int:
     until, waiting = time.monotonic() + timeout, list(children)
     while waiting and time.monotonic() < until:
         waiting = [pid for pid in waiting if os.waitpid(pid, os.WNOHANG)[0] == 0]
         time.sleep(0.01)
     for pid in waiting:
+        os.kill(pid, signal.SIGQUIT)
+    time.sleep(0.5 if waiting else 0.0)
+    for pid in waiting:
         os.kill(pid, 9)
         os.waitpid(pid, 0)
+    return len(waiting)
 
 
 def _outcome(path: Path) -> tuple[float, str | None, Any]:
