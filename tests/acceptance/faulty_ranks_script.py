@@ -86,10 +86,11 @@ def trial(place: Path, hit: int, at: int, mode: str, persistent: bool, behind: b
     save_folder(place / "a.ckpt", 1)
     path, log = place / ("a.ckpt" if over else "b.ckpt"), place.parent / "calls"
     world = World(size=2, local_size=2, port=collective.serve())
-    children = []
+    children, gate = [], collective.Gate()
     for each in range(2):
         pid = os.fork()
         if pid == 0:
+            gate.wait()
             status = 9
             try:
                 own = replace(world, rank=each, local_rank=each)
@@ -97,6 +98,7 @@ def trial(place: Path, hit: int, at: int, mode: str, persistent: bool, behind: b
             finally:
                 os._exit(status)
         children.append(pid)
+    gate.open()
     ended: dict[int, int] = {}
     until = time.monotonic() + 60
     while len(ended) < 2 and time.monotonic() < until:

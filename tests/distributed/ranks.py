@@ -29,30 +29,14 @@ from leyden.runtime.world import OURS, World
 
 
 def on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 90.0) -> list[Any]:
-    """Return what ``function(*args)`` returned on each rank; fail with the traceback of the first that raised.
-
-    Ranks that did not end in time show where they stand, and begin once more: four of them on two cores, copies of a
-    process with threads, have been seen to stand still, and why is not known yet.
-    """
-    try:
-        return _on_ranks(size, function, *args, timeout=timeout)
-    except _Stood as error:
-        print(f"{error}\nThe ranks begin once more.", file=sys.stderr)
-        return _on_ranks(size, function, *args, timeout=timeout)
-
-
-class _Stood(AssertionError):
-    """Ranks that did not end in time, and their stacks."""
-
-
-def _on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float) -> list[Any]:
+    """Return what ``function(*args)`` returned on each rank; fail with the traceback of the first that raised."""
     world = World(size=size, local_size=size, port=collective.serve())
     with tempfile.TemporaryDirectory() as folder:
-        children = [_fork(replace(world, rank=r, local_rank=r), Path(folder), function, args) for r in range(size)]
-        stood = _wait(children, timeout)
-        if stood:
-            stacks = "\n".join(path.read_text() for path in sorted(Path(folder).glob("stack*")))
-            raise _Stood(f"{stood} of {size} ranks did not end within {timeout:g} s:\n{stacks}")
+        gate = collective.Gate()
+        worlds = [replace(world, rank=rank, local_rank=rank) for rank in range(size)]
+        children = [_fork(each, Path(folder), gate, function, args) for each in worlds]
+        gate.open()
+        _wait(children, timeout)
         outcomes = [_outcome(Path(folder) / str(rank)) for rank in range(size)]
     failed = [(when, rank, text) for rank, (when, text, _) in enumerate(outcomes) if text is not None]
     if failed:
@@ -61,7 +45,9 @@ def _on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: floa
     return [result for _, _, result in outcomes]
 
 
-def _fork(world: World, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> int:
+def _fork(
+    world: World, folder: Path, gate: collective.Gate, function: Callable[..., Any], args: tuple[Any, ...]
+) -> int:
     sys.stdout.flush()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons: this process may have threads
@@ -70,6 +56,7 @@ def _fork(world: World, folder: Path, function: Callable[..., Any], args: tuple[
         return pid
     text, result = None, None
     faulthandler.register(signal.SIGQUIT, file=open(folder / f"stack{world.rank}", "w"), all_threads=True)  # noqa: SIM115
+    gate.wait()
     try:
         os.environ.update({**world.environment(world.local_rank), OURS: "spawn"})
         torch.set_num_threads(1)
@@ -82,7 +69,7 @@ def _fork(world: World, folder: Path, function: Callable[..., Any], args: tuple[
     os._exit(0 if text is None else 1)
 
 
-def _wait(children: list[int], timeout: float) -> int:
+def _wait(children: list[int], timeout: float) -> None:
     until, waiting = time.monotonic() + timeout, list(children)
     while waiting and time.monotonic() < until:
         waiting = [pid for pid in waiting if os.waitpid(pid, os.WNOHANG)[0] == 0]
@@ -93,12 +80,12 @@ def _wait(children: list[int], timeout: float) -> int:
     for pid in waiting:
         os.kill(pid, 9)
         os.waitpid(pid, 0)
-    return len(waiting)
 
 
 def _outcome(path: Path) -> tuple[float, str | None, Any]:
     if not path.exists():
-        return time.time(), f"rank {path.name} ended, or was ended, without a result", None
+        stack = path.with_name(f"stack{path.name}").read_text()  # where it stood when its time was up
+        return time.time(), f"rank {path.name} ended, or was ended, without a result\n{stack}", None
     outcome: tuple[float, str | None, Any] = pickle.loads(path.read_bytes())
     return outcome
 

@@ -69,8 +69,11 @@ class _Locked(Dataset[Any]):
 
 
 def _ends(size: int, function: Any, *args: Any, capfd: Any) -> str:
-    """Run it on ranks that do not come to an end by themselves; return what they printed."""
-    with pytest.raises(AssertionError, match="ended, or was ended, without a result"):
+    """Run it on ranks that do not come to an end by themselves; return what they printed.
+
+    The ranks are ended each by its own watch: one that is ended a little later may see its exchange broken off before.
+    """
+    with pytest.raises(AssertionError, match="ended, or was ended, without a result|Connection closed by peer"):
         on_ranks(size, function, *args, timeout=60)
     return str(capfd.readouterr().err)
 
@@ -98,7 +101,9 @@ def test_d5_a_rank_that_hangs_in_a_step_ends_all_and_is_named(capfd: pytest.Capt
         assert f"rank {rank} waits: in training, epoch 0, batch 3: in backward" in told
     for rank in range(3):
         assert f"leyden: rank {rank} of 3, 1 s after its last event, in training, epoch 0, batch 3: " in told
-        assert f"leyden: rank {rank} of 3 ends, because another one has failed: rank 1 of 3 hangs" in told
+        ended = f"leyden: rank {rank} of 3 ends, because another one has failed: rank 1 of 3 hangs" in told
+        left = f"leyden: what rank {rank} says comes after another failure: rank 1 of 3 hangs" in told
+        assert ended or left
     assert told.count("Thread 'MainThread':") == 3
     assert "in stay\n    time.sleep(0.01)" in told  # the stack of the one that is behind
 

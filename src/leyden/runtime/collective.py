@@ -45,6 +45,28 @@ def serve(address: str = "127.0.0.1") -> int:
     return int(store.port)
 
 
+class Gate:
+    """Where copies of this process, made by ``fork``, wait until all of them are made.
+
+    The store's thread looks up the name of each process that connects, under a lock of the C library. A copy that is made
+    at that moment has the lock as it is then, held by a thread that it does not have, and would wait for it for ever.
+    """
+
+    def __init__(self) -> None:
+        self._reads, self._writes = os.pipe()
+
+    def wait(self) -> None:
+        """In a copy: return when all are made, or the process that makes them is gone."""
+        os.close(self._writes)
+        os.read(self._reads, 1)  # nothing is ever written: this returns when nobody could any more
+        os.close(self._reads)
+
+    def open(self) -> None:
+        """In the process that makes them: no more are made."""
+        os.close(self._writes)
+        os.close(self._reads)
+
+
 def meet(world: World, backend: str, timeout: timedelta) -> None:
     """Open the process group of ``world``; one that is open already is taken as it is.
 

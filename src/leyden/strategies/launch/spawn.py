@@ -56,9 +56,14 @@ def call(strategy: Any, function: Callable[..., Any], *arguments: Any, method: s
     with tempfile.TemporaryDirectory(prefix="leyden-") as folder:
         report, parent = Path(folder) / "report", parent_of(method)
         work = strategy, function, arguments, rng_state(include_cuda=False)
-        context = start_processes(  # type: ignore[no-untyped-call]
-            _process, (world, parent, method, work, report), size, join=False, start_method=method
-        )
+        gate = collective.Gate() if method == "fork" else None
+        try:
+            context = start_processes(  # type: ignore[no-untyped-call]
+                _process, (world, parent, method, work, report, gate), size, join=False, start_method=method
+            )
+        finally:
+            if gate is not None:
+                gate.open()
         _join(context, reaches=not parent)
         if not report.exists():
             raise RuntimeError("Rank 0 has ended without a result.")
@@ -104,9 +109,13 @@ def _join(context: Any, reaches: bool) -> None:
             interrupted = True
 
 
-def _process(local_rank: int, world: World, parent: int, method: str, work: tuple[Any, ...], report: Path) -> None:
+def _process(
+    local_rank: int, world: World, parent: int, method: str, work: tuple[Any, ...], report: Path, gate: Any
+) -> None:
     """What one of the processes does."""
     end_with(parent)
+    if gate is not None:
+        gate.wait()
     strategy, function, arguments, generators = work
     world = replace(world, rank=local_rank, local_rank=local_rank)
     # a copied process must not use the threads of its parent, which are not there
