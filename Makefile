@@ -31,8 +31,14 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@$(BIN)/python examples/digits.py
 
+# what is one process runs two at a time; what starts ranks, a cluster or a browser has the machine to itself
+ALONE := tests/distributed tests/slurm tests/browser
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	@status=0; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(ALONE)) || status=1; \
+	$(BIN)/python -m pytest $(ALONE) || status=1; \
+	exit $$status
 
 check: $(READY)
 	$(BIN)/ruff check .
