@@ -123,6 +123,10 @@ def gather(
     if not weights_only:
         for callback in callbacks:
             callback.on_save_checkpoint(trainer, module, checkpoint)
+    elif trainer.config.rule("saved_average") == "always":
+        for callback in callbacks:
+            if (chosen := getattr(callback, "weights_to_save", None)) is not None:
+                checkpoint["state_dict"] = chosen(checkpoint["state_dict"])
     module.on_save_checkpoint(checkpoint)
     return checkpoint
 
