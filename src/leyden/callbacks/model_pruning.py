@@ -278,6 +278,11 @@ class ModelPruning(Callback):
         if self._make_pruning_permanent:
             self.make_pruning_permanent(pl_module)
 
+    def on_fit_end(self, trainer: TrainerView, pl_module: Any) -> None:
+        """Do so as well for a run that went on from its end, and had nothing to train."""
+        if self._make_pruning_permanent:
+            self.make_pruning_permanent(pl_module)
+
     def teardown(self, trainer: TrainerView, pl_module: Any, stage: str) -> None:
         """Listen no longer to what is loaded into the model."""
         self._stop_listening()

@@ -88,6 +88,7 @@ class StochasticWeightAveraging(Callback):
         self._latest_update_epoch = -1
         self._max_epochs: int = -1
         self._accumulate_grad_batches: int | None = None
+        self._over = False
         self._one_more = False
         """Whether ``fit_loop.max_epochs`` counts the epoch of the batch norms."""
 
@@ -117,6 +118,7 @@ class StochasticWeightAveraging(Callback):
             self._initialized, self.n_averaged, self._swa_scheduler = False, None, None
             self._scheduler_state, self._init_n_averaged, self._latest_update_epoch = None, 0, -1
         self._average_model = deepcopy(pl_module)
+        self._over = False
 
     def on_fit_start(self, trainer: TrainerView, pl_module: Any) -> None:
         """Check what is known only now, and plan the epoch of the batch norms."""
@@ -177,7 +179,7 @@ class StochasticWeightAveraging(Callback):
 
     def on_train_end(self, trainer: TrainerView, pl_module: Any) -> None:
         """Give the model the mean, unless the epoch of the batch norms has done so."""
-        last = trainer.current_epoch - 1
+        last, self._over = trainer.current_epoch - 1, True
         bounded = self._max_epochs != -1
         if self._model_contains_batch_norm and bounded and last == self.swa_end + 1:
             self.reset_momenta()
@@ -189,6 +191,11 @@ class StochasticWeightAveraging(Callback):
                 " keeps its weights, not the average."
             )
         self._leave(trainer)
+
+    def on_fit_end(self, trainer: TrainerView, pl_module: Any) -> None:
+        """Do so as well for a run that went on from its end, and had nothing to train."""
+        if not self._over:
+            self.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: TrainerView, pl_module: Any, exception: BaseException) -> None:
         """Leave the Trainer as it was."""

@@ -56,6 +56,8 @@ class WeightAveraging(Callback):
         self._latest_update_epoch = -1
         self._swapped = False
         """Whether the model has the average at this moment, and ``_average_model`` the weights of the training."""
+        self._over = False
+        """Whether the model has got the average for good."""
         self._whole: list[tuple[Tensor, Tensor]] = []
         """While they are swapped: averages that the model cannot hold in its own number format, and a copy of each."""
 
@@ -84,7 +86,7 @@ class WeightAveraging(Callback):
             use_buffers=self._use_buffers,
             **self._kwargs,
         )
-        self._swapped, self._whole = False, []
+        self._swapped, self._whole, self._over = False, [], False
 
     def on_fit_start(self, trainer: TrainerView, pl_module: Any) -> None:
         """Follow the model to its device and number format."""
@@ -123,6 +125,12 @@ class WeightAveraging(Callback):
     def on_train_end(self, trainer: TrainerView, pl_module: Any) -> None:
         """Give the model the average."""
         self._copy_average_to_current(pl_module)
+        self._over = True
+
+    def on_fit_end(self, trainer: TrainerView, pl_module: Any) -> None:
+        """Do so as well for a run that went on from its end, and had nothing to train."""
+        if not self._over:
+            self.on_train_end(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: TrainerView, pl_module: Any) -> None:
         """Lend the model the average for a validation of a fit."""

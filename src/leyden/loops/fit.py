@@ -120,7 +120,7 @@ class FitLoop:
                 if session.strategy.lr_scheduler_configs and optimization.automatic:
                     if optimization.stepped and not skip:
                         step_schedules(session, "step", False, batch_idx + 1)
-                    if last and not self.skip_backward:
+                    if last:
                         step_schedules(session, "epoch", False, progress.epoch + 1)
                 if skip:
                     session.results.collect()

@@ -66,7 +66,11 @@ def drawn_batch(
 
 
 def forward_or(train: Callable[..., Any], session: Session, opt: Optimization, *rest: Any) -> Any:
-    """Train a batch, unless batches only go forward now: then run ``training_step`` and learn nothing from it."""
+    """Train a batch, unless batches only go forward now: then run ``training_step`` and learn nothing from it.
+
+    The last batch of such an epoch counts as an update, so that what goes by updates, as saving does, sees that the model has
+    changed.
+    """
     loop, (args, batch_idx, first, *_) = session.trainer.fit_loop, rest
     if not loop.skip_backward or not opt.automatic:
         return train(session, opt, *rest)
@@ -74,6 +78,10 @@ def forward_or(train: Callable[..., Any], session: Session, opt: Optimization, *
     output = session.strategy.training_step(*args)
     if first:
         opt.zero_grad(batch_idx)
+    loop.steps = loop.last
+    for index, optimizer in enumerate(opt.optimizers if loop.last else ()):
+        opt.hooks.on_before_optimizer_step(optimizer)
+        opt.count(index)
     return output
 
 

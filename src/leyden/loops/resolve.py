@@ -168,9 +168,15 @@ def _entry_points(group: str) -> tuple[importlib.metadata.EntryPoint, ...]:
 
 
 def _from_entry_points() -> list[Any]:
-    """Callbacks that installed packages add: each entry point of the group ``leyden.callbacks`` makes one or a list."""
+    """Callbacks that installed packages add: each entry point of the group ``leyden.callbacks`` makes one or a list.
+
+    So does each of Lightning's group, where ``leyden.compat`` answers the names that such a package imports.
+    """
     added: list[Any] = []
-    for entry in _entry_points("leyden.callbacks"):
+    specs = [getattr(sys.modules.get(name), "__spec__", None) for name in ("lightning", "pytorch_lightning")]
+    theirs = any(getattr(spec, "origin", None) == "leyden.compat" for spec in specs)
+    groups = ("leyden.callbacks", *(["lightning.pytorch.callbacks_factory"] if theirs else []))
+    for entry in [entry for group in groups for entry in _entry_points(group)]:
         made = entry.load()()
         added += made if isinstance(made, (list, tuple)) else [made]
     return added
@@ -201,11 +207,11 @@ def check_keys(found: Iterable[Any]) -> None:
 
 
 def merge_callbacks(of_trainer: list[Any], of_module: Any) -> list[Any]:
-    """Add the callbacks that the module configures; they replace the Trainer's of the same type."""
+    """Add the callbacks that the module configures; each replaces the Trainer's of its type or of one that it derives from."""
     extra = list(of_module) if isinstance(of_module, (list, tuple)) else [of_module] if of_module else []
     if not extra:
         return of_trainer
-    types = {type(callback) for callback in extra} - {Callback}
+    types = {kind for callback in extra for kind in type(callback).__mro__} - {Callback, object}
     replaced = [callback for callback in of_trainer if type(callback) in types]
     if replaced:
         names = sorted({type(callback).__name__ for callback in replaced})
