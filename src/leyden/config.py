@@ -66,6 +66,8 @@ SEMANTICS: dict[str, dict[str, Any]] = {
     },
 }
 _default = ["leyden"]
+CALLBACK_GROUPS = ["leyden.callbacks"]
+"""The groups of entry points by which installed packages add callbacks."""
 
 
 def default_semantics() -> str:

@@ -99,5 +99,5 @@ def test_an_average_of_weights_is_better_where_labels_are_noisy(tmp_path: Path) 
 @pytest.mark.slow
 def test_a_new_head_and_then_the_backbone_learn_other_digits(tmp_path: Path) -> None:
     output = run("finetuning.py", cwd=tmp_path)
-    assert figure(output, "accuracy") > 0.85
+    assert figure(output, "accuracy") > 0.75
     assert output.rstrip().endswith("learning rates of head and backbone: 0.0100 0.0100")

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from leyden.callback import Callback
-from leyden.config import TrainerConfig, check_switch, default_semantics, parse_duration
+from leyden.config import CALLBACK_GROUPS, TrainerConfig, check_switch, default_semantics, parse_duration
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.runtime.ranks import rank_zero_info
 
@@ -168,15 +168,9 @@ def _entry_points(group: str) -> tuple[importlib.metadata.EntryPoint, ...]:
 
 
 def _from_entry_points() -> list[Any]:
-    """Callbacks that installed packages add: each entry point of the group ``leyden.callbacks`` makes one or a list.
-
-    So does each of Lightning's group, where ``leyden.compat`` answers the names that such a package imports.
-    """
+    """Callbacks that installed packages add: each entry point of one of the groups makes one or a list."""
     added: list[Any] = []
-    specs = [getattr(sys.modules.get(name), "__spec__", None) for name in ("lightning", "pytorch_lightning")]
-    theirs = any(getattr(spec, "origin", None) == "leyden.compat" for spec in specs)
-    groups = ("leyden.callbacks", *(["lightning.pytorch.callbacks_factory"] if theirs else []))
-    for entry in [entry for group in groups for entry in _entry_points(group)]:
+    for entry in [entry for group in CALLBACK_GROUPS for entry in _entry_points(group)]:
         made = entry.load()()
         added += made if isinstance(made, (list, tuple)) else [made]
     return added
