@@ -27,6 +27,8 @@ SEMANTICS: dict[str, dict[str, Any]] = {
     # epoch_mean: over which samples the mean of an epoch goes, with several processes
     # shared_order: the order of training samples that several processes share: the loader's, or one shuffled by the epoch
     # shared_evaluation: whether a sample may be evaluated twice, so that all processes have as many
+    # lottery_ticket: to what ModelPruning puts weights back: their first values, or memory that training has written to
+    # saved_average: whether a checkpoint of weights alone has the average of WeightAveraging: always, or not
     # data_wait: whether ThroughputMonitor also logs the share of time that was spent waiting for data
     "leyden": {
         "short_window": "actual",
@@ -41,6 +43,8 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "epoch_mean": "all samples",
         "shared_order": "loader",
         "shared_evaluation": "once",
+        "lottery_ticket": "first values",
+        "saved_average": "always",
         "data_wait": True,
     },
     "lightning": {
@@ -56,10 +60,14 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "epoch_mean": "local unless sync_dist",
         "shared_order": "shuffled",
         "shared_evaluation": "padded",
+        "lottery_ticket": "shared memory",
+        "saved_average": "never alone",
         "data_wait": False,
     },
 }
 _default = ["leyden"]
+CALLBACK_GROUPS = ["leyden.callbacks"]
+"""The groups of entry points by which installed packages add callbacks."""
 
 
 def default_semantics() -> str:

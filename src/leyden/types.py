@@ -285,6 +285,9 @@ class TrainerView(Protocol):
     def strategy(self) -> Any: ...
 
     @property
+    def accelerator(self) -> Any: ...
+
+    @property
     def lightning_module(self) -> Any: ...
 
     @property
@@ -307,6 +310,9 @@ class TrainerView(Protocol):
 
     @property
     def predict_dataloaders(self) -> Any: ...
+
+    @property
+    def fit_loop(self) -> Any: ...
 
     @property
     def predict_loop(self) -> Any: ...

@@ -88,3 +88,16 @@ def write_idx(path: Path, values: torch.Tensor, gzipped: bool) -> None:
         path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(raw))
     else:
         path.write_bytes(raw)
+
+
+@pytest.mark.slow
+def test_an_average_of_weights_is_better_where_labels_are_noisy(tmp_path: Path) -> None:
+    output = run("averages.py", cwd=tmp_path)
+    assert figure(output, "average accuracy") > figure(output, "plain accuracy") > 0.8
+
+
+@pytest.mark.slow
+def test_a_new_head_and_then_the_backbone_learn_other_digits(tmp_path: Path) -> None:
+    output = run("finetuning.py", cwd=tmp_path)
+    assert figure(output, "accuracy") > 0.75
+    assert output.rstrip().endswith("learning rates of head and backbone: 0.0100 0.0100")

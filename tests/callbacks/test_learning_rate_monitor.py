@@ -196,3 +196,12 @@ def test_no_optimizer_outlives_its_fit(train):
     gc.collect()
     assert alive() is None
     assert callback.lrs == {"lr-SGD": [0.1]}
+
+
+def test_a_prefix_stands_ahead_of_every_name(train):
+    monitor = LearningRateMonitor(log_momentum=True, log_weight_decay=True, log_key_prefix="optim/")
+    trainer, rows = train(monitor, [sgd()])
+    trainer.call("on_train_epoch_start")
+    names = ["optim/lr-SGD", "optim/lr-SGD-momentum", "optim/lr-SGD-weight_decay"]
+    assert [list(row) for row, _ in rows] == [names]
+    assert list(monitor.lrs) == names[:1]

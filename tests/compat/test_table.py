@@ -35,7 +35,7 @@ def test_a_class_of_ours_keeps_its_name_where_it_has_the_same_there() -> None:
     renamed = {then: target.name for names in TABLE.values() for then, target in names.items() if target.name != then}
     assert set(renamed) == {
         "BaseProfiler", "LRSchedulerPLType", "LRSchedulerTypeUnion", "LightningDeprecationWarning", "LightningLoggerBase",
-        "ProgressBarBase", "TTNamespace", "get_human_readable_count", "parse_batch_shape",
+        "ProgressBarBase", "SpikeDetection", "TTNamespace", "get_human_readable_count", "parse_batch_shape",
     }  # fmt: skip
 
 

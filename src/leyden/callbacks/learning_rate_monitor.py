@@ -35,6 +35,7 @@ class LearningRateMonitor(Callback):
             each scheduler's own ``interval`` says (an optimizer without scheduler: both).
         log_momentum: Log the momentum (of Adam and its kin: the first beta) too.
         log_weight_decay: Log the weight decay too.
+        log_key_prefix: Stands ahead of every name, as it is: ``"optim/"`` makes ``optim/lr-SGD``.
 
     Attributes:
         lrs: From name to all values logged so far.
@@ -51,6 +52,7 @@ class LearningRateMonitor(Callback):
         logging_interval: Literal["step", "epoch"] | None = None,
         log_momentum: bool = False,
         log_weight_decay: bool = False,
+        log_key_prefix: str | None = None,
     ) -> None:
         if logging_interval not in (None, "step", "epoch"):
             raise MisconfigurationException(
@@ -60,6 +62,7 @@ class LearningRateMonitor(Callback):
         self.logging_interval = logging_interval
         self.log_momentum = log_momentum
         self.log_weight_decay = log_weight_decay
+        self.log_key_prefix = log_key_prefix
         self.lrs: dict[str, list[float]] = {}
         self.last_momentum_values: dict[str, float | None] = {}
         self.last_weight_decay_values: dict[str, float | None] = {}
@@ -150,7 +153,7 @@ class LearningRateMonitor(Callback):
             counts[type(optimizer)] += given is None
             if counts[type(optimizer)] > 1:
                 base = f"{base}-{counts[type(optimizer)] - 1}"
-            names.append(_group_names(base, optimizer))
+            names.append([f"{self.log_key_prefix or ''}{name}" for name in _group_names(base, optimizer)])
             groups.append(len(optimizer.param_groups))
         self._names, self._groups = names, groups
         for name in (name for group in names for name in group):

@@ -92,6 +92,8 @@ class _Finder:
 
 _finder = _Finder()
 _semantics_before: list[str] = []
+_CALLBACK_GROUP = "lightning.pytorch.callbacks_factory"
+"""The group of entry points by which packages for Lightning add callbacks."""
 
 
 def install() -> None:
@@ -136,6 +138,7 @@ def uninstall() -> None:
         from leyden import config  # noqa: PLC0415  # loaded already: somebody took the Trainer
 
         config.set_default_semantics(_semantics_before.pop())
+        config.CALLBACK_GROUPS.remove(_CALLBACK_GROUP)
 
 
 @contextlib.contextmanager
@@ -155,6 +158,7 @@ def _use_their_semantics() -> None:
 
     if not _semantics_before:
         _semantics_before.append(config.set_default_semantics("lightning"))
+        config.CALLBACK_GROUPS.append(_CALLBACK_GROUP)  # a package of that group imports names that are answered now
 
 
 def _is_an_import_statement() -> bool:

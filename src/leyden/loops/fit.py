@@ -64,6 +64,8 @@ class FitLoop:
         """Whether somebody has been told of a loader that cannot be resumed."""
         self.asked_ahead = False
         """Whether a fit that goes on has asked for its loaders before its counters were back."""
+        self.skip_backward = False
+        """Whether batches only go forward, as in an epoch that computes the statistics of batch norms."""
         self.opened: int | None = None
         """The epoch whose batches were last begun to be drawn."""
 

@@ -34,6 +34,8 @@ def choose(session: Session, straight: Callable[..., Any]) -> tuple[Callable[...
 
         why = None if train is straight else _WHY_NOT[train]
         train = graphed(session, train, "training_step takes dataloader_iter" if draws else why)
+    if any(getattr(callback, "adds_epoch", False) for callback in session.trainer.callbacks):
+        train = partial(forward_or, train)
     train = measured(train, session.profiler, "run_training_batch")
     if not draws:
         return train, batches.positional(step)
@@ -61,6 +63,26 @@ def drawn_batch(
         if not args[0].done:
             raise
         return None
+
+
+def forward_or(train: Callable[..., Any], session: Session, opt: Optimization, *rest: Any) -> Any:
+    """Train a batch, unless batches only go forward now: then run ``training_step`` and learn nothing from it.
+
+    The last batch of such an epoch counts as an update, so that what goes by updates, as saving does, sees that the model has
+    changed.
+    """
+    loop, (args, batch_idx, first, *_) = session.trainer.fit_loop, rest
+    if not loop.skip_backward or not opt.automatic:
+        return train(session, opt, *rest)
+    loop.steps = False
+    output = session.strategy.training_step(*args)
+    if first:
+        opt.zero_grad(batch_idx)
+    loop.steps = loop.last
+    for index, optimizer in enumerate(opt.optimizers if loop.last else ()):
+        opt.hooks.on_before_optimizer_step(optimizer)
+        opt.count(index)
+    return output
 
 
 def manual_batch(

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from leyden.callback import Callback
-from leyden.config import TrainerConfig, check_switch, default_semantics, parse_duration
+from leyden.config import CALLBACK_GROUPS, TrainerConfig, check_switch, default_semantics, parse_duration
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.runtime.ranks import rank_zero_info
 
@@ -168,9 +168,9 @@ def _entry_points(group: str) -> tuple[importlib.metadata.EntryPoint, ...]:
 
 
 def _from_entry_points() -> list[Any]:
-    """Callbacks that installed packages add: each entry point of the group ``leyden.callbacks`` makes one or a list."""
+    """Callbacks that installed packages add: each entry point of one of the groups makes one or a list."""
     added: list[Any] = []
-    for entry in _entry_points("leyden.callbacks"):
+    for entry in [entry for group in CALLBACK_GROUPS for entry in _entry_points(group)]:
         made = entry.load()()
         added += made if isinstance(made, (list, tuple)) else [made]
     return added
@@ -201,11 +201,11 @@ def check_keys(found: Iterable[Any]) -> None:
 
 
 def merge_callbacks(of_trainer: list[Any], of_module: Any) -> list[Any]:
-    """Add the callbacks that the module configures; they replace the Trainer's of the same type."""
+    """Add the callbacks that the module configures; each replaces the Trainer's of its type or of one that it derives from."""
     extra = list(of_module) if isinstance(of_module, (list, tuple)) else [of_module] if of_module else []
     if not extra:
         return of_trainer
-    types = {type(callback) for callback in extra} - {Callback}
+    types = {kind for callback in extra for kind in type(callback).__mro__} - {Callback, object}
     replaced = [callback for callback in of_trainer if type(callback) in types]
     if replaced:
         names = sorted({type(callback).__name__ for callback in replaced})

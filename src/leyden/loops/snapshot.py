@@ -123,6 +123,10 @@ def gather(
     if not weights_only:
         for callback in callbacks:
             callback.on_save_checkpoint(trainer, module, checkpoint)
+    elif trainer.config.rule("saved_average") == "always":
+        for callback in callbacks:
+            if (chosen := getattr(callback, "weights_to_save", None)) is not None:
+                checkpoint["state_dict"] = chosen(checkpoint["state_dict"])
     module.on_save_checkpoint(checkpoint)
     return checkpoint
 
@@ -220,6 +224,8 @@ def restore_model(
     """Put back the data module, the module's weights and the callbacks, with their hooks."""
     module: LightningModule = strategy.module
     module.on_load_checkpoint(checkpoint)
+    if strategy.precision.precision == "64-true":
+        strategy.precision.convert_module(module)  # ahead of the set-up: in float32 half of the digits would be lost
     if is_own(strategy, "load_model_state_dict"):
         strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
     else:
