@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leyden.callback import Callback
+    from leyden.callbacks.batch_size_finder import BatchSizeFinder
     from leyden.callbacks.checkpoint import Checkpoint, ModelCheckpoint
     from leyden.callbacks.early_stopping import EarlyStopping
     from leyden.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
     from leyden.callbacks.lambda_function import LambdaCallback
+    from leyden.callbacks.learning_rate_finder import LearningRateFinder
     from leyden.callbacks.learning_rate_monitor import LearningRateMonitor
     from leyden.callbacks.model_summary import ModelSummary, RichModelSummary
     from leyden.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
@@ -22,11 +24,13 @@ if TYPE_CHECKING:
 
 _HOME = {
     "BasePredictionWriter": "leyden.callbacks.prediction_writer",
+    "BatchSizeFinder": "leyden.callbacks.batch_size_finder",
     "Callback": "leyden.callback",
     "Checkpoint": "leyden.callbacks.checkpoint",
     "EarlyStopping": "leyden.callbacks.early_stopping",
     "GradientAccumulationScheduler": "leyden.callbacks.gradient_accumulation_scheduler",
     "LambdaCallback": "leyden.callbacks.lambda_function",
+    "LearningRateFinder": "leyden.callbacks.learning_rate_finder",
     "LearningRateMonitor": "leyden.callbacks.learning_rate_monitor",
     "ModelCheckpoint": "leyden.callbacks.checkpoint",
     "ModelSummary": "leyden.callbacks.model_summary",
@@ -41,11 +45,13 @@ _HOME = {
 
 __all__ = [
     "BasePredictionWriter",
+    "BatchSizeFinder",
     "Callback",
     "Checkpoint",
     "EarlyStopping",
     "GradientAccumulationScheduler",
     "LambdaCallback",
+    "LearningRateFinder",
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelSummary",
