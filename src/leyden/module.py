@@ -16,18 +16,18 @@ from torch.optim import Optimizer
 from leyden.errors import MisconfigurationException
 from leyden.hparams import HyperparametersMixin
 from leyden.loading import class_only, load_from_checkpoint
+from leyden.module_export import ModuleExport
 from leyden.module_hooks import DataHooks, ModelHooks
 from leyden.optim import LightningOptimizer
 from leyden.results import Results
 from leyden.runtime.ranks import rank_zero_warn
-from leyden.tree import move_to
 from leyden.types import STEP_OUTPUT, OptimizerLRScheduler, TrainerView
 from leyden.vintage import VintageModule
 
 M = TypeVar("M", bound="LightningModule")
 
 
-class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin, nn.Module):
+class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin, ModuleExport):
     """A model and everything the Trainer needs to train it.
 
     Write ``training_step`` and ``configure_optimizers``; everything else is optional. Hooks that are not overridden
@@ -530,22 +530,8 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
         """Gather tensors from all processes: each gets a leading dimension of size world_size if there are several."""
         return self.trainer.strategy.all_gather(data, group=group, sync_grads=sync_grads)
 
-    @torch.no_grad()
-    def to_onnx(self, file_path: str | Path | Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
-        """Export to ONNX (needs the ``onnx`` packages that torch.onnx asks for).
 
-        Args:
-            file_path: Where to write; None returns the program where torch does.
-            input_sample: An input of ``forward``; None takes ``example_input_array``.
-            **kwargs: Passed to ``torch.onnx.export``.
-        """
-        sample = self.example_input_array if input_sample is None else input_sample
-        if sample is None:
-            raise MisconfigurationException("to_onnx() needs an input: pass input_sample= or set example_input_array.")
-        sample = move_to(sample, self.device)
-        training = self.training
-        self.eval()
-        try:
-            return torch.onnx.export(self, sample if isinstance(sample, tuple) else (sample,), file_path, **kwargs)
-        finally:
-            self.train(training)
+# torch.jit.script would compile them: they are of a run
+LightningModule.__jit_unused_properties__ = [
+    name for cls in LightningModule.__mro__ for name, value in vars(cls).items() if isinstance(value, property)
+]

@@ -84,7 +84,7 @@ class Trainer(TrainerFace):
         inference_mode: Evaluate under ``torch.inference_mode`` rather than ``no_grad``.
         use_distributed_sampler: Share samples out between several devices.
         keep_global_batch: Where fewer processes go on with a run, accumulate gradients so that an update keeps its samples.
-        profiler: ``"simple"`` or a Profiler.
+        profiler: ``"simple"``, ``"advanced"``, ``"pytorch"``, ``"xla"``, or a Profiler.
         detect_anomaly: Find the operation that made a NaN; slow.
         barebones: Everything off that costs time.
         plugins: A Precision, a CheckpointIO, a ClusterEnvironment, or a list of one of each.
@@ -511,7 +511,7 @@ class Trainer(TrainerFace):
         self._strategy.checkpoint_io.settle()
         session.recorder.close("success")
         if self._profiler is not None:
-            self._profiler.describe()
+            _ = None if early else self._profiler.describe()
             self._profiler.teardown(stage=str(fn))
 
     def _fail(self, exception: BaseException) -> BaseException:

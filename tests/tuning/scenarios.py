@@ -97,6 +97,7 @@ def module_class(L: Any) -> Any:
 
 def run(framework: str, **arguments: Any) -> dict[str, Any]:
     """Run all searches; floats are given in hex."""
+    torch.set_num_threads(1)  # what is so small is only slower with more
     L, T = (
         importlib.import_module(framework),
         importlib.import_module("lightning.pytorch.tuner" if framework != "leyden" else "leyden.tuning"),

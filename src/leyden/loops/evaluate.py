@@ -19,6 +19,7 @@ from leyden.data.combined import CombinedLoader
 from leyden.loops import batches
 from leyden.loops.dispatch import Calls
 from leyden.loops.metric_state import metrics_of
+from leyden.loops.profiled import measured_iterator
 from leyden.loops.session import Session
 from leyden.results import to_floats
 from leyden.runtime.seed import rng_state, set_rng_state
@@ -173,6 +174,8 @@ class EvaluationLoop:
         supply.start_epoch(*(self.prefix, progress.epoch, progress.batches) if fitting else (self.prefix, None))
         loader.limits = limits
         iterator, store = supply.triples(), session.results.eval
+        if session.profiler is not None:
+            iterator = measured_iterator(iterator, session.profiler, f"[_EvaluationLoop].{self.prefix}_next")
         if draws:
             iterator = batches.DataLoaderIter(
                 iterator, math.inf, lambda batch: store.start_batch(batch, store.loader)

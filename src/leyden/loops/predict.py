@@ -15,6 +15,7 @@ from leyden.data.combined import CombinedLoader
 from leyden.data.loaders import stop_workers
 from leyden.errors import MisconfigurationException
 from leyden.loops import batches
+from leyden.loops.profiled import measured_iterator
 from leyden.loops.session import Session
 from leyden.strategies.base import IDLE
 from leyden.tree import move_to
@@ -109,7 +110,10 @@ class PredictLoop:
         indices = [stack.enter_context(_indices(item if track else None)) for item in loader.flattened]
         supply = batches.supply(session, loader, "predict", session.module.predict_step)
         supply.start_epoch("predict", None)
-        return loader, supply.triples(), indices
+        iterator = supply.triples()
+        if session.profiler is not None:
+            iterator = measured_iterator(iterator, session.profiler, "[_PredictionLoop].predict_next")
+        return loader, iterator, indices
 
     def _run(self, session: Session, stack: ExitStack, track: bool, keep: bool) -> None:
         hooks, module = session.hooks, session.module

@@ -155,6 +155,8 @@ class Session:
         theirs = calls_of(self.strategy)
         if profiler is not None:
             self.strategy = cast("Strategy", ProfiledStrategy(self.strategy, profiler))
+            if (attend := getattr(profiler, "attend", None)) is not None:
+                attend(self.module)
         meet = self._across() if self.strategy.world_size > 1 else None
         self.hooks = bind(self.trainer, self.module, self.datamodule, callbacks, self.results, profiler, meet, theirs)
         if self.across is not None:
