@@ -145,7 +145,7 @@ class ModuleExport(nn.Module):
         alone = [own for own in alone if own.get("_trainer_ref") is None and own.get("_fabric") is None]
         former = [own.get("_fabric") for own in alone]
         for own in alone:
-            own["_fabric"] = _Nobody()
+            own["_fabric"] = object()  # it has nothing to tell, and cannot be compiled
         try:
             yield
         finally:
@@ -162,10 +162,6 @@ class ModuleExport(nn.Module):
         finally:
             for child, training in modes:
                 child.training = training
-
-
-class _Nobody:
-    """Stands where a module looks for its Trainer, and has nothing to tell."""
 
 
 def _path(given: Any) -> Any:
