@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from leyden.errors import MisconfigurationException
 from leyden.hparams import HyperparametersMixin
 from leyden.loading import class_only, load_from_checkpoint
-from leyden.module_export import ModuleExport
 from leyden.module_hooks import DataHooks, ModelHooks
 from leyden.optim import LightningOptimizer
 from leyden.results import Results
@@ -27,7 +26,7 @@ from leyden.vintage import VintageModule
 M = TypeVar("M", bound="LightningModule")
 
 
-class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin, ModuleExport):
+class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin, nn.Module):
     """A model and everything the Trainer needs to train it.
 
     Write ``training_step`` and ``configure_optimizers``; everything else is optional. Hooks that are not overridden
@@ -529,6 +528,32 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
         """Gather tensors from all processes: each gets a leading dimension of size world_size if there are several."""
         return self.trainer.strategy.all_gather(data, group=group, sync_grads=sync_grads)
+
+    def to_onnx(self, file_path: Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
+        """Write the module in the ONNX format; see :func:`leyden.export.to_onnx`."""
+        from leyden import export  # noqa: PLC0415  # only who exports
+
+        return export.to_onnx(self, file_path, input_sample, **kwargs)
+
+    def to_torchscript(
+        self, file_path: Any = None, method: str | None = "script", example_inputs: Any = None, **kwargs: Any
+    ) -> Any:
+        """Compile the module to TorchScript, which torch has retired; see :func:`leyden.export.to_torchscript`."""
+        from leyden import export  # noqa: PLC0415  # only who exports
+
+        return export.to_torchscript(self, file_path, method, example_inputs, **kwargs)
+
+    def to_tensorrt(
+        self, file_path: Any = None, input_sample: Any = None, ir: str = "default",
+        output_format: str = "exported_program", retrace: bool = False, default_device: Any = "cuda",
+        **compile_kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Compile the module for NVIDIA GPUs; see :func:`leyden.export.to_tensorrt`."""
+        from leyden import export  # noqa: PLC0415  # only who exports
+
+        return export.to_tensorrt(
+            self, file_path, input_sample, ir, output_format, retrace, default_device, **compile_kwargs
+        )
 
 
 # torch.jit.script would compile them: they are of a run

@@ -16,7 +16,9 @@ import leyden as L
 from leyden.errors import MisconfigurationException
 from leyden.profilers import PyTorchProfiler, XLAProfiler
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*profiler.*:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore:.*profiler.*:UserWarning", "ignore:.*there is no validation data.*"
+)
 
 
 class Net(L.LightningModule):

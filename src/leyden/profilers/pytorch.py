@@ -202,7 +202,7 @@ class PyTorchProfiler(Profiler):
         steps = self._steps()
         if self._module is None or steps < _FEWEST:
             return None
-        return torch.profiler.schedule(wait=1, warmup=1, active=3)
+        return torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1)
 
     def _steps(self) -> float:
         trainer: Any = getattr(self._module, "trainer", None) if self._module is not None else None
@@ -239,7 +239,7 @@ class PyTorchProfiler(Profiler):
         self._end()
         if not self.function_events:
             return ""
-        averages = self.function_events.key_averages(group_by_input_shape=self._group_by_input_shapes)
+        averages = self.function_events.key_averages(self._group_by_input_shapes)
         key = self._sort_by_key
         if "cuda" in key and averages and not hasattr(averages[0], key):
             key = key.replace("cuda", "device")  # its name in newer versions of torch
