@@ -81,6 +81,10 @@ def size(strategy: str, mode: str) -> Any:
 
 def test_what_is_too_large_for_one_rank_is_too_large_for_all() -> None:
     assert on_ranks(2, size, "ddp", "power") == [(16, 16, True)] * 2
+
+
+@pytest.mark.slow
+def test_all_ranks_search_between_the_last_two_sizes() -> None:
     assert on_ranks(2, size, "ddp", "binsearch") == [(20, 20, True)] * 2
 
 
