@@ -543,7 +543,7 @@ def test_the_simple_profiler_reports(tmp_path: Path) -> None:
     for action in (
         "[Strategy]SingleDeviceStrategy.training_step", "[Strategy]SingleDeviceStrategy.backward", "run_training_batch",
         "[Strategy]SingleDeviceStrategy.optimizer_step", "[Strategy]SingleDeviceStrategy.validation_step",
-        "train_dataloader_next", "[LightningModule]Counting.on_validation_epoch_end",
+        "[_TrainingEpochLoop].train_dataloader_next", "[LightningModule]Counting.on_validation_epoch_end",
     ):  # fmt: skip
         assert action in text
     assert isinstance(trainer(profiler="simple").profiler, SimpleProfiler)

@@ -54,7 +54,7 @@ _NAMES = {
     "rank_zero_warn": "leyden.runtime.ranks",
 }
 _ALIASES = {"LightningModel": "LightningModule"}
-_MODULES = ("callbacks", "checkpoint_io", "loggers", "profilers", "strategies", "precision", "search")
+_MODULES = ("callbacks", "checkpoint_io", "loggers", "profilers", "strategies", "precision", "search", "tuning")
 
 __all__ = ["__version__", *_NAMES]
 

@@ -7,6 +7,7 @@ LeydenError
     ├── CheckpointNotFoundError (also a FileNotFoundError)
     └── CheckpointDamagedError                      it was written or copied badly, or has changed since
 SIGTERMException (a SystemExit, code 143)           the process was asked to end
+EndOfRun (a BaseException)                          a run has done what it was begun for
 
 LeydenWarning (a UserWarning)
 └── PossibleUserWarning                             likely, but not certainly, a mistake
@@ -44,6 +45,13 @@ class SIGTERMException(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(143)
+
+
+class EndOfRun(BaseException):
+    """Raised in a hook of a run that has done what it was begun for: it is torn down, and its entry point returns.
+
+    No Exception, so that no code of the user's takes it for a failure.
+    """
 
 
 class LeydenWarning(UserWarning):

@@ -20,7 +20,6 @@ from leyden.module_hooks import DataHooks, ModelHooks
 from leyden.optim import LightningOptimizer
 from leyden.results import Results
 from leyden.runtime.ranks import rank_zero_warn
-from leyden.tree import move_to
 from leyden.types import STEP_OUTPUT, OptimizerLRScheduler, TrainerView
 from leyden.vintage import VintageModule
 
@@ -530,22 +529,34 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
         """Gather tensors from all processes: each gets a leading dimension of size world_size if there are several."""
         return self.trainer.strategy.all_gather(data, group=group, sync_grads=sync_grads)
 
-    @torch.no_grad()
-    def to_onnx(self, file_path: str | Path | Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
-        """Export to ONNX (needs the ``onnx`` packages that torch.onnx asks for).
+    def to_onnx(self, file_path: Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
+        """Write the module in the ONNX format; see :func:`leyden.export.to_onnx`."""
+        from leyden import export  # noqa: PLC0415  # only who exports
 
-        Args:
-            file_path: Where to write; None returns the program where torch does.
-            input_sample: An input of ``forward``; None takes ``example_input_array``.
-            **kwargs: Passed to ``torch.onnx.export``.
-        """
-        sample = self.example_input_array if input_sample is None else input_sample
-        if sample is None:
-            raise MisconfigurationException("to_onnx() needs an input: pass input_sample= or set example_input_array.")
-        sample = move_to(sample, self.device)
-        training = self.training
-        self.eval()
-        try:
-            return torch.onnx.export(self, sample if isinstance(sample, tuple) else (sample,), file_path, **kwargs)
-        finally:
-            self.train(training)
+        return export.to_onnx(self, file_path, input_sample, **kwargs)
+
+    def to_torchscript(
+        self, file_path: Any = None, method: str | None = "script", example_inputs: Any = None, **kwargs: Any
+    ) -> Any:
+        """Compile the module to TorchScript, which torch has retired; see :func:`leyden.export.to_torchscript`."""
+        from leyden import export  # noqa: PLC0415  # only who exports
+
+        return export.to_torchscript(self, file_path, method, example_inputs, **kwargs)
+
+    def to_tensorrt(
+        self, file_path: Any = None, input_sample: Any = None, ir: str = "default",
+        output_format: str = "exported_program", retrace: bool = False, default_device: Any = "cuda",
+        **compile_kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Compile the module for NVIDIA GPUs; see :func:`leyden.export.to_tensorrt`."""
+        from leyden import export  # noqa: PLC0415  # only who exports
+
+        return export.to_tensorrt(
+            self, file_path, input_sample, ir, output_format, retrace, default_device, **compile_kwargs
+        )
+
+
+# torch.jit.script would compile them: they are of a run
+LightningModule.__jit_unused_properties__ = [
+    name for cls in LightningModule.__mro__ for name, value in vars(cls).items() if isinstance(value, property)
+]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from leyden import vintage
-from leyden.errors import MisconfigurationException
+from leyden.errors import EndOfRun, MisconfigurationException
 from leyden.loggers.base import keeps_position
 from leyden.loggers.history import History
 from leyden.loops import hardware, resolve, snapshot
@@ -84,7 +84,7 @@ class Trainer(TrainerFace):
         inference_mode: Evaluate under ``torch.inference_mode`` rather than ``no_grad``.
         use_distributed_sampler: Share samples out between several devices.
         keep_global_batch: Where fewer processes go on with a run, accumulate gradients so that an update keeps its samples.
-        profiler: ``"simple"`` or a Profiler.
+        profiler: ``"simple"``, ``"advanced"``, ``"pytorch"``, ``"xla"``, or a Profiler.
         detect_anomaly: Find the operation that made a NaN; slow.
         barebones: Everything off that costs time.
         plugins: A Precision, a CheckpointIO, a ClusterEnvironment, or a list of one of each.
@@ -351,7 +351,10 @@ class Trainer(TrainerFace):
             with self._interrupt, resolve.Determinism(self.config), current(self._accelerator, device):
                 try:
                     self._strategy.launch(self._interrupt, self.progress)
-                    yield
+                    try:
+                        yield
+                    except EndOfRun:
+                        self._end(self._session, early=True)
                     self.state.status = TrainerStatus.FINISHED
                 except BaseException as exception:
                     ending = self._fail(exception)
@@ -493,21 +496,22 @@ class Trainer(TrainerFace):
             session.hooks.on_sanity_check_end()
             session.enter(RunningStage.TRAINING)
 
-    def _end(self, session: Session) -> None:
-        """Everything after the last batch, when nothing went wrong."""
+    def _end(self, session: Session | None, early: bool = False) -> None:
+        """Everything after the last batch, when nothing went wrong; ``early``: a hook has ended the run before."""
+        assert session is not None
         if self._strategy.agree_on(self._interrupt):
             self._interrupt.answer()  # it came too late for the loop, but whoever sent it wants to stop here
         fn = self.state.fn
         self._strategy.teardown()
         self.results.to_cpu()
         self.results.active = None
-        if fn is TrainerFn.FITTING:
+        if fn is TrainerFn.FITTING and not early:
             session.hooks.on_fit_end()
         session.tear_down(str(fn), self._callbacks)
         self._strategy.checkpoint_io.settle()
         session.recorder.close("success")
         if self._profiler is not None:
-            self._profiler.describe()
+            _ = None if early else self._profiler.describe()
             self._profiler.teardown(stage=str(fn))
 
     def _fail(self, exception: BaseException) -> BaseException:

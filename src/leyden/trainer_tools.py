@@ -11,6 +11,20 @@ from leyden.runtime.ranks import say
 class TrainerTools:
     """The tools of the Trainer, each imported when it is called."""
 
+    _session: Any
+
+    def rehearsal(self) -> Any:
+        """Return what runs batches of the present run on trial, in a hook, and puts everything back afterwards.
+
+        See :class:`~leyden.loops.rehearsal.Rehearsal`.
+
+        Raises:
+            MisconfigurationException: outside of a run.
+        """
+        from leyden.loops.rehearsal import Rehearsal  # noqa: PLC0415  # only who tries something
+
+        return Rehearsal(self, self._session)
+
     def verify_resume(
         self,
         model: Any,

@@ -36,6 +36,8 @@ def test_a_class_of_ours_keeps_its_name_where_it_has_the_same_there() -> None:
     assert set(renamed) == {
         "BaseProfiler", "LRSchedulerPLType", "LRSchedulerTypeUnion", "LightningDeprecationWarning", "LightningLoggerBase",
         "ProgressBarBase", "SpikeDetection", "TTNamespace", "get_human_readable_count", "parse_batch_shape",
+        "_ExponentialLR", "_LRFinder", "_LinearLR", "_TunerExitException", "_determine_lr_attr_name",
+        "lightning_getattr", "lightning_hasattr", "lightning_setattr",
     }  # fmt: skip
 
 

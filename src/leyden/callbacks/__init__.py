@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leyden.callback import Callback
+    from leyden.callbacks.batch_size_finder import BatchSizeFinder
     from leyden.callbacks.checkpoint import Checkpoint, ModelCheckpoint
     from leyden.callbacks.device_stats_monitor import DeviceStatsMonitor
     from leyden.callbacks.early_stopping import EarlyStopping
     from leyden.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
     from leyden.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
     from leyden.callbacks.lambda_function import LambdaCallback
+    from leyden.callbacks.learning_rate_finder import LearningRateFinder
     from leyden.callbacks.learning_rate_monitor import LearningRateMonitor
     from leyden.callbacks.model_pruning import ModelPruning
     from leyden.callbacks.model_summary import ModelSummary, RichModelSummary
@@ -30,6 +32,7 @@ _HOME = {
     "BackboneFinetuning": "leyden.callbacks.finetuning",
     "BaseFinetuning": "leyden.callbacks.finetuning",
     "BasePredictionWriter": "leyden.callbacks.prediction_writer",
+    "BatchSizeFinder": "leyden.callbacks.batch_size_finder",
     "Callback": "leyden.callback",
     "Checkpoint": "leyden.callbacks.checkpoint",
     "DeviceStatsMonitor": "leyden.callbacks.device_stats_monitor",
@@ -37,6 +40,7 @@ _HOME = {
     "EarlyStopping": "leyden.callbacks.early_stopping",
     "GradientAccumulationScheduler": "leyden.callbacks.gradient_accumulation_scheduler",
     "LambdaCallback": "leyden.callbacks.lambda_function",
+    "LearningRateFinder": "leyden.callbacks.learning_rate_finder",
     "LearningRateMonitor": "leyden.callbacks.learning_rate_monitor",
     "ModelCheckpoint": "leyden.callbacks.checkpoint",
     "ModelPruning": "leyden.callbacks.model_pruning",
@@ -57,6 +61,7 @@ __all__ = [
     "BackboneFinetuning",
     "BaseFinetuning",
     "BasePredictionWriter",
+    "BatchSizeFinder",
     "Callback",
     "Checkpoint",
     "DeviceStatsMonitor",
@@ -64,6 +69,7 @@ __all__ = [
     "EarlyStopping",
     "GradientAccumulationScheduler",
     "LambdaCallback",
+    "LearningRateFinder",
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelPruning",

@@ -403,7 +403,7 @@ class TrainingData:
         if not draws and (waits := self._waits(session)) is not None:
             iterator = waits.around(iterator)
         if session.profiler is not None:
-            iterator = measured_iterator(iterator, session.profiler, "train_dataloader_next")
+            iterator = measured_iterator(iterator, session.profiler, "[_TrainingEpochLoop].train_dataloader_next")
         self.iterator = iterator
 
     def _waits(self, session: Session) -> Waits | None:

@@ -10,7 +10,7 @@ on_*_epoch_end, a row with the values of the epoch, on_*_end, on_*_model_train
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,6 +19,7 @@ from leyden.data.combined import CombinedLoader
 from leyden.loops import batches
 from leyden.loops.dispatch import Calls
 from leyden.loops.metric_state import metrics_of
+from leyden.loops.profiled import measured_iterator
 from leyden.loops.session import Session
 from leyden.results import to_floats
 from leyden.runtime.seed import rng_state, set_rng_state
@@ -109,19 +110,10 @@ class EvaluationLoop:
     def _run(
         self, session: Session, names: _Names, step: Callable[..., Any], limits: list[int | float]
     ) -> list[dict[str, float]]:
-        loader, supply, results, store = self.loader, self.supply, session.results, session.results.eval
-        assert loader is not None
-        assert supply is not None
-        fitting, progress = session.trainer.state.fn is TrainerFn.FITTING, session.progress
-        supply.start_epoch(*(self.prefix, progress.epoch, progress.batches) if fitting else (self.prefix, None))
-        loader.limits = limits
+        results, store = session.results, session.results.eval
+        fitting, draws = session.trainer.state.fn is TrainerFn.FITTING, batches.takes(step, "dataloader_iter")
+        loader, iterator = self._begin(session, limits, draws)
         several = len(limits) > 1 and loader.mode == "sequential"
-        iterator = supply.triples()
-        draws = batches.takes(step, "dataloader_iter")
-        if draws:
-            iterator = batches.DataLoaderIter(
-                iterator, math.inf, lambda batch: store.start_batch(batch, store.loader)
-            ).turns()
         store.on_step, store.loader = False, None
         modes = {module: module.training for module in session.module.modules()}
         if names.model_eval:
@@ -129,12 +121,15 @@ class EvaluationLoop:
         else:
             session.module.eval()
         names.start()
+        if self.loader is not loader:  # a callback has found another batch size
+            limits = self.limits(session)
+            loader, iterator = self._begin(session, limits, draws)
         names.epoch_start()
         transfer = session.transfer(draws)
         run_step = session.strategy.test_step if self.prefix == "test" else session.strategy.validation_step
         num_args = 1 if draws else 3 if several else max(batches.positional(step), 1)
         sanity = session.trainer.sanity_checking
-        seen = session.progress.val_batches if session.trainer.state.fn is TrainerFn.FITTING else [0] * len(limits)
+        seen = session.progress.val_batches if fitting else [0] * len(limits)
         outputs: list[dict[str, Any]] = [{} for _ in (limits if loader.mode == "sequential" else (0,))]
         current = done = 0
         for batch, batch_idx, loader_idx in session.strategy.paced(batches.remaining(iterator)):
@@ -169,6 +164,23 @@ class EvaluationLoop:
             outputs[current] = self._end_loader(session, current if several else None, done)
             current, done = current + 1, 0
         return self._finish(session, names, outputs, modes)
+
+    def _begin(self, session: Session, limits: list[int | float], draws: bool) -> tuple[CombinedLoader, Iterator[Any]]:
+        """Begin a pass over the loaders, with so many batches of each; return them and what to draw from."""
+        loader, supply, progress = self.loader, self.supply, session.progress
+        assert loader is not None
+        assert supply is not None
+        fitting = session.trainer.state.fn is TrainerFn.FITTING
+        supply.start_epoch(*(self.prefix, progress.epoch, progress.batches) if fitting else (self.prefix, None))
+        loader.limits = limits
+        iterator, store = supply.triples(), session.results.eval
+        if session.profiler is not None:
+            iterator = measured_iterator(iterator, session.profiler, f"[_EvaluationLoop].{self.prefix}_next")
+        if draws:
+            iterator = batches.DataLoaderIter(
+                iterator, math.inf, lambda batch: store.start_batch(batch, store.loader)
+            ).turns()
+        return loader, iterator
 
     def cuts(self, session: Session) -> bool:
         """Whether this evaluation can be cut short; inside fit it is then as if it had not begun, and is run as a whole

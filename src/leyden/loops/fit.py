@@ -249,6 +249,7 @@ class FitLoop:
         self.last = False
         if progress.cut or not (begun or place):
             session.hooks.on_train_epoch_start()
+            data = self.data or data  # a callback may have found another batch size
         if resumed is not None and (begun or place):
             if place is not None:
                 data.begin(session, place)

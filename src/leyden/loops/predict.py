@@ -15,6 +15,7 @@ from leyden.data.combined import CombinedLoader
 from leyden.data.loaders import stop_workers
 from leyden.errors import MisconfigurationException
 from leyden.loops import batches
+from leyden.loops.profiled import measured_iterator
 from leyden.loops.session import Session
 from leyden.strategies.base import IDLE
 from leyden.tree import move_to
@@ -82,11 +83,9 @@ class PredictLoop:
         # callbacks that write at the end need the predictions, those that write at all the indices of the samples
         keep = self.return_predictions or any(getattr(interval, "on_epoch", False) for interval in writers)
         track = self.gather or any(hasattr(interval, "on_epoch") for interval in writers)
-        self.loader.limits = list(self.max_batches)
         try:
             with ExitStack() as stack:
-                indices = [stack.enter_context(_indices(item if track else None)) for item in self.loader.flattened]
-                self._run(session, indices, keep)
+                self._run(session, stack, track, keep)
             self._deal(self._kept, self.epoch_batch_indices)
             return self.predictions if self.return_predictions else None
         finally:
@@ -101,18 +100,33 @@ class PredictLoop:
             rows = zip(self.loader.flattened, outputs, indices, strict=True)
             self._dealt = [Predicted(deal_of(loader), kept, [len(i) for i in seen]) for loader, kept, seen in rows]
 
-    def _run(self, session: Session, indices: list[Callable[[int], list[int]]], keep: bool) -> None:
-        hooks, module = session.hooks, session.module
-        assert self.loader is not None
-        supply = batches.supply(session, self.loader, "predict", module.predict_step)
+    def _begin(
+        self, session: Session, stack: ExitStack, track: bool
+    ) -> tuple[CombinedLoader, Iterator[Any], list[Callable[[int], list[int]]]]:
+        """Begin a pass over the loaders; return them, what to draw from, and what tells the indices of each loader."""
+        loader = self.loader
+        assert loader is not None
+        loader.limits = list(self.max_batches)
+        indices = [stack.enter_context(_indices(item if track else None)) for item in loader.flattened]
+        supply = batches.supply(session, loader, "predict", session.module.predict_step)
         supply.start_epoch("predict", None)
         iterator = supply.triples()
+        if session.profiler is not None:
+            iterator = measured_iterator(iterator, session.profiler, "[_PredictionLoop].predict_next")
+        return loader, iterator, indices
+
+    def _run(self, session: Session, stack: ExitStack, track: bool, keep: bool) -> None:
+        hooks, module = session.hooks, session.module
+        loader, iterator, indices = self._begin(session, stack, track)
         modes = {child: child.training for child in module.modules()}
         if hooks.on_predict_model_eval:
             hooks.on_predict_model_eval()
         else:
             module.eval()
         hooks.on_predict_start()
+        if self.loader is not loader:  # a callback has found another batch size
+            stack.close()
+            _, iterator, indices = self._begin(session, stack, track)
         hooks.on_predict_epoch_start()
         several, draws = len(self.max_batches) > 1, batches.takes(module.predict_step, "dataloader_iter")
         if draws:

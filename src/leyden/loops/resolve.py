@@ -29,6 +29,9 @@ F = TypeVar("F", bound=Callable[..., None])
 # name -> "module:class", imported when used; third parties add to them
 PROFILERS: dict[str, str] = {
     "simple": "leyden.profilers:SimpleProfiler",
+    "advanced": "leyden.profilers:AdvancedProfiler",
+    "pytorch": "leyden.profilers:PyTorchProfiler",
+    "xla": "leyden.profilers:XLAProfiler",
 }
 
 

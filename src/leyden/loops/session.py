@@ -155,6 +155,8 @@ class Session:
         theirs = calls_of(self.strategy)
         if profiler is not None:
             self.strategy = cast("Strategy", ProfiledStrategy(self.strategy, profiler))
+            if (attend := getattr(profiler, "attend", None)) is not None:
+                attend(self.module)
         meet = self._across() if self.strategy.world_size > 1 else None
         self.hooks = bind(self.trainer, self.module, self.datamodule, callbacks, self.results, profiler, meet, theirs)
         if self.across is not None:
@@ -204,20 +206,24 @@ class Session:
 
     def release(self, callbacks: list[Any]) -> None:
         """Take back what the run lent out."""
-        if self.across is not None:
-            self.across.close()
+        self.let_go()
         self.module.log_into(None)
         self.strategy.brings = None
         if self.compilation is not None:
             self.compilation.remove()
-        if self._shelf is not None:
-            self._shelf.release()
         if self.undo is not None:
             self.undo()
         for callback in callbacks:
             for name in _LENT:
                 if getattr(vars(callback).get(name), "__self__", None) is self.module:
                     delattr(callback, name)
+
+    def let_go(self) -> None:
+        """Let go of what this session has made for itself alone."""
+        if self.across is not None:
+            self.across.close()
+        if self._shelf is not None:
+            self._shelf.release()
 
     def shelf(self, draws: bool = False) -> Shelf | None:
         """Return what keeps small data sets on the device for the length of the run; None where batches begin on the host.

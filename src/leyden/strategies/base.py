@@ -151,6 +151,10 @@ class Strategy(Verbs):
         if here:
             work()
 
+    def on_its_own(self) -> Strategy | None:
+        """Return what takes the steps of this process without the others; None where a step takes all of them."""
+        return self
+
     # -- the life of a module
 
     def connect(self, module: nn.Module) -> None:

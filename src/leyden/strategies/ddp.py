@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.precision import Precision
 from leyden.runtime.ranks import rank_zero_warn
+from leyden.strategies.base import Strategy
 from leyden.strategies.buckets import Order
 from leyden.strategies.parallel import ParallelStrategy
 from leyden.strategies.through import Through
@@ -177,6 +178,10 @@ class DDPStrategy(ParallelStrategy):
         if self._wrapped is not None and not self._checked and self.world_size > 2 and self._hook[1] is None:
             self._order = Order(self._wrapped, [p for p in self.module.parameters() if p.requires_grad])
             self._order.listen()
+
+    def on_its_own(self) -> Strategy | None:
+        # layers that share statistics meet in their forward
+        return None if self.sync_batchnorm and self.world_size > 1 else _OnItsOwn(self)
 
     def exchange_order(self) -> list[int]:
         return [] if self._order is None else self._order.found
@@ -345,6 +350,30 @@ class DDPStrategy(ParallelStrategy):
             " strategy='ddp_find_unused_parameters_true', also where they are frozen in the middle of a run; else let them take"
             " part, freeze them (requires_grad=False) before the run begins, or remove them."
         )
+
+
+class _OnItsOwn(Strategy):
+    """One of several processes, which steps without the others: the module is not wrapped, and nothing travels."""
+
+    def __init__(self, strategy: DDPStrategy) -> None:
+        super().__init__(strategy.root_device, strategy.precision, strategy.checkpoint_io)
+        self.module, self._ranks = strategy.module, (strategy.global_rank, strategy.local_rank, strategy.node_rank)
+
+    @property
+    def global_rank(self) -> int:
+        return self._ranks[0]
+
+    @property
+    def local_rank(self) -> int:
+        return self._ranks[1]
+
+    @property
+    def node_rank(self) -> int:
+        return self._ranks[2]
+
+    @property
+    def data_rank(self) -> int:
+        return 0
 
 
 def _is_as(parameter: nn.Parameter, met: tuple[Tensor | None, int] | None) -> bool:

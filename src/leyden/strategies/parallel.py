@@ -292,6 +292,9 @@ class ParallelStrategy(Strategy):
         # both: what is small, and every decision, travels between hosts without a word to the device
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
 
+    def on_its_own(self) -> Strategy | None:
+        return self if self.world_size == 1 else None
+
     # ------------------------------------------------------------------ the life of a module
 
     def setup(self, trainer: Any = None) -> None:
