@@ -41,7 +41,8 @@ class MLFlowLogger(ServiceLogger):
         experiment_name: The experiment; it is made if there is none of that name.
         run_name: What MLflow shows as the name of the run; None: it makes one up.
         tracking_uri: The address of the server or the store (``http://…``, ``sqlite:///…``, ``file:…``); None: files in
-            ``save_dir``, or where MLflow has given that up, ``mlflow.db`` in it. The default is what the environment variable ``MLFLOW_TRACKING_URI`` says when this is imported.
+            ``save_dir``, or where MLflow has given that up, ``mlflow.db`` in it. The default is what the environment
+            variable ``MLFLOW_TRACKING_URI`` says when this is imported.
         tags: For the run.
         save_dir: The directory of a local store, where ``tracking_uri`` is not given.
         log_model: ``"all"``: upload each checkpoint when it is written. True: those that are there at the end, or each
