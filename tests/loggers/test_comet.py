@@ -35,9 +35,9 @@ def test_the_experiment_begins_with_the_logger(comet: Any) -> None:
     logger.experiment.log_other.assert_called_once_with("Created from", "pytorch-lightning")
 
 
-def test_offline_takes_no_rows_to_the_server(comet: Any) -> None:
+def test_offline_writes_an_archive(comet: Any) -> None:
     CometLogger(online=False, offline_directory="d")
-    comet.ExperimentConfig.assert_called_once_with(offline_directory="d", disabled=True)
+    comet.ExperimentConfig.assert_called_once_with(offline_directory="d")
     assert comet.start.mock_calls[0].kwargs["online"] is False
 
 

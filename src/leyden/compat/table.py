@@ -16,6 +16,7 @@ _ENVIRONMENTS = (
     "ClusterEnvironment KubeflowEnvironment LSFEnvironment LightningEnvironment MPIEnvironment SLURMEnvironment"
     " TorchElasticEnvironment"
 )
+_PRECISIONS = "BitsandbytesPrecision FSDPPrecision TransformerEnginePrecision XLAPrecision"
 _WRITERS = "leyden.callbacks.prediction_writer"
 
 _PYTORCH = (
@@ -99,6 +100,12 @@ _PYTORCH = (
     ("plugins", "leyden.precision.deepspeed", "DeepSpeedPrecision"),
     ("plugins.precision", "leyden.precision.deepspeed", "DeepSpeedPrecision"),
     ("plugins.precision.deepspeed", "leyden.precision.deepspeed", "DeepSpeedPrecision"),
+    ("plugins", "leyden.precision", _PRECISIONS),
+    ("plugins.precision", "leyden.precision", _PRECISIONS),
+    ("plugins.precision.bitsandbytes", "leyden.precision", "BitsandbytesPrecision"),
+    ("plugins.precision.fsdp", "leyden.precision", "FSDPPrecision"),
+    ("plugins.precision.transformer_engine", "leyden.precision", "TransformerEnginePrecision"),
+    ("plugins.precision.xla", "leyden.precision", "XLAPrecision"),
     ("plugins.precision.double", "leyden.precision", "DoublePrecision"),
     ("plugins.precision.half", "leyden.precision", "HalfPrecision"),
     ("plugins.precision.precision", "leyden.precision", "Precision"),
@@ -197,6 +204,12 @@ _FABRIC = (
     ("plugins", "leyden.precision", "DoublePrecision HalfPrecision MixedPrecision Precision"),
     ("plugins.precision", "leyden.precision", "DoublePrecision HalfPrecision MixedPrecision Precision"),
     ("plugins.precision.amp", "leyden.precision", "MixedPrecision"),
+    ("plugins", "leyden.precision", _PRECISIONS),
+    ("plugins.precision", "leyden.precision", _PRECISIONS),
+    ("plugins.precision.bitsandbytes", "leyden.precision", "BitsandbytesPrecision"),
+    ("plugins.precision.fsdp", "leyden.precision", "FSDPPrecision"),
+    ("plugins.precision.transformer_engine", "leyden.precision", "TransformerEnginePrecision"),
+    ("plugins.precision.xla", "leyden.precision", "XLAPrecision"),
     ("plugins.precision.double", "leyden.precision", "DoublePrecision"),
     ("plugins.precision.half", "leyden.precision", "HalfPrecision"),
     ("plugins.precision.precision", "leyden.precision", "Precision"),

@@ -86,9 +86,7 @@ class CometLogger(ServiceLogger):
         self._kwargs = kwargs
         self._named = experiment_key is not None or mode is not None
         self._experiment: Any = None
-        self._comet_config = comet_ml.ExperimentConfig(**kwargs, **({"disabled": True} if online is False else {}))
-        if online is False:
-            self._comet_config.disabled = False  # "disabled" with no word to a server, but the archive is wanted
+        self._comet_config = comet_ml.ExperimentConfig(**kwargs)
         if on_rank_zero():
             self._open()
 

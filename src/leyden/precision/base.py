@@ -158,6 +158,29 @@ class DefaultDtype:
         torch.set_default_dtype(self._previous.pop())
 
 
+class Replaced:
+    """A context in which classes of ``torch.nn`` are others, for modules that are made in it.
+
+    Args:
+        classes: What stands for the class of each name.
+    """
+
+    def __init__(self, classes: dict[str, Any]) -> None:
+        self._classes = classes
+        self._previous: list[dict[str, Any]] = []
+
+    def __enter__(self) -> None:
+        self._previous.append({name: getattr(nn, name) for name in self._classes})
+        for name, made in self._classes.items():
+            setattr(nn, name, made)
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, former in self._previous.pop().items():
+            setattr(nn, name, former)
+
+
 class WithoutInit(TorchFunctionMode):
     """A context in which the functions of ``torch.nn.init`` that layers call do nothing: weights are what memory held."""
 
