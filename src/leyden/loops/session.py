@@ -208,6 +208,7 @@ class Session:
             self.across.close()
         self.module.log_into(None)
         self.strategy.brings = None
+        self.strategy.precision.detach()
         if self.compilation is not None:
             self.compilation.remove()
         if self._shelf is not None:

@@ -120,7 +120,10 @@ class BitsandbytesPrecision(Precision):
     def forward_context(self) -> AbstractContextManager[Any]:
         return self._default
 
-    def init_context(self) -> AbstractContextManager[Any]:
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        return self._default
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
         """New linear layers are of the mode from the start.
 
         Raises:

@@ -77,7 +77,10 @@ class TransformerEnginePrecision(Precision):
         stack.enter_context(engine.fp8_autocast(enabled=True, fp8_recipe=self.recipe))
         return stack
 
-    def init_context(self) -> AbstractContextManager[Any]:
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        return self._default
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
         stack = ExitStack()
         if self.replace_layers:
             engine = _library("transformer_engine.pytorch")
