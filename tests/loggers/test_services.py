@@ -82,7 +82,7 @@ def test_h4_comet_offline(tmp_path: Path) -> None:
     pytest.importorskip("comet_ml")
     first, second = twice("comet", tmp_path)
     assert first["version"] == second["version"]
-    archives = sorted(tmp_path.glob("*.zip"))
+    archives = sorted(tmp_path.glob(f"{first['version']}*.zip"))
     assert len(archives) == 2
     steps = []
     for archive in archives:

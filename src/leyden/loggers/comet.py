@@ -127,7 +127,8 @@ class CometLogger(ServiceLogger):
     @property
     def save_dir(self) -> str | None:
         """The directory of the archives, offline."""
-        return self._comet_config.offline_directory
+        folder: str | None = self._comet_config.offline_directory
+        return folder
 
     @property
     def name(self) -> str | None:

@@ -16,12 +16,16 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.overrides import TorchFunctionMode
 
 from leyden.errors import MisconfigurationException, did_you_mean
-from leyden.precision.hooked import adapt, closure_of
 from leyden.tree import tree_map
 
 _NOTHING: AbstractContextManager[Any] = nullcontext()
 
 CLIP_ALGORITHMS = ("norm", "value")
+_STEP_CONTEXTS = ("train_step_context", "val_step_context", "test_step_context", "predict_step_context")
+_HOOKS = {
+    "backward", "pre_backward", "post_backward", "optimizer_step",
+    "clip_gradients", "clip_grad_by_norm", "clip_grad_by_value", "main_params",
+}  # fmt: skip
 
 
 class Precision:
@@ -120,6 +124,8 @@ class Precision:
         as ``model``, and is passed over.
         """
         if more or kwargs:
+            from leyden.precision.hooked import closure_of  # noqa: PLC0415  # seldom
+
             closure, _ = closure_of(closure, more, kwargs)
         if closure is not None:
             return optimizer.step(closure, **kwargs)
@@ -141,7 +147,16 @@ class Precision:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        adapt(cls)
+        own = vars(cls)
+        if "forward_context" in own:
+            for name in _STEP_CONTEXTS:
+                # not where somebody has written it: then it is no alias
+                if name not in own and getattr(cls, name).__name__ == "forward_context":
+                    setattr(cls, name, own["forward_context"])
+        if own.keys() & _HOOKS:
+            from leyden.precision.hooked import adapt  # noqa: PLC0415  # for classes that write one of these only
+
+            adapt(cls)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if not name.startswith("attached_")}

@@ -6,7 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 from leyden.errors import MisconfigurationException
-from leyden.precision import Precision, make_precision
+from leyden.precision.base import Precision
+from leyden.precision.half import HalfPrecision
+from leyden.precision.mixed import MixedPrecision
 
 
 class FSDPPrecision(Precision):
@@ -18,14 +20,13 @@ class FSDPPrecision(Precision):
     """
 
     def __new__(cls, precision: str, scaler: Any = None) -> Any:  # what is made is of another class
-        made = make_precision(precision, "cuda")
-        if scaler is not None:
-            if precision != "16-mixed":
-                raise MisconfigurationException(
-                    f"FSDPPrecision({precision!r}, scaler={scaler!r}): only '16-mixed' scales losses. Leave scaler out."
-                )
-            made.scaler = scaler  # type: ignore[attr-defined]
-        return made
+        if scaler is not None and precision != "16-mixed":
+            raise MisconfigurationException(
+                f"FSDPPrecision({precision!r}, scaler={scaler!r}): only '16-mixed' scales losses. Leave scaler out."
+            )
+        if precision == "32-true":
+            return Precision()
+        return HalfPrecision(precision) if precision.endswith("-true") else MixedPrecision(precision, "cuda", scaler)
 
 
 class XLAPrecision(Precision):

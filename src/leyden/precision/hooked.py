@@ -11,18 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-STEP_CONTEXTS = ("train_step_context", "val_step_context", "test_step_context", "predict_step_context")
 _CLIPPING = {"clip_gradients", "clip_grad_by_norm", "clip_grad_by_value", "main_params"}
 
 
 def adapt(cls: Any) -> None:
     """Turn the hooks that the body of ``cls``, a subclass of Precision, defines into the verbs of ours."""
     own = dict(vars(cls))
-    if "forward_context" in own:
-        for name in STEP_CONTEXTS:
-            # not where somebody has written it: then it is no alias
-            if name not in own and getattr(cls, name).__name__ == "forward_context":
-                setattr(cls, name, own["forward_context"])
     if "backward" in own and _takes_model(own["backward"]):
         cls.backward = _backward(own["backward"])
         cls.hooks_backward = True

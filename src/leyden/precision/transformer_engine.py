@@ -107,7 +107,7 @@ def replace_layers(module: nn.Module) -> None:
             replace_layers(child)
             continue
         made.weight.data = child.weight.data.clone()
-        if child.bias is not None and made.bias is not None:
+        if getattr(child, "bias", None) is not None and made.bias is not None:  # a norm may have none
             made.bias.data = child.bias.data.clone()
         setattr(module, name, made)
 

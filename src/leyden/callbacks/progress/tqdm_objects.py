@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from leyden.callbacks.progress.engine import HIGHEST_RATE
 from leyden.callbacks.progress.rows import Row, format_metric
@@ -15,7 +15,7 @@ from leyden.types import TrainerView
 _WIDTH = 5
 
 
-class Tqdm(tqdm):  # type: ignore[type-arg, unused-ignore]
+class Tqdm(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
     """A bar of tqdm whose numbers keep their width, so that it does not flicker."""
 
     @staticmethod
