@@ -223,7 +223,7 @@ def _plugins(given: Any) -> tuple[Precision | None, Any, Any, Any]:
     # a class of it has been imported where there is an object of it
     layer_sync: Any = getattr(sys.modules.get("leyden.strategies.layer_sync"), "LayerSync", ())
     kinds = {Precision: Precision, CheckpointIO: CheckpointIO, "layers": layer_sync}
-    for item in given if isinstance(given, Iterable) else [given]:
+    for item in given if isinstance(given, Iterable) and not isinstance(given, str) else [given]:
         if _is_environment(item):
             if "environment" in found:
                 raise MisconfigurationException(
