@@ -145,6 +145,7 @@ def test_plug_ins_that_cannot_be():
     with pytest.raises(MisconfigurationException, match=r"not a class\. Did you mean Shelf\(\.\.\.\)\?"):
         trainer(plugins=Shelf)
     with pytest.raises(
-        MisconfigurationException, match="must be a Precision, CheckpointIO or ClusterEnvironment object, not str"
+        MisconfigurationException,
+        match="must be a Precision, CheckpointIO, ClusterEnvironment or LayerSync object, not str",
     ):
         trainer(plugins=["async"])

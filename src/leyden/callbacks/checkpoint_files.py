@@ -117,9 +117,15 @@ def default_folder(trainer: TrainerView) -> str:
     if not trainer.loggers:
         return os.path.join(trainer.default_root_dir, "checkpoints")
     logger = trainer.loggers[0]
-    root = trainer.default_root_dir if logger.save_dir is None else logger.save_dir
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return os.path.join(root, str(logger.name), version, "checkpoints")
+    return os.path.join(versions_folder(trainer), version, "checkpoints")
+
+
+def versions_folder(trainer: TrainerView) -> str:
+    """Return the folder of all versions of the first logger; a logger that makes a run when asked for one makes none."""
+    logger = trainer.loggers[0]
+    root = trainer.default_root_dir if logger.save_dir is None else logger.save_dir
+    return os.path.join(root, str(logger.name))
 
 
 def is_url(path: PathLike) -> bool:

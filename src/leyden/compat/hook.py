@@ -47,7 +47,18 @@ class ForeignModule(ModuleType):
         return arrive, (self.__name__,)
 
 
-_THEIRS = (Target("leyden", "Trainer"), Target("leyden", "Fabric"))
+_LOGGERS = ("CSVLogger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger")
+_THEIRS = (
+    Target("leyden", "Trainer"),
+    Target("leyden", "Fabric"),
+    # whose default name is that of a folder there
+    *(Target("leyden.loggers", name) for name in _LOGGERS),
+    *(Target("leyden.compat.fabric_loggers", name) for name in _LOGGERS),
+    Target("leyden.loggers.csv", "CSVLogger"),
+    Target("leyden.loggers.mlflow", "MLFlowLogger"),
+    Target("leyden.loggers.tensorboard", "TensorBoardLogger"),
+    Target("leyden.loggers.wandb", "WandbLogger"),
+)
 """Who takes one of these from Lightning's modules means what it does there."""
 
 

@@ -8,31 +8,45 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leyden.loggers.base import DummyLogger, Logger, rank_zero_experiment
+    from leyden.loggers.comet import CometLogger
     from leyden.loggers.csv import CSVLogger
     from leyden.loggers.experiment import Experiment
+    from leyden.loggers.gone import LitLogger, NeptuneLogger
     from leyden.loggers.history import History
+    from leyden.loggers.mlflow import MLFlowLogger
     from leyden.loggers.recorder import Recorder
     from leyden.loggers.tensorboard import TensorBoardLogger
+    from leyden.loggers.wandb import WandbLogger
 
 _HOMES = {
     "CSVLogger": "csv",
+    "CometLogger": "comet",
     "DummyLogger": "base",
     "Experiment": "experiment",
     "History": "history",
+    "LitLogger": "gone",
     "Logger": "base",
+    "MLFlowLogger": "mlflow",
+    "NeptuneLogger": "gone",
     "Recorder": "recorder",
     "TensorBoardLogger": "tensorboard",
+    "WandbLogger": "wandb",
     "rank_zero_experiment": "base",
 }
 
 __all__ = [
     "CSVLogger",
+    "CometLogger",
     "DummyLogger",
     "Experiment",
     "History",
+    "LitLogger",
     "Logger",
+    "MLFlowLogger",
+    "NeptuneLogger",
     "Recorder",
     "TensorBoardLogger",
+    "WandbLogger",
     "rank_zero_experiment",
 ]
 

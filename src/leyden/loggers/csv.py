@@ -16,7 +16,15 @@ from torch import Tensor
 
 from leyden.errors import MisconfigurationException
 from leyden.loggers.base import on_rank_zero, rank_zero_experiment, write_lock
-from leyden.loggers.folder import FolderLogger, append_file, filesystem_of, move_file, replace_file, sync_file
+from leyden.loggers.folder import (
+    LOG_FOLDER,
+    FolderLogger,
+    append_file,
+    filesystem_of,
+    move_file,
+    replace_file,
+    sync_file,
+)
 from leyden.runtime.ranks import rank_zero_info
 from leyden.types import PathLike
 
@@ -40,7 +48,7 @@ class CSVLogger(FolderLogger):
     def __init__(
         self,
         save_dir: PathLike,
-        name: str | None = "leyden_logs",
+        name: str | None = LOG_FOLDER,
         version: int | str | None = None,
         prefix: str = "",
         flush_logs_every_n_steps: int = 100,

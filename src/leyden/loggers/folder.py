@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from leyden import atomic
+from leyden.config import SEMANTICS, default_semantics
 from leyden.errors import MisconfigurationException
 from leyden.loggers.base import Logger, on_rank_zero, write_lock
 from leyden.loggers.params import params_to_dict, plain_params
@@ -18,6 +19,21 @@ from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
 from leyden.types import PathLike
 
 HPARAMS_FILE = "hparams.yaml"
+
+
+class DefaultName(str):
+    """The name of an experiment that was not given: what it is depends on whose names the program imports."""
+
+    __slots__ = ()
+
+
+LOG_FOLDER = DefaultName("leyden_logs")
+"""What loggers have for the name that was not given; under ``semantics="lightning"`` it stands for that one's."""
+
+
+def given_name(name: str | None) -> str | None:
+    """Return ``name``, or where it is the default what that is at this moment."""
+    return str(SEMANTICS[default_semantics()]["log_folder"]) if isinstance(name, DefaultName) else name
 
 
 class FolderLogger(Logger):
@@ -38,7 +54,7 @@ class FolderLogger(Logger):
 
     def __init__(self, save_dir: PathLike, name: str | None, version: int | str | None, resume: bool = True) -> None:
         self._save_dir = os.path.expanduser(os.path.expandvars(os.fspath(save_dir)))
-        self._name = name or ""
+        self._name = given_name(name) or ""
         self._version = version
         self._named = version is not None
         self._resume = resume

@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from leyden.errors import MisconfigurationException
 from leyden.loggers.base import on_rank_zero, rank_zero_experiment, write_lock
-from leyden.loggers.folder import HPARAMS_FILE, FolderLogger, is_local, sync_file
+from leyden.loggers.folder import HPARAMS_FILE, LOG_FOLDER, FolderLogger, is_local, sync_file
 from leyden.loggers.params import flatten_params, sanitize_params
 from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
 from leyden.tree import move_to
@@ -47,7 +47,7 @@ class TensorBoardLogger(FolderLogger):
     def __init__(
         self,
         save_dir: PathLike,
-        name: str | None = "leyden_logs",
+        name: str | None = LOG_FOLDER,
         version: int | str | None = None,
         log_graph: bool = False,
         default_hp_metric: bool = True,

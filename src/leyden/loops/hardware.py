@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -75,7 +76,9 @@ def strategy(
     automatic = not is_object and str(given).lower() == "auto"
     kind: Any
     kind, arguments = (type(given), {}) if is_object else (None, {}) if automatic else _named(given)
-    plugin, checkpoint_io, environment = _plugins(plugins) if plugins is not None else (None, None, None)
+    plugin, checkpoint_io, environment, layers = _plugins(plugins) if plugins is not None else (None,) * 4
+    if layers is not None:
+        sync_batchnorm, layers = _layer_sync(layers, sync_batchnorm)
     if is_object and getattr(given, "names_environment", False):
         if environment is not None:
             raise MisconfigurationException(
@@ -110,7 +113,7 @@ def strategy(
         if environment is not None:
             given.cluster_environment = environment
         given.assign(chosen, num_nodes)
-        given.sync_batchnorm = sync_batchnorm
+        given.sync_batchnorm, given.layer_sync = sync_batchnorm, layers
     if plugin is not None or precision is not None:
         given.precision = plugin or make_precision(precision, given.root_device)
     if checkpoint_io is not None:
@@ -193,8 +196,23 @@ def _devices(
     return chosen, num_nodes
 
 
-def _plugins(given: Any) -> tuple[Precision | None, Any, Any]:
-    """Return the Precision, the CheckpointIO and the cluster environment among the plug-ins; None for what is not there.
+def _layer_sync(given: Any, sync_batchnorm: bool) -> tuple[bool, Any]:
+    """Whether batch norms are shared, and what of the user's does that to other layers.
+
+    Raises:
+        MisconfigurationException: where both ways are asked for and differ.
+    """
+    if type(given) is load("leyden.strategies.layer_sync:TorchSyncBatchNorm"):
+        return True, None
+    if sync_batchnorm and not isinstance(given, load("leyden.strategies.layer_sync:TorchSyncBatchNorm")):
+        raise MisconfigurationException(
+            f"Trainer(sync_batchnorm=True, plugins=[{type(given).__name__}()]): both say how layers are shared. Drop one."
+        )
+    return False, given
+
+
+def _plugins(given: Any) -> tuple[Precision | None, Any, Any, Any]:
+    """Return the Precision, CheckpointIO, cluster environment and LayerSync among the plug-ins; None for what is not there.
 
     Raises:
         MisconfigurationException: for something that is no plug-in, or two of a kind.
@@ -202,7 +220,10 @@ def _plugins(given: Any) -> tuple[Precision | None, Any, Any]:
     from leyden.checkpoint_io.base import CheckpointIO  # noqa: PLC0415 - for Trainers that get plug-ins
 
     found: dict[Any, Any] = {}
-    for item in given if isinstance(given, (list, tuple)) else [given]:
+    # a class of it has been imported where there is an object of it
+    layer_sync: Any = getattr(sys.modules.get("leyden.strategies.layer_sync"), "LayerSync", ())
+    kinds = {Precision: Precision, CheckpointIO: CheckpointIO, "layers": layer_sync}
+    for item in given if isinstance(given, Iterable) and not isinstance(given, str) else [given]:
         if _is_environment(item):
             if "environment" in found:
                 raise MisconfigurationException(
@@ -210,16 +231,19 @@ def _plugins(given: Any) -> tuple[Precision | None, Any, Any]:
                 )
             found["environment"] = item
             continue
-        kind = next((kind for kind in (Precision, CheckpointIO) if isinstance(item, kind)), None)
+        kind: Any = next((key for key, kind in kinds.items() if isinstance(item, kind)), None)
         if kind is None:
             raise MisconfigurationException(
-                f"Trainer(plugins={shown(item)}): on one device a plugin must be a Precision, CheckpointIO or"
-                f" ClusterEnvironment object, not {'a class' if isinstance(item, type) else type(item).__name__}.{made(item)}"
+                f"Trainer(plugins={shown(item)}): a plugin must be a Precision, CheckpointIO,"
+                f" ClusterEnvironment or LayerSync object, not"
+                f" {'a class' if isinstance(item, type) else type(item).__name__}.{made(item)}"
             )
         if kind in found:
-            raise MisconfigurationException(f"Trainer(plugins={given!r}): give one {kind.__name__}, not several.")
+            raise MisconfigurationException(
+                f"Trainer(plugins={given!r}): give one {getattr(kind, '__name__', 'LayerSync')}, not several."
+            )
         found[kind] = item
-    return found.get(Precision), found.get(CheckpointIO), found.get("environment")
+    return found.get(Precision), found.get(CheckpointIO), found.get("environment"), found.get("layers")
 
 
 def _is_environment(item: Any) -> bool:
@@ -228,7 +252,7 @@ def _is_environment(item: Any) -> bool:
 
 def cluster(plugins: Any, used: Strategy) -> Any:
     """Return what starts a job of a cluster anew, where this is one, and the user has not switched that off; else None."""
-    items = plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
+    items = plugins if isinstance(plugins, Iterable) else [] if plugins is None else [plugins]
     given = [item for item in items if _is_environment(item)]
     if getattr(used, "names_environment", False):
         given = [used.cluster_environment]  # type: ignore[attr-defined]

@@ -59,6 +59,8 @@ class Optimization:
         self._closure = _nothing if is_own(session.strategy, "optimizer_step") else None
         """What a step of ``update`` is given: a strategy of the user's own may rely on a closure."""
         self._strategy_backward = own_backward(session.strategy)
+        if session.strategy.precision.hooks_backward:
+            self._strategy_backward = session.strategy.backward
         self.counts = True
         """Whether a step of an optimizer counts by itself; not inside the module's own ``optimizer_step``."""
         self.weighs = session.config.rule("short_window") == "actual"

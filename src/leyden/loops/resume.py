@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from leyden import files
-from leyden.callbacks.checkpoint_files import default_folder, paths_in
+from leyden.callbacks.checkpoint_files import default_folder, paths_in, versions_folder
 from leyden.errors import CheckpointDamagedError, CheckpointError, MisconfigurationException, PossibleUserWarning
 from leyden.folders import stand_ins
 from leyden.hooks import is_written
@@ -102,7 +102,7 @@ class _Places:
                 os.path.join(logger.root_dir, "version_*", "checkpoints") if len(runs) != 1 else runs[0][0]
             )
         elif logger is not None and is_written(logger, "load_state_dict", Logger):
-            versions = os.path.dirname(os.path.dirname(default_folder(trainer)))
+            versions = versions_folder(trainer)
             runs = [[os.path.join(path, "checkpoints")] for path in sorted(paths_in(versions), reverse=True)]
             self.looked.append(os.path.join(versions, "*", "checkpoints"))
         else:

@@ -209,6 +209,7 @@ class Session:
         self.let_go()
         self.module.log_into(None)
         self.strategy.brings = None
+        self.strategy.precision.detach()
         if self.compilation is not None:
             self.compilation.remove()
         if self.undo is not None:

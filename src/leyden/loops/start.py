@@ -140,6 +140,7 @@ def configure_optimizers(session: Session) -> None:
         from leyden.loops.fused import fuse  # noqa: PLC0415  # only runs that ask for it
 
         fuse(optimizers, module)
+    optimizers = session.strategy.precision.attach(module, optimizers, [each.scheduler for each in schedules])
     session.strategy.optimizers, session.strategy.lr_scheduler_configs = optimizers, schedules
     optimization = session.optimization = Optimization(session)
     session.strategy.set_optimizers(optimizers, schedules, optimization.step_with_closure, optimization.backward)

@@ -13,12 +13,24 @@ from leyden.precision.base import Precision
 from leyden.runtime.ranks import rank_zero_warn
 
 if TYPE_CHECKING:
+    from leyden.precision.bitsandbytes import BitsandbytesPrecision
     from leyden.precision.double import DoublePrecision
+    from leyden.precision.gone import FSDPPrecision, XLAPrecision
     from leyden.precision.half import HalfPrecision
     from leyden.precision.mixed import MixedPrecision
+    from leyden.precision.transformer_engine import TransformerEnginePrecision
 
-_HOMES = {"DoublePrecision": "double", "HalfPrecision": "half", "MixedPrecision": "mixed"}
-PRECISIONS = ("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")
+_HOMES = {
+    "BitsandbytesPrecision": "bitsandbytes",
+    "DoublePrecision": "double",
+    "FSDPPrecision": "gone",
+    "HalfPrecision": "half",
+    "MixedPrecision": "mixed",
+    "TransformerEnginePrecision": "transformer_engine",
+    "XLAPrecision": "gone",
+}
+_ENGINE = {"transformer-engine": torch.bfloat16, "transformer-engine-float16": torch.float16}
+PRECISIONS = ("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed", *_ENGINE)
 _SHORT = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
@@ -55,6 +67,10 @@ def make_precision(precision: Precision | str | int | None, device: torch.device
         from leyden.precision.double import DoublePrecision  # noqa: PLC0415
 
         return DoublePrecision()
+    if name in _ENGINE:
+        from leyden.precision.transformer_engine import TransformerEnginePrecision  # noqa: PLC0415
+
+        return TransformerEnginePrecision(weights_dtype=_ENGINE[name])
     if name.endswith("-true"):
         from leyden.precision.half import HalfPrecision  # noqa: PLC0415
 
@@ -76,10 +92,14 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "PRECISIONS",
+    "BitsandbytesPrecision",
     "DoublePrecision",
+    "FSDPPrecision",
     "HalfPrecision",
     "MixedPrecision",
     "Precision",
+    "TransformerEnginePrecision",
+    "XLAPrecision",
     "canonical",
     "make_precision",
 ]

@@ -21,6 +21,11 @@ from leyden.tree import tree_map
 _NOTHING: AbstractContextManager[Any] = nullcontext()
 
 CLIP_ALGORITHMS = ("norm", "value")
+_STEP_CONTEXTS = ("train_step_context", "val_step_context", "test_step_context", "predict_step_context")
+_HOOKS = {
+    "backward", "pre_backward", "post_backward", "optimizer_step",
+    "clip_gradients", "clip_grad_by_norm", "clip_grad_by_value", "main_params",
+}  # fmt: skip
 
 
 class Precision:
@@ -62,7 +67,15 @@ class Precision:
         return _NOTHING
 
     def init_context(self) -> AbstractContextManager[Any]:
-        """Return the context in which modules and tensors are created in this precision."""
+        """Return the context in which modules are created in this precision."""
+        return self.module_init_context()
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """The same, under its other name: override either."""
+        return self.tensor_init_context()
+
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        """Return the context in which tensors are created in this precision."""
         return _NOTHING
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -70,7 +83,9 @@ class Precision:
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Scale ``loss`` and call its ``backward`` with the further arguments."""
+        """Scale ``loss`` and call its ``backward`` with the further arguments; a module and an optimizer are passed over."""
+        if args and isinstance(args[0], nn.Module):
+            args = args[2:]
         self.scale(loss).backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def unscale(self, optimizer: Optimizer) -> None:
@@ -100,14 +115,113 @@ class Precision:
         nn.utils.clip_grad_value_(parameters, value)
         return None
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, *more: Any, **kwargs: Any
+    ) -> Any:
         """Let ``optimizer`` take one step and return what it returned.
 
-        ``closure`` recomputes the loss; ``kwargs`` go to ``optimizer.step``.
+        ``closure`` recomputes the loss; ``kwargs`` go to ``optimizer.step``. A module may be given, before ``closure`` or
+        as ``model``, and is passed over.
         """
+        if more or kwargs:
+            from leyden.precision.hooked import closure_of  # noqa: PLC0415  # seldom
+
+            closure, _ = closure_of(closure, more, kwargs)
         if closure is not None:
             return optimizer.step(closure, **kwargs)
         return optimizer.step(**kwargs) if kwargs else step(optimizer)
+
+    # ------------------------------------------------------------------ hooks that are there to be overridden
+
+    train_step_context = forward_context
+    """The context of training steps; it is ``forward_context`` where it is not overridden, as are the next three."""
+    val_step_context = forward_context
+    test_step_context = forward_context
+    predict_step_context = forward_context
+    hooks_backward: bool = False
+    """Whether ``backward`` has to be called in any case, since a subclass has something to say about it."""
+    attached_module: Any = None
+    """The module that is trained, while a fit runs."""
+    attached_optimizer: Any = None
+    """Its optimizer, where there is one."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "forward_context" in own:
+            for name in _STEP_CONTEXTS:
+                # not where somebody has written it: then it is no alias
+                if name not in own and getattr(cls, name).__name__ == "forward_context":
+                    setattr(cls, name, own["forward_context"])
+        if own.keys() & _HOOKS:
+            from leyden.precision.hooked import adapt  # noqa: PLC0415  # for classes that write one of these only
+
+            adapt(cls)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("attached_")}
+
+    def attach(self, module: Any, optimizers: list[Any], schedulers: list[Any]) -> list[Any]:
+        """Get to know what is trained, and return the optimizers: those that :meth:`connect` returns.
+
+        Raises:
+            MisconfigurationException: if that returns another module.
+        """
+        self.attached_module, self.attached_optimizer = module, optimizers[0] if len(optimizers) == 1 else None
+        connected, optimizers, _ = self.connect(module, optimizers, schedulers)
+        if connected is not module:
+            raise MisconfigurationException(
+                f"{type(self).__name__}.connect() returned another module. Change the module in place, or in"
+                " convert_module()."
+            )
+        return list(optimizers)
+
+    def detach(self) -> None:
+        """Forget what was trained."""
+        self.attached_module = self.attached_optimizer = None
+
+    def connect(self, model: Any, optimizers: list[Any], lr_schedulers: list[Any]) -> tuple[Any, list[Any], list[Any]]:
+        """Called when a fit begins, with what ``configure_optimizers`` gave; return the same, or other optimizers."""
+        return model, optimizers, lr_schedulers
+
+    def pre_backward(self, tensor: Tensor, module: Any) -> Any:
+        """Called before gradients are computed; return the loss for that."""
+        return tensor
+
+    def post_backward(self, tensor: Tensor, module: Any) -> Any:
+        """Called when gradients are computed."""
+        return tensor
+
+    def main_params(self, optimizer: Optimizer) -> list[Any]:
+        """Return the parameters whose gradients are clipped."""
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def clip_gradients(
+        self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm"
+    ) -> None:
+        """Clip the gradients of an optimizer, which are unscaled already."""
+        if clip_val <= 0:
+            return
+        if getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm) == "value":
+            self.clip_grad_by_value(optimizer, clip_val)
+        else:
+            self.clip_grad_by_norm(optimizer, clip_val)
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        """Clip them to a total norm."""
+        nn.utils.clip_grad_norm_(self.main_params(optimizer), clip_val)
+
+    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
+        """Clip each of their elements."""
+        nn.utils.clip_grad_value_(self.main_params(optimizer), clip_val)
+
+    def clip_list(self, parameters: Any, value: float | None, algorithm: str = "norm") -> Any:
+        """Clip as :meth:`clip` does, for parameters of no optimizer."""
+        return Precision.clip(self, parameters, value, algorithm)
+
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """The other name of :meth:`unscale`."""
+        self.unscale(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what must be in a checkpoint, under the name of the class; empty if nothing."""
@@ -158,6 +272,29 @@ class DefaultDtype:
         torch.set_default_dtype(self._previous.pop())
 
 
+class Replaced:
+    """A context in which classes of ``torch.nn`` are others, for modules that are made in it.
+
+    Args:
+        classes: What stands for the class of each name.
+    """
+
+    def __init__(self, classes: dict[str, Any]) -> None:
+        self._classes = classes
+        self._previous: list[dict[str, Any]] = []
+
+    def __enter__(self) -> None:
+        self._previous.append({name: getattr(nn, name) for name in self._classes})
+        for name, made in self._classes.items():
+            setattr(nn, name, made)
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, former in self._previous.pop().items():
+            setattr(nn, name, former)
+
+
 class WithoutInit(TorchFunctionMode):
     """A context in which the functions of ``torch.nn.init`` that layers call do nothing: weights are what memory held."""
 
@@ -187,5 +324,5 @@ class TruePrecision(Precision):
     def forward_context(self) -> AbstractContextManager[Any]:
         return self._default_dtype
 
-    def init_context(self) -> AbstractContextManager[Any]:
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
         return self._default_dtype

@@ -14,6 +14,7 @@ from torch.optim import LBFGS, Optimizer
 
 from leyden.errors import MisconfigurationException
 from leyden.precision.base import Precision
+from leyden.precision.hooked import closure_of
 
 _DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
@@ -65,7 +66,11 @@ class MixedPrecision(Precision):
         self.scaler.unscale_(optimizer)
         self._unscaled.add(id(optimizer))
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, *more: Any, **kwargs: Any
+    ) -> Any:
+        if more or kwargs:
+            closure, _ = closure_of(closure, more, kwargs)
         if self.scaler is None:
             return super().optimizer_step(optimizer, closure, **kwargs)
         if isinstance(optimizer, LBFGS):

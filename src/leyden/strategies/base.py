@@ -252,7 +252,7 @@ class Strategy(Verbs):
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """A context in which tensors are made on the device and in the number format of the run."""
-        with self.root_device, self.precision.init_context():
+        with self.root_device, self.precision.tensor_init_context():
             yield
 
     @contextmanager
@@ -262,7 +262,7 @@ class Strategy(Verbs):
         Args:
             empty_init: True leaves the weights uninitialised (when a checkpoint follows).
         """
-        with self.tensor_init_context(), WithoutInit() if empty_init else nullcontext():
+        with self.tensor_init_context(), self.precision.init_context(), WithoutInit() if empty_init else nullcontext():
             yield
 
     def clip_gradients_norm(
@@ -291,7 +291,7 @@ class Strategy(Verbs):
 
     def training_step(self, *args: Any) -> Any:
         """Run ``module.training_step`` in the precision's context."""
-        with self.precision.forward_context():
+        with self.precision.train_step_context():
             return self.module.training_step(*args)
 
     def idle_step(self) -> None:
@@ -299,17 +299,17 @@ class Strategy(Verbs):
 
     def validation_step(self, *args: Any) -> Any:
         """Run ``module.validation_step`` in the precision's context."""
-        with self.precision.forward_context():
+        with self.precision.val_step_context():
             return self.module.validation_step(*args)
 
     def test_step(self, *args: Any) -> Any:
         """Run ``module.test_step`` in the precision's context."""
-        with self.precision.forward_context():
+        with self.precision.test_step_context():
             return self.module.test_step(*args)
 
     def predict_step(self, *args: Any) -> Any:
         """Run ``module.predict_step`` in the precision's context."""
-        with self.precision.forward_context():
+        with self.precision.predict_step_context():
             return self.module.predict_step(*args)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -336,8 +336,7 @@ class Strategy(Verbs):
 
     def clip_gradients(self, optimizer: Optimizer, value: float, algorithm: str) -> Tensor | None:
         """Clip the gradients of the optimizer's parameters; return their total norm before, for ``"norm"``."""
-        self.precision.unscale(optimizer)
-        return self.precision.clip([p for group in optimizer.param_groups for p in group["params"]], value, algorithm)
+        return self.precision.clip(optimizer, value, algorithm)
 
     def scale_gradients(self, optimizer: Optimizer, factor: Any) -> None:
         """Multiply the gradients of the optimizer's parameters by a number, or by a tensor with one element."""

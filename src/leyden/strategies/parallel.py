@@ -102,6 +102,7 @@ class ParallelStrategy(Strategy):
         self.hang_timeout, self.uneven = hang_timeout, uneven
         self._world = World()
         self.sync_batchnorm = False
+        self.layer_sync: Any = None
         self._norms: list[Any] = []
         self._begun = False
         """Whether a loop of the user's own runs, not that of a Trainer."""
@@ -300,6 +301,8 @@ class ParallelStrategy(Strategy):
     def setup(self, trainer: Any = None) -> None:
         if self.sync_batchnorm and self.root_device.type == "cuda":
             self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)  # type: ignore[no-untyped-call]
+        if self.layer_sync is not None and self.world_size > 1:
+            self.module = self.layer_sync.apply(self.module)
         super().setup(trainer)
         if self.sync_batchnorm and self.root_device.type == "cpu" and self.world_size > 1:
             from leyden.strategies.sync_norm import synchronise  # noqa: PLC0415  # only where it is asked for
@@ -312,6 +315,8 @@ class ParallelStrategy(Strategy):
 
             release(self._norms)
             self._norms = []
+        if self.layer_sync is not None and self.world_size > 1 and self.module is not None:
+            self.layer_sync.revert(self.module)
         super().teardown()
 
     @contextlib.contextmanager

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from leyden.callbacks.progress import TQDMProgressBar
+from leyden.callbacks.progress import TQDMProgressBar, tqdm_bar
 from leyden.callbacks.progress.rows import Row
 from leyden.callbacks.progress.tqdm_bar import LineDisplay, format_line
 from leyden.errors import LeydenWarning
@@ -132,7 +132,8 @@ def test_arguments():
     assert not TQDMProgressBar(refresh_rate=0).is_enabled
 
 
-def test_hooks_that_would_never_be_called_are_named():
+def test_hooks_that_would_never_be_called_are_named(monkeypatch):
+    monkeypatch.setattr(tqdm_bar, "_has_tqdm", lambda: False)
     with pytest.warns(LeydenWarning, match="Mine.init_train_tqdm will not be called"):
 
         class Mine(TQDMProgressBar):

@@ -215,7 +215,9 @@ class DrawnProgressBar(ProgressBar):
             self._draw_at = row.started + (0 if self._display.draws_at_start else self._display.interval_s)
         self._rows.append(row)
         self._row = row
-        if self._display.draws_at_start:
+        if callable(begin := getattr(self._display, "begin", None)):  # some make something of their own for each row
+            self._show(begin, row)
+        elif self._display.draws_at_start:
             self._draw_if_due()
 
     def _begin_evaluation(self, label: str, loaders: Sequence[int | float]) -> None:
@@ -304,6 +306,8 @@ class DrawnProgressBar(ProgressBar):
         """Take a row off the display; the one around it, if any, is the innermost again."""
         if row in self._rows:
             self._rows.remove(row)
+            if callable(end := getattr(self._display, "end", None)):
+                self._show(end, row)
         self._row = self._rows[-1] if self._rows else self._idle_row()
 
     def _close(self) -> None:

@@ -7,8 +7,10 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, TextIO
 
+from leyden.callbacks.progress.base import in_fit
 from leyden.callbacks.progress.engine import HIGHEST_RATE, Display, DrawnProgressBar
 from leyden.callbacks.progress.rows import (
     PlainDisplay,
@@ -22,11 +24,32 @@ from leyden.errors import LeydenWarning
 from leyden.types import TrainerView
 
 
+def _has_tqdm() -> bool:
+    return find_spec("tqdm") is not None
+
+
+def _holder(kind: str) -> Any:
+    def get(self: TQDMProgressBar) -> Any:
+        if kind not in self.bars:
+            raise TypeError(
+                f"{type(self).__name__} has no {kind} bar now: it is made when that loop begins, for subclasses and with"
+                " semantics='lightning', where the package tqdm is installed."
+            )
+        return self.bars[kind]
+
+    def put(self: TQDMProgressBar, bar: Any) -> None:
+        self.bars[kind] = bar
+
+    return property(get, put, doc=f"The tqdm object of the {kind} loop. Raises TypeError before there is one.")
+
+
 class TQDMProgressBar(DrawnProgressBar):
     """Shows progress on stderr as one line: ``Epoch 1/3:  40%|████      | 40/100 [00:03<00:05, 10.8it/s, loss=0.12]``.
 
-    It draws by itself and does not use the package tqdm, so there are no tqdm objects to configure. Where stderr is
-    neither a terminal nor a notebook it writes plain lines there.
+    It draws by itself, and plain lines where stderr is neither a terminal nor a notebook. A subclass, and a run with
+    ``semantics="lightning"``, gets objects of the package tqdm where that is installed: they are made by ``init_train_tqdm``,
+    ``init_validation_tqdm``, ``init_sanity_tqdm``, ``init_test_tqdm`` and ``init_predict_tqdm``, for you to override, and
+    are at hand as ``train_progress_bar`` and so on while the loop runs.
 
     Args:
         refresh_rate: Draw at most once in so many batches (and ten times a second at most); 0 switches the bar off.
@@ -37,10 +60,10 @@ class TQDMProgressBar(DrawnProgressBar):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         hooks = sorted(name for name in vars(cls) if name.startswith("init_") and name.endswith("_tqdm"))
-        if hooks:
+        if hooks and not _has_tqdm():
             warnings.warn(
-                f"{cls.__name__}.{hooks[0]} will not be called: this bar is not made of tqdm objects. Override the "
-                "*_description properties or get_metrics() instead.",
+                f"{cls.__name__}.{hooks[0]} will not be called: the package tqdm is not installed. Install it, or override"
+                " the *_description properties or get_metrics() instead.",
                 category=LeydenWarning,
                 stacklevel=2,
             )
@@ -50,6 +73,11 @@ class TQDMProgressBar(DrawnProgressBar):
         self._refresh_rate = refresh_rate
         self._process_position = process_position
         self._leave = leave
+        self.bars: dict[str, Any] = {}
+        """The tqdm objects by what they show: ``"train"``, ``"validation"``, ``"test"``, ``"predict"``."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "bars": {}}
 
     @property
     def refresh_rate(self) -> int:
@@ -67,10 +95,55 @@ class TQDMProgressBar(DrawnProgressBar):
         return self._enabled and self._refresh_rate > 0
 
     def make_display(self, trainer: TrainerView) -> Display:
-        """Return the display that suits stderr as it is now."""
+        """Return the display that suits stderr as it is now, or tqdm's where its objects are asked for."""
+        lightning = getattr(getattr(trainer, "config", None), "semantics", "leyden") == "lightning"
+        if (lightning or type(self) is not TQDMProgressBar) and _has_tqdm():
+            from leyden.callbacks.progress.tqdm_objects import TqdmDisplay  # noqa: PLC0415  # optional
+
+            self.bars = {}
+            return TqdmDisplay(self, trainer, self._leave)
         if kind_of_output(sys.stderr) == "plain":
             return PlainDisplay(sys.stderr)
         return LineDisplay(sys.stderr, self._process_position, self._leave)
+
+    # ------------------------------------------------------------------ objects of tqdm
+
+    BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+    """tqdm's format of a line."""
+
+    def init_sanity_tqdm(self) -> Any:
+        """Return the tqdm object of the sanity check; override it for another."""
+        return self._tqdm(self.sanity_check_description, leave=False)
+
+    def init_train_tqdm(self) -> Any:
+        """Return the tqdm object of training; override it for another."""
+        return self._tqdm(self.train_description, leave=True, smoothing=0)
+
+    def init_validation_tqdm(self) -> Any:
+        """Return the tqdm object of a validation, below that of training where there is one; override it for another."""
+        below = in_fit(self.trainer)
+        return self._tqdm(self.validation_description, leave=not below, below=int(below))
+
+    def init_test_tqdm(self) -> Any:
+        """Return the tqdm object of a test; override it for another."""
+        return self._tqdm(self.test_description, leave=True)
+
+    def init_predict_tqdm(self) -> Any:
+        """Return the tqdm object of a prediction; override it for another."""
+        return self._tqdm(self.predict_description, leave=True, smoothing=0)
+
+    def _tqdm(self, text: str, leave: bool, below: int = 0, **more: Any) -> Any:
+        from leyden.callbacks.progress.tqdm_objects import Tqdm  # noqa: PLC0415  # optional
+
+        return Tqdm(
+            desc=text, position=2 * self.process_position + below, disable=self.is_disabled, leave=leave,
+            dynamic_ncols=True, file=sys.stdout, bar_format=self.BAR_FORMAT, **more,
+        )  # fmt: skip
+
+    train_progress_bar = _holder("train")
+    val_progress_bar = _holder("validation")
+    test_progress_bar = _holder("test")
+    predict_progress_bar = _holder("predict")
 
 
 class LineDisplay:
