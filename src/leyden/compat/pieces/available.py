@@ -90,7 +90,12 @@ def module_available(module_path: str) -> bool:
     return True
 
 
-def compare_version(package: str, op: Callable[[Any, Any], bool], version: str, use_base_version: bool = False) -> bool:
+def compare_version(
+    package: str,
+    op: Callable[[Any, Any], bool],
+    version: str,
+    use_base_version: bool = False,  # noqa: ARG001  # only release numbers are compared anyway
+) -> bool:
     """Whether the installed version of a package stands in a relation (``operator.ge`` …) to ``version``.
 
     False if the package is not installed. Only release numbers count: ``2.6.0+cpu`` is 2.6.0.
