@@ -362,10 +362,15 @@ def _missing_arguments(
 # --------------------------------------------------------------------------------------------- files
 
 
-def save_hparams_to_yaml(config_yaml: PathLike, hparams: Mapping[str, Any] | Namespace) -> None:
+def save_hparams_to_yaml(
+    config_yaml: PathLike,
+    hparams: Mapping[str, Any] | Namespace,
+    use_omegaconf: bool = True,  # noqa: ARG001  # accepted
+) -> None:
     """Write hyperparameters to a YAML file that ``yaml.safe_load`` reads; folders are made.
 
-    What YAML cannot hold is written as its ``repr``, and a warning names it.
+    What YAML cannot hold is written as its ``repr``, and a warning names it. ``use_omegaconf`` is accepted: containers of
+    OmegaConf are written as the dicts and lists that they are.
     """
     import yaml  # noqa: PLC0415  # only who writes or reads YAML pays for it
 
@@ -373,8 +378,14 @@ def save_hparams_to_yaml(config_yaml: PathLike, hparams: Mapping[str, Any] | Nam
         yaml.safe_dump({str(k): _to_yaml(v, str(k)) for k, v in _items(hparams)}, file, sort_keys=True)
 
 
-def load_hparams_from_yaml(config_yaml: PathLike) -> dict[str, Any]:
-    """Read hyperparameters from a YAML file; a file with tags that would run code is refused by the YAML reader."""
+def load_hparams_from_yaml(
+    config_yaml: PathLike,
+    use_omegaconf: bool = True,  # noqa: ARG001  # accepted
+) -> dict[str, Any]:
+    """Read hyperparameters from a YAML file; a file with tags that would run code is refused by the YAML reader.
+
+    ``use_omegaconf`` is accepted; the result is a dict.
+    """
     import yaml  # noqa: PLC0415  # only who writes or reads YAML pays for it
 
     with _open(config_yaml, "r") as file:

@@ -131,6 +131,10 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
                 return tensor.dtype
         return torch.get_default_dtype()
 
+    @dtype.setter
+    def dtype(self, new_dtype: Any) -> None:
+        raise RuntimeError(f"dtype cannot be set to {new_dtype!r}: call module.to({new_dtype!r}).")
+
     def _tensors(self) -> Iterator[Tensor]:
         yield from self.parameters()
         yield from self.buffers()
@@ -253,12 +257,6 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
             f"{type(self).__name__} has no configure_optimizers(): return an optimizer there, for example"
             " torch.optim.Adam(self.parameters(), lr=1e-3); or None to train without one."
         )
-
-    def configure_model(self) -> None:
-        """Build large layers here, on the device and in the dtype of the run; may be called more than once."""
-
-    def configure_sharded_model(self) -> None:
-        """The former name of ``configure_model``."""
 
     # ------------------------------------------------------------------ logging
 

@@ -65,8 +65,24 @@ class DataHooks:
         return batch
 
 
-class ModelHooks:
+class CheckpointHooks:
+    """The hooks with which a module has its say in a checkpoint."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Called with the complete checkpoint before it is written; add to it in place."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Called with the complete checkpoint before the weights are taken from it."""
+
+
+class ModelHooks(CheckpointHooks):
     """The hooks of training, validation, test and predict, in the order in which they run within each."""
+
+    def configure_model(self) -> None:
+        """Build large layers here, on the device and in the dtype of the run; may be called more than once."""
+
+    def configure_sharded_model(self) -> None:
+        """The former name of ``configure_model``."""
 
     def on_fit_start(self) -> None:
         """Called when fit begins, after all set-up."""
@@ -187,9 +203,3 @@ class ModelHooks:
     def on_predict_model_train(self) -> None:
         """Put the model back after predict; only called when overridden: else each submodule gets its own former mode."""
         self.train()  # type: ignore[attr-defined]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Called with the complete checkpoint before it is written; add to it in place."""
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Called with the complete checkpoint before the weights are taken from it."""

@@ -257,9 +257,11 @@ class LightningOptimizer:
     ``isinstance`` holds for the class of the wrapped optimizer too. All attributes are those of the wrapped one.
     """
 
-    def __init__(self, optimizer: Optimizer, step: Callable[..., Any], peers: Sequence[Optimizer] = ()) -> None:
+    def __init__(
+        self, optimizer: Optimizer, step: Callable[..., Any] | None = None, peers: Sequence[Optimizer] = ()
+    ) -> None:
         self._optimizer = optimizer
-        self._step = step
+        self._step = step or _plain_step  # one that user code makes steps as the wrapped one does
         self._peers = tuple(peers)
 
     @property

@@ -121,6 +121,10 @@ class ModelSummary:
             for layer in self._layers.values():
                 layer.detach_hook()
 
+    def summarize(self) -> dict[str, LayerSummary]:
+        """Return the layers by name, as deep as ``max_depth``."""
+        return self._layers
+
     def _run_example(self, precision: ForwardPrecision | None) -> None:
         model = self._model
         example = move_to(model.example_input_array, _device_of(model))
@@ -313,12 +317,12 @@ def human_count(number: float) -> str:
     return f"{value:.1f} {unit}" if value < 100 else f"{int(value):,} {unit}"
 
 
-def shape_of(value: Any) -> Any:
+def shape_of(batch: Any) -> Any:
     """Return the shape of a tensor as a list, of a list or tuple of them as nested lists; ``"?"`` for anything else."""
-    if hasattr(value, "shape"):
-        return list(value.shape)
-    if isinstance(value, (list, tuple)):
-        return [shape_of(element) for element in value]
+    if hasattr(batch, "shape"):
+        return list(batch.shape)
+    if isinstance(batch, (list, tuple)):
+        return [shape_of(element) for element in batch]
     return UNKNOWN_SIZE
 
 

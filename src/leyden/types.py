@@ -87,10 +87,13 @@ class TrainerStatus(_Word):
 class TrainerState:
     """Where a Trainer stands: which entry point (``fn``), which loop (``stage``), how it goes (``status``)."""
 
-    def __init__(self) -> None:
-        self.status = TrainerStatus.INITIALIZING
-        self.fn: TrainerFn | None = None
-        self.stage: RunningStage | None = None
+    def __init__(
+        self,
+        status: TrainerStatus = TrainerStatus.INITIALIZING,
+        fn: TrainerFn | None = None,
+        stage: RunningStage | None = None,
+    ) -> None:
+        self.status, self.fn, self.stage = status, fn, stage
 
     @property
     def finished(self) -> bool:

@@ -35,7 +35,7 @@ def findings(tmp_path: Path, text: str) -> list[str]:
         ("import lightning.pytorch.callbacks as c\nc.Timerr", "2: Leyden has no lightning.pytorch.callbacks.Timerr."),
         ("from test_tube import Experimnt", "1: Leyden has no test_tube.Experimnt. Did you mean 'Experiment'?"),
         ("import importlib\nimportlib.import_module('lightning.app')", "2: Leyden has no lightning.app."),
-        ("from lightning.pytorch.loops import _FitLoop", "1: Leyden has no lightning.pytorch.loops."),
+        ("from lightning.pytorch.loops import _Loop", "1: Leyden has no lightning.pytorch.loops."),
         ("from lightning.pytorch.trainer import _x", "It is private there"),
         ("try:\n  from lightning.app import X\nexcept ImportError:\n  pass", "no lightning.app. (the program catches this)"),
         ("try:\n  import lightning.app\nexcept ValueError:\n  pass", "2: Leyden has no lightning.app."),

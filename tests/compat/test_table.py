@@ -33,14 +33,11 @@ def test_packages_between_are_modules_too() -> None:
 
 def test_a_class_of_ours_keeps_its_name_where_it_has_the_same_there() -> None:
     renamed = {then: target.name for names in TABLE.values() for then, target in names.items() if target.name != then}
-    assert set(renamed) == {
+    assert {then for then in renamed if not then.startswith("_")} == {
         "BaseProfiler", "LRSchedulerPLType", "LRSchedulerTypeUnion", "LightningDeprecationWarning", "LightningLoggerBase",
         "ProgressBarBase", "SpikeDetection", "TTNamespace", "get_human_readable_count", "parse_batch_shape",
-        "_ExponentialLR", "_LRFinder", "_LinearLR", "_TunerExitException", "_determine_lr_attr_name",
         "lightning_getattr", "lightning_hasattr", "lightning_setattr",
-        # what test suites of others replace
-        "_COMET_AVAILABLE", "_MLFLOW_AVAILABLE", "_MLFLOW_SYNCHRONOUS_AVAILABLE", "_WANDB_AVAILABLE",
-        "_WrappingCheckpointIO", "_get_resolve_tags",
+        "BType", "RequirementCache", "TBroadcast", "TModel", "TReduce", "T_destination", "main", "rank_zero_module",
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import FrameType, ModuleType
 from typing import Any
 
+from leyden.compat.private import public_way
 from leyden.compat.table import ROOTS, VERSIONS, Target, read
 from leyden.errors import MisconfigurationException, did_you_mean
 
@@ -192,7 +193,7 @@ def explain(module: str, name: str, modules: Mapping[str, Mapping[str, Target]])
     """Say that Leyden has no ``name`` in a foreign module, and what was perhaps meant."""
     said = f"Leyden has no {module}.{name}."
     if name.startswith("_"):
-        return f"{said} It is private there; Leyden answers the public names only."
+        return f"{said} It is private there; Leyden answers the public names only.{public_way(name)}"
     root = module.partition(".")[0]
     elsewhere = sorted((key for key in modules if name in modules[key] and key.startswith(root)), key=len)
     hint = f" It is in {elsewhere[0]}." if elsewhere else did_you_mean(name, members(module, modules))

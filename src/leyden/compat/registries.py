@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 from leyden.errors import MisconfigurationException
 from leyden.loops.hardware import STRATEGIES
 from leyden.loops.resolve import load
-from leyden.runtime.devices import ACCELERATORS
+from leyden.runtime.devices import ACCELERATORS, Accelerator
 
 
 class Registry:
@@ -117,3 +118,17 @@ STRATEGY_REGISTRY = StrategyRegistry = Registry(STRATEGIES, "strategy")
 """The names of strategies."""
 ACCELERATOR_REGISTRY = AcceleratorRegistry = Registry(ACCELERATORS, "accelerator")
 """The names of kinds of devices."""
+
+
+def call_register_accelerators(registry: Any, base_module: str) -> None:
+    """Let every accelerator of a module register itself.
+
+    Args:
+        registry: Where.
+        base_module: The module.
+    """
+    for thing in vars(importlib.import_module(base_module)).values():
+        if isinstance(thing, type) and issubclass(thing, Accelerator) and thing is not Accelerator:
+            register = vars(thing).get("register_accelerators")
+            if register is not None:
+                thing.register_accelerators(registry)

@@ -320,6 +320,287 @@ _FABRIC = (
     ("utilities.warnings", "leyden.errors", "PossibleUserWarning"),
 )
 
+_ENUMS = "leyden.compat.pieces.words"
+_SAY = "leyden.compat.pieces.say"
+_BORING = "leyden.compat.demos.boring_classes"
+_TORCHES = [
+    "1_8",
+    "1_9",
+    "1_10",
+    "1_11",
+    "1_12",
+    "1_13",
+    "2_0",
+    "2_0_1",
+    "2_1",
+    "2_2",
+    "2_3",
+    "2_4",
+    "2_4_1",
+    "2_5",
+    "2_5_1",
+    "2_6",
+    "2_7",
+    "2_8",
+    "2_9",
+]
+_METRICS = ["0_7", "0_8_0", "0_9_1", "0_11", "1_0_0"]
+_FLAGS = (
+    *(f"_TORCH_GREATER_EQUAL_{version}" for version in _TORCHES),
+    *(f"_TORCHMETRICS_GREATER_EQUAL_{version}" for version in _METRICS),
+    "_TORCH_EQUAL_2_4_0 _TORCH_EQUAL_2_8 _TORCH_EQUAL_2_9 _TORCH_LESS_EQUAL_2_6 _IS_WINDOWS _IS_INTERACTIVE",
+    "_PYTHON_GREATER_EQUAL_3_8_0 _PYTHON_GREATER_EQUAL_3_10_0 _PYTHON_GREATER_EQUAL_3_11_0",
+    "_NUMPY_AVAILABLE _OMEGACONF_AVAILABLE _RICH_AVAILABLE _TORCHVISION_AVAILABLE _REQUESTS_AVAILABLE",
+    "_JSONARGPARSE_SIGNATURES_AVAILABLE",
+)
+_CHECKS = "package_available module_available compare_version RequirementCache=Requirement"
+
+_SMALL = (
+    # ---- small things of utilities and the like, under lightning.pytorch
+    ("", _SAY, "disable_possible_user_warnings"),
+    ("", "leyden.compat.pieces.available", "module_available"),
+    ("accelerators.cpu", "leyden.compat.pieces.stats", "get_cpu_stats"),
+    ("accelerators.cuda", "leyden.compat.pieces.stats", "get_nvidia_gpu_stats"),
+    ("accelerators.mps", "leyden.compat.pieces.stats", "get_device_stats"),
+    ("core.hooks", "leyden.module_hooks", "CheckpointHooks"),
+    ("core.module", _ENUMS, "MODULE_OPTIMIZERS"),
+    ("core.optimizer", "leyden.compat.pieces.closures", "do_nothing_closure"),
+    ("core.saving", "leyden.compat.pieces.parsing", "CHECKPOINT_PAST_HPARAMS_KEYS convert update_hparams"),
+    ("demos", _BORING, "BoringDataModule BoringModel DemoModel"),
+    ("demos", "leyden.compat.demos.lstm", "LightningLSTM SequenceSampler SimpleLSTM"),
+    ("demos", "leyden.compat.demos.transformer", "LightningTransformer Transformer WikiText2"),
+    (
+        "demos.boring_classes",
+        _BORING,
+        "BoringDataModule BoringDataModuleNoLen BoringModel DemoModel IterableBoringDataModule ManualOptimBoringModel Net"
+        " RandomDataset RandomDictDataset RandomIterableDataset RandomIterableDatasetWithLen",
+    ),
+    ("demos.lstm", "leyden.compat.demos.lstm", "LightningLSTM SequenceSampler SimpleLSTM"),
+    ("demos.mnist_datamodule", "leyden.compat.demos.mnist_datamodule", "MNIST MNISTDataModule _MNIST=FetchedMNIST"),
+    (
+        "demos.transformer",
+        "leyden.compat.demos.transformer",
+        "Dictionary LightningTransformer PositionalEncoding Transformer WikiText2 tokenize",
+    ),
+    ("loggers.logger", "leyden.compat.pieces.settings", "merge_dicts"),
+    ("loops", "leyden.loops.fit", "_FitLoop=FitLoop"),
+    ("loops", "leyden.loops.evaluate", "_EvaluationLoop=EvaluationLoop"),
+    ("loops", "leyden.loops.predict", "_PredictionLoop=PredictLoop"),
+    ("loops.fit_loop", "leyden.loops.fit", "_FitLoop=FitLoop"),
+    ("loops.evaluation_loop", "leyden.loops.evaluate", "_EvaluationLoop=EvaluationLoop"),
+    ("loops.prediction_loop", "leyden.loops.predict", "_PredictionLoop=PredictLoop"),
+    ("loops.optimization.automatic", "leyden.compat.pieces.closures", "Closure ClosureResult"),
+    ("loops.optimization.closure", "leyden.compat.pieces.closures", "AbstractClosure OutputResult T"),
+    ("loops.optimization.manual", "leyden.compat.pieces.closures", "ManualResult"),
+    ("loops.utilities", "leyden.compat.pieces.tensors", "check_finite_loss"),
+    ("overrides.distributed", "leyden.compat.pieces.tensors", "prepare_for_backward"),
+    (
+        "overrides.distributed",
+        "leyden.compat.pieces.samplers",
+        "UnrepeatedDistributedSampler UnrepeatedDistributedSamplerWrapper",
+    ),
+    ("plugins.precision.double", "leyden.compat.pieces.removed", "DoublePrecisionPlugin"),
+    ("plugins.precision.half", "leyden.compat.pieces.removed", "HalfPrecisionPlugin"),
+    ("plugins.precision.amp", "leyden.compat.pieces.removed", "MixedPrecisionPlugin"),
+    ("plugins.precision.deepspeed", "leyden.compat.pieces.removed", "DeepSpeedPrecisionPlugin"),
+    ("plugins.precision.precision", "leyden.compat.pieces.removed", "PrecisionPlugin"),
+    ("plugins.precision.precision_plugin", "leyden.precision", "Precision"),
+    ("plugins.precision.precision_plugin", "leyden.compat.pieces.removed", "PrecisionPlugin"),
+    *(
+        (
+            module,
+            "leyden.compat.pieces.removed",
+            "DeepSpeedPrecisionPlugin DoublePrecisionPlugin HPUPrecisionPlugin HalfPrecisionPlugin MixedPrecisionPlugin"
+            " PrecisionPlugin",
+        )
+        for module in ("plugins", "plugins.precision")
+    ),
+    ("plugins", "leyden.compat.pieces.removed", "HPUCheckpointIO"),
+    ("plugins.io", "leyden.compat.pieces.removed", "HPUCheckpointIO"),
+    ("plugins.io.hpu_plugin", "leyden.compat.pieces.removed", "HPUCheckpointIO"),
+    ("plugins.precision.hpu", "leyden.compat.pieces.removed", "HPUPrecisionPlugin"),
+    ("accelerators", "leyden.compat.pieces.removed", "HPUAccelerator"),
+    ("accelerators.hpu", "leyden.compat.pieces.removed", "HPUAccelerator"),
+    ("strategies", "leyden.compat.pieces.removed", "HPUParallelStrategy SingleHPUStrategy"),
+    ("strategies.hpu_parallel", "leyden.compat.pieces.removed", "HPUParallelStrategy"),
+    ("strategies.single_hpu", "leyden.compat.pieces.removed", "SingleHPUStrategy"),
+    ("serve", "leyden.compat.serve", "ServableModule ServableModuleValidator"),
+    ("serve.servable_module", "leyden.compat.serve", "ServableModule"),
+    ("serve.servable_module_validator", "leyden.compat.serve", "ServableModuleValidator"),
+    ("strategies.strategy", _ENUMS, "TBroadcast=BroadcastT TReduce=ReduceT"),
+    (
+        "trainer.call",
+        "leyden.compat.pieces.call",
+        "_call_callback_hooks=call_callback_hooks _call_lightning_module_hook=call_lightning_module_hook"
+        " _call_lightning_datamodule_hook=call_lightning_datamodule_hook _call_strategy_hook=call_strategy_hook",
+    ),
+    ("trainer.connectors.accelerator_connector", _ENUMS, "_LITERAL_WARN=Word _PRECISION_INPUT=PrecisionWord"),
+    ("utilities", _ENUMS, "LightningEnum"),
+    ("utilities", "leyden.compat.pieces.parsing", "is_picklable"),
+    ("utilities", "leyden.compat.pieces.samplers", "is_shared_filesystem suggested_max_num_workers"),
+    ("utilities", _SAY, "disable_possible_user_warnings"),
+    (
+        "utilities",
+        "leyden.compat.pieces.tensors",
+        "FLOAT16_EPSILON FLOAT32_EPSILON FLOAT64_EPSILON find_shared_parameters set_shared_parameters",
+    ),
+    (
+        "utilities.argparse",
+        "leyden.compat.pieces.environ",
+        "_parse_env_variables=parse_env_variables _defaults_from_env_vars=defaults_from_env_vars",
+    ),
+    ("utilities.compile", "leyden.compat.pieces.compiled", "from_compiled to_uncompiled"),
+    ("utilities.consolidate_checkpoint", "leyden.compat.pieces.files", "main=consolidate"),
+    ("utilities.data", _ENUMS, "BType=Batch"),
+    ("utilities.data", "leyden.compat.pieces.samplers", "extract_batch_size has_len_all_ranks"),
+    ("utilities.data", "leyden.compat.pieces.samplers", "has_iterable_dataset sized_len"),
+    ("utilities.data", "leyden.data.loaders", "_is_dataloader_shuffled=has_shuffle"),
+    (
+        "utilities.deepspeed",
+        "leyden.compat.pieces.files",
+        "CPU_DEVICE convert_zero_checkpoint_to_fp32_state_dict ds_checkpoint_dir",
+    ),
+    ("utilities.enums", _ENUMS, "LightningEnum"),
+    ("utilities.imports", "leyden.compat.pieces.available", f"{' '.join(_FLAGS)} {_CHECKS}"),
+    ("utilities.imports", "leyden.compat.pieces.available", "_try_import_module=try_import_module"),
+    (
+        "utilities.memory",
+        "leyden.compat.pieces.tensors",
+        "garbage_collection_cuda is_cuda_out_of_memory is_cudnn_snafu is_oom_error is_out_of_cpu_memory recursive_detach",
+    ),
+    ("utilities.migration", "leyden.compat.pieces.migration", "migrate_checkpoint pl_legacy_patch"),
+    ("utilities.migration.utils", "leyden.compat.pieces.migration", "migrate_checkpoint pl_legacy_patch"),
+    ("utilities.model_helpers", "leyden.compat.pieces.parsing", "is_overridden get_torchvision_model"),
+    ("utilities.model_helpers", "leyden.compat.pieces.device", "_ModuleMode=ModuleMode"),
+    ("utilities.model_helpers", "leyden.loading", "_restricted_classmethod=class_only"),
+    (
+        "utilities.model_summary",
+        "leyden.compat.pieces.summaries",
+        "DeepSpeedSummary get_formatted_model_size",
+    ),
+    (
+        "utilities.model_summary.model_summary",
+        "leyden.compat.pieces.summaries",
+        "LEFTOVER_PARAMS_NAME NOT_APPLICABLE PARAMETER_NUM_UNITS UNKNOWN_SIZE get_formatted_model_size",
+    ),
+    (
+        "utilities.model_summary.model_summary_deepspeed",
+        "leyden.compat.pieces.summaries",
+        "DeepSpeedLayerSummary DeepSpeedSummary deepspeed_param_size",
+    ),
+    ("utilities.parameter_tying", "leyden.compat.pieces.tensors", "find_shared_parameters set_shared_parameters"),
+    (
+        "utilities.parsing",
+        "leyden.compat.pieces.parsing",
+        "clean_namespace collect_init_args get_init_args is_picklable lightning_getattr lightning_hasattr lightning_setattr"
+        " parse_class_init_keys save_hyperparameters",
+    ),
+    ("utilities.rank_zero", _SAY, "WarningCache rank_prefixed_message _get_rank=rank_from_environment"),
+    ("utilities.rank_zero", "leyden.compat.pieces.say", "rank_zero_module=MODULE"),
+    ("utilities.signature_utils", "leyden.compat.pieces.parsing", "is_param_in_hook_signature"),
+    ("utilities.testing", "leyden.compat.pieces.runif", "_runif_reasons=runif_reasons"),
+    ("utilities.types", _ENUMS, "DistributedDataParallel _PATH=PathOrText _DEVICE=Device _METRIC=Number"),
+    ("utilities.types", _ENUMS, "LRScheduler ReduceLROnPlateau Optimizer"),
+    ("utilities.upgrade_checkpoint", "leyden.compat.pieces.migration", "main"),
+)
+
+_SMALL_FABRIC = (
+    # ---- the same, under lightning.fabric
+    ("", _SAY, "disable_possible_user_warnings"),
+    ("", "leyden.compat.pieces.available", "package_available"),
+    ("accelerators.cuda", "leyden.compat.pieces.stats", "_clear_cuda_memory=clear_cuda_memory"),
+    ("accelerators.registry", "leyden.compat.registries", "_AcceleratorRegistry=Registry call_register_accelerators"),
+    ("cli", "leyden.compat.pieces.command", "main"),
+    ("connector", _ENUMS, "_PRECISION_INPUT=PrecisionWord _PRECISION_INPUT_STR=PrecisionWord _PLUGIN_INPUT=Plugin"),
+    ("plugins", "leyden.precision.deepspeed", "DeepSpeedPrecision"),
+    ("plugins.precision", "leyden.precision.deepspeed", "DeepSpeedPrecision"),
+    ("plugins.precision.deepspeed", "leyden.precision.deepspeed", "DeepSpeedPrecision"),
+    ("strategies", "leyden.strategies", "DeepSpeedStrategy"),
+    ("strategies", "leyden.compat.registries", "_StrategyRegistry=Registry"),
+    ("strategies.deepspeed", "leyden.strategies", "DeepSpeedStrategy"),
+    ("strategies.model_parallel", _ENUMS, "TModel=ModuleT"),
+    ("strategies.registry", "leyden.compat.registries", "_StrategyRegistry=Registry"),
+    ("strategies.strategy", _ENUMS, "TBroadcast=BroadcastT TReduce=ReduceT"),
+    ("utilities", _ENUMS, "LightningEnum"),
+    ("utilities", _SAY, "disable_possible_user_warnings"),
+    ("utilities", "leyden.compat.pieces.samplers", "is_shared_filesystem suggested_max_num_workers"),
+    ("utilities", "leyden.compat.pieces.throughput", "ThroughputMonitor"),
+    (
+        "utilities.apply_func",
+        "leyden.compat.pieces.tensors",
+        "CONVERSION_DTYPES convert_tensors_to_scalars convert_to_tensors",
+    ),
+    (
+        "utilities.cloud_io",
+        "leyden.compat.pieces.files",
+        "get_filesystem _load=load _atomic_save=atomic_save _is_dir=is_dir _is_local_file_protocol=is_local_file_protocol",
+    ),
+    ("utilities.consolidate_checkpoint", "leyden.compat.pieces.files", "main=consolidate"),
+    (
+        "utilities.data",
+        "leyden.compat.pieces.samplers",
+        "has_iterable_dataset has_len sized_len suggested_max_num_workers",
+    ),
+    ("utilities.data", "leyden.compat.pieces.samplers", "_num_cpus_available=cpus"),
+    ("utilities.data", "leyden.data.loaders", "_set_sampler_epoch=set_epoch"),
+    ("utilities.device_dtype_mixin", "leyden.compat.pieces.device", "_DeviceDtypeModuleMixin=DeviceDtypeModuleMixin"),
+    (
+        "utilities.distributed",
+        "leyden.compat.pieces.samplers",
+        "DistributedSamplerWrapper is_shared_filesystem _DatasetSamplerWrapper=DrawnIndices",
+    ),
+    (
+        "utilities.distributed",
+        "leyden.compat.pieces.tensors",
+        "_distributed_is_initialized=distributed_available _distributed_available=distributed_available"
+        " _gather_all_tensors=gather_all_tensors _sync_ddp_if_available=sync_ddp_if_available"
+        " _sync_ddp=sync_ddp_if_available",
+    ),
+    ("utilities.enums", _ENUMS, "LightningEnum"),
+    ("utilities.imports", "leyden.compat.pieces.available", f"{' '.join(_FLAGS)} {_CHECKS}"),
+    (
+        "utilities.init",
+        "leyden.compat.pieces.device",
+        "_EmptyInit=EmptyInit _materialize_meta_tensors=materialize_meta_tensors"
+        " _has_meta_device_parameters_or_buffers=has_meta_device_parameters_or_buffers",
+    ),
+    (
+        "utilities.logger",
+        "leyden.compat.pieces.settings",
+        "_add_prefix=add_prefix _convert_json_serializable=convert_json_serializable _convert_params=convert_params"
+        " _flatten_dict=flatten_dict _sanitize_callable_params=sanitize_callable_params _sanitize_params=sanitize_params",
+    ),
+    (
+        "utilities.optimizer",
+        "leyden.compat.pieces.tensors",
+        "_optimizer_to_device=optimizer_to_device _optimizers_to_device=optimizers_to_device",
+    ),
+    ("utilities.rank_zero", _SAY, "WarningCache rank_prefixed_message _get_rank=rank_from_environment"),
+    ("utilities.rank_zero", _SAY, "rank_zero_module=MODULE"),
+    ("utilities.seed", "leyden.compat.pieces.words", "max_seed_value min_seed_value"),
+    (
+        "utilities.seed",
+        "leyden.runtime.seed",
+        "_collect_rng_states=rng_state _set_rng_states=set_rng_state",
+    ),
+    ("utilities.testing", "leyden.compat.pieces.runif", "_runif_reasons=runif_reasons"),
+    ("utilities.throughput", "leyden.compat.pieces.throughput", "ThroughputMonitor T"),
+    (
+        "utilities.types",
+        _ENUMS,
+        "CollectibleGroup Optimizable Steppable UntypedStorage ProcessGroup ReduceOp RedOpType",
+    ),
+    ("utilities.types", _ENUMS, "LRScheduler ReduceLROnPlateau _TORCH_LRSCHEDULER=LRScheduler"),
+    (
+        "utilities.types",
+        _ENUMS,
+        "_DEVICE=Device _MAP_LOCATION_TYPE=MapLocation _PARAMETERS=Parameters _PATH=PathOrText _Stateful=Stateful",
+    ),
+    ("utilities.warnings", _SAY, "disable_possible_user_warnings"),
+    ("wrappers", "leyden.wrappers", "_unwrap_objects=unwrapped"),
+    ("wrappers", _ENUMS, "T_destination=DestinationT"),
+)
+
 _LIGHTNING = (("", "leyden", "Callback Fabric LightningDataModule LightningModule Trainer seed_everything"),)
 
 _TEST_TUBE = (
@@ -332,10 +613,10 @@ _TEST_TUBE = (
 _PLACES = (
     # root, rows
     ("lightning", _LIGHTNING),
-    ("lightning.pytorch", _PYTORCH),
-    ("lightning.fabric", _FABRIC),
-    ("pytorch_lightning", (*_PYTORCH, *_BEFORE_2)),
-    ("lightning_fabric", _FABRIC),
+    ("lightning.pytorch", (*_PYTORCH, *_SMALL)),
+    ("lightning.fabric", (*_FABRIC, *_SMALL_FABRIC)),
+    ("pytorch_lightning", (*_PYTORCH, *_SMALL, *_BEFORE_2)),
+    ("lightning_fabric", (*_FABRIC, *_SMALL_FABRIC)),
     ("test_tube", _TEST_TUBE),
 )
 

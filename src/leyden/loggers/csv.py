@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from leyden.errors import MisconfigurationException
+from leyden.hparams import save_hparams_to_yaml
 from leyden.loggers.base import on_rank_zero, rank_zero_experiment, write_lock
 from leyden.loggers.folder import (
     LOG_FOLDER,
@@ -159,8 +160,12 @@ class ExperimentWriter:
     other rows cost the same, however long the file is. A file that is already there is continued.
     """
 
+    NAME_METRICS_FILE = METRICS_FILE
+    NAME_HPARAMS_FILE = "hparams.yaml"
+
     def __init__(self, log_dir: str) -> None:
         self.log_dir = log_dir
+        self.hparams: dict[str, Any] = {}
         self.metrics_file_path = os.path.join(log_dir, METRICS_FILE)
         self.metrics: list[dict[str, Any]] = []
         self.num_rows = 0
@@ -170,9 +175,14 @@ class ExperimentWriter:
         self.metrics_keys = self._continue_file()
         self._names = set(self.metrics_keys)
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+    def log_hparams(self, params: Mapping[str, Any]) -> None:
+        """Write hyperparameters, those that were logged before with them, to ``hparams.yaml`` beside the rows."""
+        self.hparams.update(params)
+        save_hparams_to_yaml(os.path.join(self.log_dir, self.NAME_HPARAMS_FILE), self.hparams)
+
+    def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
         """Keep one row until the next ``save``; without ``step`` rows are counted."""
-        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics_dict.items()}
         row["step"] = self.num_rows if step is None else step
         if not row.keys() <= self._names:
             self._names.update(row)

@@ -12,7 +12,6 @@ import inspect
 import math
 import numbers
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -119,6 +118,8 @@ def callbacks(
                 f"Trainer(callbacks={shown(item)}): a callback must be a Callback object, not"
                 f" {'a class' if isinstance(item, type) else type(item).__name__}.{made(item)}"
             )
+        if not isinstance(item, Callback):
+            _require_able(item)
     _contradiction(_of_kind(found, "Checkpoint"), "enable_checkpointing", explicit)
     _contradiction(_of_kind(found, "ProgressBar"), "enable_progress_bar", explicit)
     _contradiction(_of_kind(found, "ModelSummary"), "enable_model_summary", explicit)
@@ -140,21 +141,17 @@ def callbacks(
     return in_order(found)
 
 
-_CALLBACKS = {
-    "Checkpoint": "leyden.callbacks.checkpoint:Checkpoint",
-    "ProgressBar": "leyden.callbacks.progress:ProgressBar",
-    "ModelSummary": "leyden.callbacks.model_summary:ModelSummary",
-}
+def _require_able(callback: Any) -> None:
+    """Refuse a callback of another library that needs more than the methods of ours."""
+    from leyden.loops.foreign import why_not  # noqa: PLC0415  # only for what is not derived from our Callback
+
+    if reason := why_not(callback):
+        raise MisconfigurationException(f"Trainer(callbacks=...): {reason}")
 
 
 def _of_kind(found: Iterable[Any], name: str) -> list[Any]:
-    """Return those of one kind of callbacks; a class that has not been imported has no objects."""
-    module, _, kind = _CALLBACKS[name].partition(":")
-    return (
-        [item for item in found if isinstance(item, getattr(sys.modules[module], kind))]
-        if module in sys.modules
-        else []
-    )
+    """Return those of one kind of callbacks, known by the name of a class: one of another library counts too."""
+    return [item for item in found if any(cls.__name__ == name for cls in type(item).__mro__)]
 
 
 def _contradiction(found: Iterable[Any], switch: str, explicit: Mapping[str, Any]) -> None:

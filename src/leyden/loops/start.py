@@ -52,20 +52,28 @@ def unwrap(model: Any, datamodule: Any, loaders: Any, more: Any = None) -> tuple
     if isinstance(module, type):
         raise TypeError(f"The model is the class {module.__name__}; pass an object of it: {module.__name__}(...).")
     if not isinstance(module, LightningModule):
+        from leyden.loops.foreign import of_another  # noqa: PLC0415  # the run ends here
+
         raise TypeError(
-            f"The model must be a LightningModule; it is a {type(model).__module__}.{type(model).__qualname__}. Derive"
+            of_another(module)
+            or f"The model must be a LightningModule; it is a {type(model).__module__}.{type(model).__qualname__}. Derive"
             " its class from leyden.LightningModule and write training_step and configure_optimizers."
         )
     if datamodule is not None and (isinstance(datamodule, type) or not callable(getattr(datamodule, "setup", None))):
         shown = f"the class {datamodule.__name__}" if isinstance(datamodule, type) else repr(datamodule)
         raise TypeError(f"The datamodule must be a LightningDataModule object; it is {shown}.")
-    if isinstance(loaders, LightningDataModule):
+    if _is_data_module(loaders):
         if datamodule is not None:
             raise MisconfigurationException("Two data modules were given: one in the place of the loaders. Give one.")
         loaders, datamodule = None, loaders
     if (loaders is not None or more is not None) and datamodule is not None:
         raise MisconfigurationException("Both loaders and a datamodule were given. Give one of the two.")
     return model, datamodule, loaders
+
+
+def _is_data_module(given: Any) -> bool:
+    """Whether it is a data module, ours or another library's, which works by its methods."""
+    return any(cls.__name__ == "LightningDataModule" for cls in type(given).__mro__)
 
 
 def uncompiled(model: Any) -> Any:

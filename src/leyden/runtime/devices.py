@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,9 +49,19 @@ class Accelerator:
         if device.type != self.name():
             raise MisconfigurationException(f"{type(self).__name__} cannot use the device {str(device)!r}.")
 
+    def setup(self, trainer: Any) -> None:
+        """Called when a run begins, after ``setup_device``; for an accelerator of one's own."""
+
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
         """Return figures on the load of ``device`` by name."""
         return {}
+
+    @classmethod
+    def register_accelerators(cls, accelerator_registry: Any) -> None:
+        """Put the class into a registry under its name, if it is not there."""
+        name = cls.name()
+        if name not in accelerator_registry:
+            accelerator_registry.register(name, cls, description=cls.__name__)
 
     def teardown(self) -> None:
         """Give back at the end of a run what is cached on the device."""
@@ -117,6 +128,11 @@ class CUDAAccelerator(Accelerator):
     def setup_device(self, device: torch.device) -> None:
         super().setup_device(device)
         torch.cuda.set_device(device)
+
+    @staticmethod
+    def set_nvidia_flags(local_rank: int) -> None:  # noqa: ARG004  # others number them by it
+        """Count GPUs as ``nvidia-smi`` does, by their place on the bus."""
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
 
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
         """Return what :func:`torch.cuda.memory_stats` says, in bytes and counts."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
-from leyden.errors import LeydenDeprecationWarning, LeydenWarning
+from leyden.errors import LeydenDeprecationWarning, LeydenWarning, PossibleUserWarning
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,29 +66,29 @@ class _Stderr(logging.Handler):
             self.handleError(record)
 
 
-def _speak(level: int, message: object, args: tuple[Any, ...], stacklevel: int) -> None:
+def _speak(level: int, message: object, args: tuple[Any, ...], stacklevel: int, more: dict[str, Any]) -> None:
     # lazily, so that importing leyden configures nothing, and the root logger is never touched
     if not _logger.hasHandlers():
         _logger.addHandler(_Stderr())
     if _logger.level == logging.NOTSET:
         _logger.setLevel(logging.INFO)
-    _logger.log(level, message, *args, stacklevel=stacklevel)
+    _logger.log(level, message, *args, stacklevel=stacklevel, **more)
 
 
-def rank_zero_info(message: object, *args: Any, stacklevel: int = 4) -> None:
+def rank_zero_info(message: object = "", *args: Any, stacklevel: int = 4, **kwargs: Any) -> None:
     """Tell the user something, on rank 0: a line on stderr, or wherever the user has sent the logger ``leyden``.
 
     ``args`` are merged into ``message`` with ``%``, as in :mod:`logging`. ``stacklevel`` 4 names the caller of this
-    function, 5 its caller.
+    function, 5 its caller; ``kwargs`` (``extra=`` …) go to :mod:`logging`.
     """
     if rank_zero_only.rank == 0:
-        _speak(logging.INFO, message, args, stacklevel - 1)
+        _speak(logging.INFO, message, args, stacklevel - 1, kwargs)
 
 
-def rank_zero_debug(message: object, *args: Any, stacklevel: int = 4) -> None:
+def rank_zero_debug(message: object = "", *args: Any, stacklevel: int = 4, **kwargs: Any) -> None:
     """Log at debug level, on rank 0; shown when the logger ``leyden`` is set to ``DEBUG``."""
     if rank_zero_only.rank == 0:
-        _speak(logging.DEBUG, message, args, stacklevel - 1)
+        _speak(logging.DEBUG, message, args, stacklevel - 1, kwargs)
 
 
 def say(text: str) -> None:
@@ -105,21 +105,29 @@ def output_is_gone(error: BaseException) -> bool:
     return isinstance(error, OSError) or (isinstance(error, ValueError) and "closed file" in str(error))
 
 
-def rank_zero_warn(message: str | Warning, category: type[Warning] = LeydenWarning, stacklevel: int = 4) -> None:
+def rank_zero_warn(
+    message: str | Warning, stacklevel: int = 4, category: type[Warning] = LeydenWarning, **kwargs: Any
+) -> None:
     """Warn on rank 0. ``stacklevel`` 4 blames the caller of this function, 5 its caller, and so on.
 
-    Where that would be a line of Leyden's, the line outside that led there is blamed: the user can change only that.
+    ``POSSIBLE_USER_WARNINGS=off`` in the environment silences those of the kind ``PossibleUserWarning``.
+    Where the blamed line would be one of Leyden's, the line outside that led there is blamed: the user can change only that.
     """
-    if rank_zero_only.rank == 0:
-        warnings.warn(message, category, stacklevel=_outside(max(stacklevel - 2, 1)))
+    if rank_zero_only.rank == 0 and not (issubclass(category, PossibleUserWarning) and _are_unwanted()):
+        warnings.warn(message, category, stacklevel=_outside(max(stacklevel - 2, 1)), **kwargs)
+
+
+def _are_unwanted() -> bool:
+    """Whether the environment asks for no warnings of what is only possibly wrong."""
+    return os.environ.get("POSSIBLE_USER_WARNINGS", "").strip().lower() in ("0", "off")
 
 
 def rank_zero_deprecation(
-    message: str | Warning, category: type[Warning] = LeydenDeprecationWarning, stacklevel: int = 5
+    message: str | Warning, stacklevel: int = 5, category: type[Warning] = LeydenDeprecationWarning, **kwargs: Any
 ) -> None:
     """Warn on rank 0 that an old name was used. ``stacklevel`` 5 blames the caller of this function."""
     if rank_zero_only.rank == 0:
-        warnings.warn(message, category, stacklevel=_outside(max(stacklevel - 3, 1)))
+        warnings.warn(message, category, stacklevel=_outside(max(stacklevel - 3, 1)), **kwargs)
 
 
 def _outside(level: int) -> int:

@@ -297,7 +297,7 @@ class HyperOptArgumentParser(argparse.ArgumentParser):
             rank_zero_warn(
                 "No option of this search is tunable, so there is one trial, of the values as they are. Say tunable=True in"
                 " opt_list or opt_range.",
-                LeydenWarning,
+                category=LeydenWarning,
             )
         return draw_trials(options, self.strategy, nb_trials, self.seed)
 
