@@ -30,7 +30,7 @@ from leyden.types import TrainerFn
 if TYPE_CHECKING:
     from leyden.data.position import Place, Supply
     from leyden.data.wait import Waits
-    from leyden.loops.uneven import Uneven
+    from leyden.loops.several.uneven import Uneven
 
 _END = object()
 
@@ -195,7 +195,7 @@ def request(session: Session, prefix: str, mode: str) -> CombinedLoader:
     Raises:
         TypeError: for a loader that cannot be iterated.
     """
-    from leyden.loops import elastic  # noqa: PLC0415  # when a run begins, not when a script imports names
+    from leyden.loops.several import elastic  # noqa: PLC0415  # when a run begins, not when a script imports names
 
     name = f"{prefix}_dataloader"
     given = session.sources.get(prefix)
@@ -360,7 +360,7 @@ class TrainingData:
         self.num_batches = total(loader)
         self.uneven: Uneven | None = None
         if session.strategy.world_size > 1:
-            from leyden.loops.uneven import Uneven  # noqa: PLC0415  # only for several processes
+            from leyden.loops.several.uneven import Uneven  # noqa: PLC0415  # only for several processes
 
             self.uneven = uneven = Uneven(session, loader, counts)
             self.sized, self.num_batches = uneven.sized, uneven.num_batches

@@ -30,7 +30,7 @@ def choose(session: Session, straight: Callable[..., Any]) -> tuple[Callable[...
         train = closure_batch
     draws = batches.takes(step, "dataloader_iter")
     if session.config.cuda_graphs:
-        from leyden.loops.graphs import graphed  # noqa: PLC0415  # only runs that ask for graphs need it
+        from leyden.loops.speed.graphs import graphed  # noqa: PLC0415  # only runs that ask for graphs need it
 
         why = None if train is straight else _WHY_NOT[train]
         train = graphed(session, train, "training_step takes dataloader_iter" if draws else why)

@@ -158,7 +158,7 @@ class Session:
         meet = self._across() if self.strategy.world_size > 1 else None
         self.hooks = bind(self.trainer, self.module, self.datamodule, callbacks, self.results, profiler, meet, theirs)
         if self.across is not None:
-            from leyden.loops.same import facts  # noqa: PLC0415  # only for several processes
+            from leyden.loops.several.same import facts  # noqa: PLC0415  # only for several processes
 
             self.across.bound(self.hooks, facts(self))
         if not self.config.barebones:
@@ -188,7 +188,7 @@ class Session:
             self.across.agree_to_stop()
 
     def _across(self) -> Callable[[], None]:
-        from leyden.loops.across import Across  # noqa: PLC0415  # only for several processes
+        from leyden.loops.several.across import Across  # noqa: PLC0415  # only for several processes
 
         local = self.config.rule("epoch_mean") == "local unless sync_dist"
         self.across = across = Across(self.strategy, self.results, self.trainer, local)
@@ -258,7 +258,7 @@ class Session:
             return None  # loaders deliver host memory: nothing to move
         move_batch: Callable[..., Any] = move or module.transfer_batch_to_device
         if device.type == "cuda" and self.config.fast_data and not move and not own:
-            from leyden.loops.ahead import Ahead, Lane  # noqa: PLC0415  # only runs on CUDA copy batches ahead
+            from leyden.loops.speed.ahead import Ahead, Lane  # noqa: PLC0415  # only runs on CUDA copy batches ahead
 
             move_batch = ahead = Ahead(device, Lane(device))
             if not (before or after or converts):

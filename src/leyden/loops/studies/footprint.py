@@ -25,7 +25,7 @@ from leyden.datamodule import LightningDataModule
 from leyden.hooks import is_written
 from leyden.loops.batches import positional
 from leyden.loops.optimize import read_loss
-from leyden.loops.skeleton import Stand, exchange, fake_of, size_of, skeleton_of
+from leyden.loops.studies.skeleton import Stand, exchange, fake_of, size_of, skeleton_of
 from leyden.module import LightningModule
 from leyden.optim import NoOptimizer, needs_closure, normalize
 from leyden.runtime.seed import isolate_rng
@@ -382,7 +382,7 @@ def _measure_optimizers(found: Footprint, trainer: Any, module: Any, names: dict
             bare_scheduler=trainer.config.rule("bare_scheduler"),
         )
         if trainer.config.fused_optimizers:
-            from leyden.loops.fused import fuse  # noqa: PLC0415  # only runs that ask for it
+            from leyden.loops.speed.fused import fuse  # noqa: PLC0415  # only runs that ask for it
 
             fuse(optimizers, module)
         found.optimizers = [type(one).__name__ for one in optimizers if not isinstance(one, NoOptimizer)]
