@@ -35,6 +35,8 @@ STEPS = {
     TrainerFn.PREDICTING: ("predict_step",),
 }
 """The steps that each kind of run takes."""
+FORESEEN = "batches"
+"""Under what ranks tell each other how many batches they have, before they meet."""
 _LENT = ("log", "log_dict")
 _TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 

@@ -417,6 +417,13 @@ class Strategy(Verbs):
         """Whether all processes ask this at the same point, without an exchange where they do not."""
         return True
 
+    def announce(self, about: str) -> None:
+        """Let other processes know that this one is going to ``hear`` about something; no exchange."""
+
+    def hear(self, about: str, mine: str) -> dict[int, str]:
+        """Tell ``mine``; return, by rank, what others have told that are at it too: no exchange, this may be the only one."""
+        return {self.global_rank: mine}
+
     def agree_on(self, interrupt: Interrupt) -> bool:
         """Make what ``interrupt`` says the same in all processes, where all are at the same point; return ``received``."""
         return interrupt.received

@@ -330,7 +330,7 @@ class DDPStrategy(ParallelStrategy):
         inside = ", ".join(f"{path or 'the module itself'}: {kind}" for kind, path in list(kinds.items())[:4])
         mine = f"{mine} (in {inside})" if names else _first_line(error)
         # no exchange: the others may wait for these gradients
-        told = {self.global_rank: mine} if self._watch is None else self._watch.hear("unused", mine)
+        told = self.hear("unused", mine)
         ranks: dict[str, list[int]] = {}
         for rank, text in told.items():
             ranks.setdefault(text, []).append(rank)

@@ -35,6 +35,8 @@ from leyden.tree import leaves, tree_map
 _PROGRAMS = itertools.count()
 _RUNS = itertools.count()
 """All ranks run the same script, and so make the same runs in the same order."""
+_SOON = 1.0
+"""Seconds that a rank listens for others that may not be at what it is at."""
 UNEVEN = ("stop", "join", "pad")
 """What may happen where ranks have other numbers of training batches."""
 
@@ -466,6 +468,13 @@ class ParallelStrategy(Strategy):
 
     def unanimous(self, about: str) -> bool:
         return self._watch is None or self._watch.unanimous(about)
+
+    def announce(self, about: str) -> None:
+        if self._watch is not None:
+            self._watch.announce(about)
+
+    def hear(self, about: str, mine: str) -> dict[int, str]:
+        return super().hear(about, mine) if self._watch is None else dict(self._watch.hear(about, mine, _SOON))
 
     def all_skip(self, batch: int) -> bool:
         if self._watch is None or self._watch.unanimous(f"skip/{batch}", self.timeout.total_seconds()):

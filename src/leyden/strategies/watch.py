@@ -136,13 +136,19 @@ class Watch:
             time.sleep(PERIOD / 10)
         return answer == "yes"
 
+    def announce(self, about: str) -> None:
+        """Say that this rank is going to ``hear`` about it: the others then wait for what it tells."""
+        self.board.write(f"{about}/comes/{self.rank}", "1")
+
     def hear(self, about: str, mine: str, seconds: float = PATIENCE) -> dict[int, str]:
-        """Tell the others ``mine``; return, by rank, what those have told that did so within ``seconds``."""
+        """Tell the others ``mine``; return, by rank, what those have told that did so within ``seconds``, or announced it."""
         self.board.write(f"{about}/{self.rank}", mine)
         until = time.monotonic() + seconds
         while True:
             found = {rank: self.board.read(f"{about}/{rank}") for rank in range(self.size)}
-            if None not in found.values() or time.monotonic() > until:
+            missing = [rank for rank, text in found.items() if text is None]
+            late = time.monotonic() > until and not any(self.board.read(f"{about}/comes/{rank}") for rank in missing)
+            if not missing or late or self._failed is not None:
                 return {rank: text for rank, text in found.items() if text is not None}
             time.sleep(PERIOD / 2)
 
