@@ -114,6 +114,7 @@ class DDPStrategy(ParallelStrategy):
         self._met: dict[nn.Parameter, tuple[Tensor | None, int]] = {}
         """Gradients that were averaged ahead of a step, with the version that they had then."""
         self._order: Order | None = None
+        self._search: Any = None
 
     # ------------------------------------------------------------------ the life of a module
 
@@ -178,6 +179,17 @@ class DDPStrategy(ParallelStrategy):
             self._order = Order(self._wrapped, [p for p in self.module.parameters() if p.requires_grad])
             self._order.listen()
 
+        if self._wrapped is not None and self.world_size > 1 and not self._by_hand:
+            self._probe(self._wrapped)
+
+    def _probe(self, wrapper: Any) -> None:
+        """Look at what the search for unused parameters finds in the first updates, if there is one."""
+        if wrapper.static_graph or not wrapper.find_unused_parameters:
+            return
+        from leyden.strategies.searched import Search  # noqa: PLC0415  # few runs search
+
+        self._search = Search(wrapper, self.module, partial(self.hear, "searched"))
+
     def exchange_order(self) -> list[int]:
         return [] if self._order is None else self._order.found
 
@@ -228,7 +240,9 @@ class DDPStrategy(ParallelStrategy):
         if self._order is not None:
             self._order.close()
         self._order = None
-        through, self._through, self._wrapped = self._through, None, None
+        if self._search is not None:
+            self._search.close()
+        through, self._through, self._wrapped, self._search = self._through, None, None, None
         self._frozen, self._met = [], {}
         if through is not None:
             through.remove()
