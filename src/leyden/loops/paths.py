@@ -16,6 +16,7 @@ from leyden.loops.optimize import Optimization, learn
 from leyden.loops.profiled import measured
 from leyden.loops.session import Session
 from leyden.optim import needs_closure
+from leyden.tree import parameters_of
 
 
 def choose(session: Session, straight: Callable[..., Any]) -> tuple[Callable[..., Any], int]:
@@ -162,7 +163,7 @@ def indexed_batch(
             evaluation.run()
             if evaluation.loss is not None:
                 outputs = evaluation.output
-            if steps and any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            if steps and any(p.grad is not None for p in parameters_of(optimizer)):
                 _step(session, opt, index, batch_idx, evaluation)
         if not steps:
             weights[index] = opt.window_weight, opt.window_mixes

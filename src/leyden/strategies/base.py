@@ -20,7 +20,7 @@ from leyden.precision import Precision
 from leyden.precision.base import WithoutInit
 from leyden.signals import Interrupt
 from leyden.strategies.verbs import Verbs
-from leyden.tree import move_to
+from leyden.tree import move_to, parameters_of
 from leyden.types import PathLike
 
 if TYPE_CHECKING:
@@ -275,13 +275,12 @@ class Strategy(Verbs):
             RuntimeError: with ``error_if_nonfinite``, where the norm is infinite or no number.
         """
         self.precision.unscale(optimizer)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+        return nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm, norm_type, error_if_nonfinite)
 
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
         """Clip each element of the gradients of the optimizer's parameters to [-clip_val, clip_val]."""
         self.precision.unscale(optimizer)
-        nn.utils.clip_grad_value_([p for group in optimizer.param_groups for p in group["params"]], clip_val)
+        nn.utils.clip_grad_value_(parameters_of(optimizer), clip_val)
 
     # -- steps
 
@@ -333,11 +332,11 @@ class Strategy(Verbs):
     def clip_gradients(self, optimizer: Optimizer, value: float, algorithm: str) -> Tensor | None:
         """Clip the gradients of the optimizer's parameters; return their total norm before, for ``"norm"``."""
         self.precision.unscale(optimizer)
-        return self.precision.clip([p for group in optimizer.param_groups for p in group["params"]], value, algorithm)
+        return self.precision.clip(parameters_of(optimizer), value, algorithm)
 
     def scale_gradients(self, optimizer: Optimizer, factor: Any) -> None:
         """Multiply the gradients of the optimizer's parameters by a number, or by a tensor with one element."""
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         if grads:
             torch._foreach_mul_(grads, factor)
 
@@ -365,6 +364,10 @@ class Strategy(Verbs):
         Where all processes take part in each step of any, one without a batch gets ``IDLE``, and calls ``keep_up``.
         """
         return batches
+
+    def why_no_join(self) -> str | None:
+        """Why a process cannot take part in the training step of others without a batch; None if it can."""
+        return f"{type(self).__name__} cannot let a rank take part in a step without a batch"
 
     def keep_up(self) -> None:
         """Take part in the exchanges of a step that other processes run, where this one has no batch."""

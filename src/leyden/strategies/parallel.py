@@ -357,6 +357,14 @@ class ParallelStrategy(Strategy):
         with torch.no_grad():
             copy_flat(list(found.values()))
 
+    def statistics_need_all(self) -> str | None:
+        """Why the batch norms need a batch of every process; None if they do not."""
+        return (
+            "with sync_batchnorm=True a rank without a batch has no statistics for the others"
+            if self.sync_batchnorm
+            else None
+        )
+
     def block_backward_sync(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which gradients of the module are not exchanged."""
         return self.no_backward_sync(self.model)

@@ -197,10 +197,8 @@ def _say_that_it_stops(found: list[list[int | float]]) -> None:
 def _why_not(session: Session) -> str | None:
     """Why a rank cannot take part in a step without a batch of its own; None if it can."""
     module, strategy = session.module, session.strategy
-    if not getattr(strategy, "joins", False):
-        return f"{type(strategy).__name__} cannot let a rank take part in a step without a batch"
-    if getattr(strategy, "sync_batchnorm", False):
-        return "with sync_batchnorm=True a rank without a batch has no statistics for the others"
+    if (reason := strategy.why_no_join()) is not None:
+        return reason
     if not module.automatic_optimization:
         return "under manual optimization a rank without a batch does not know which steps the others make"
     if session.hooks.optimizer_step or any(needs_closure(optimizer) for optimizer in strategy.optimizers):

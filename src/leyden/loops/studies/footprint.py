@@ -30,7 +30,7 @@ from leyden.module import LightningModule
 from leyden.optim import NoOptimizer, needs_closure, normalize
 from leyden.runtime.seed import isolate_rng
 from leyden.strategies import units
-from leyden.tree import leaves, tree_map
+from leyden.tree import leaves, parameters_of, tree_map
 
 _READS = "aten._local_scalar_dense.default"
 """The operation that reads a number from a tensor."""
@@ -396,7 +396,7 @@ def _measure_optimizers(found: Footprint, trainer: Any, module: Any, names: dict
 
 
 def _measure_optimizer(found: Footprint, optimizer: Any, pieces: dict[int, Piece]) -> None:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = parameters_of(optimizer)
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
