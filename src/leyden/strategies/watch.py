@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from leyden.errors import CheckpointError
+from leyden.runtime.collective import guard
 from leyden.signals import Interrupt
 from leyden.strategies.board import Board, first_line, ranks_in_words, tell
 from leyden.strategies.hang import ANSWER, Hang, is_timeout
@@ -90,6 +91,8 @@ class Watch:
         self._second = threading.Thread(target=self._watch_the_store, name="leyden-watch-store", daemon=True)
         if rank:
             self._second.start()
+            guard(self._second, self._stop)
+        guard(self._thread, self._stop)
 
     def ends_after(self, batch: int) -> bool:
         """Whether the run ends after batch ``batch``, the one that this rank has just done; waits for what others answer.
@@ -206,12 +209,15 @@ class Watch:
 
     def close(self) -> None:
         """Stop to look."""
-        self._over.set()
-        self._wake.set()
+        self._stop()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=ANSWER)
         if self.rank and threading.current_thread() is not self._second:
             self._second.join(timeout=ANSWER)
+
+    def _stop(self) -> None:
+        self._over.set()
+        self._wake.set()
 
     # ------------------------------------------------------------------ the thread
 
