@@ -22,7 +22,7 @@ from leyden.progress import Progress
 from leyden.results import Results
 from leyden.signals import Interrupt
 from leyden.strategies.base import Strategy
-from leyden.strategies.verbs import calls_of, is_own
+from leyden.strategies.verbs import calls_of, follow_steps, is_own
 from leyden.types import RunningStage, TrainerFn, TrainerView
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ class Session:
     """What stands on the module while the run is compiled."""
     undo: Callable[[], None] | None = None
     """Takes away what was put on the module for the length of the run."""
+    unfollow: Callable[[], None] | None = None
+    """Takes away what follows the steps of a user's strategy."""
     checkpoint: dict[str, Any] | None = None
     """What a fit goes on from, until all of it is restored."""
     across: Any = None
@@ -154,7 +156,7 @@ class Session:
     def bind(self, callbacks: list[Any], profiler: Any) -> None:
         """Bind all hooks to the calls that somebody wrote, and send ``self.log`` to this run."""
         self.profiler = profiler
-        theirs = calls_of(self.strategy)
+        theirs, self.unfollow = calls_of(self.strategy), follow_steps(self.strategy)
         if profiler is not None:
             self.strategy = cast("Strategy", ProfiledStrategy(self.strategy, profiler))
         meet = self._across() if self.strategy.world_size > 1 else None
@@ -214,8 +216,8 @@ class Session:
             self.compilation.remove()
         if self._shelf is not None:
             self._shelf.release()
-        if self.undo is not None:
-            self.undo()
+        for undo in filter(None, (self.undo, self.unfollow)):
+            undo()
         for callback in callbacks:
             for name in _LENT:
                 if getattr(vars(callback).get(name), "__self__", None) is self.module:
