@@ -195,7 +195,7 @@ def follow_steps(strategy: Any) -> Callable[[], None] | None:
     """Let a user's ``post_training_step`` follow each step of a run; return what ends that, None if there is none."""
     if not is_own(strategy, "post_training_step"):
         return None
-    step = strategy.training_step
+    step, own = strategy.training_step, vars(strategy).get("training_step")
 
     def followed(*args: Any) -> Any:
         output = step(*args)
@@ -203,7 +203,13 @@ def follow_steps(strategy: Any) -> Callable[[], None] | None:
         return output
 
     strategy.training_step = followed
-    return lambda: vars(strategy).pop("training_step", None)
+
+    def leave() -> None:
+        vars(strategy).pop("training_step", None)
+        if own is not None:
+            strategy.training_step = own
+
+    return leave
 
 
 def own_backward(strategy: Any) -> Callable[..., Any] | None:
