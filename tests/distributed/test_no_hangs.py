@@ -81,7 +81,7 @@ def _logged() -> Any:
     return reads.seen, told, [dict(row) for row in trainer.history]
 
 
-def test_d2_names_that_differ_between_ranks_are_reported_and_weigh_nothing() -> None:
+def test_m3_names_that_differ_between_ranks_are_reported_and_weigh_nothing() -> None:
     (seen, told, rows), (other, untold, their_rows) = on_ranks(2, _logged)
     wanted = {
         "sum": 36.0, "min": 0.0, "max": 12.0, "mean": (3.0 + 2 * 33.0) / 9, "only on one": 11.0, "metric of one": 11.0,
@@ -97,6 +97,40 @@ def test_d2_names_that_differ_between_ranks_are_reported_and_weigh_nothing() -> 
         assert text.startswith(f"self.log({name!r}, ...) was called in training_step on the ranks [1], but not on [0]")
     epoch_rows = [row for row in rows if "mean" in row]
     assert epoch_rows == [row for row in their_rows if "mean" in row]
+
+
+class _Many(Net):
+    """Logs so many values of all reductions for the epoch, and counts the exchanges of a fit."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for i in range(self.count):
+            for reduction in ("mean", "sum", "min", "max"):
+                self.log(f"{reduction}{i}", float(i), reduce_fx=reduction, on_step=False, on_epoch=True)
+        return self.loss(batch)
+
+
+def _exchanged(count: int, batches: int) -> int:
+    before = exchanges()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make_trainer(max_epochs=2).fit(_Many(count), DataLoader(data(4 * batches), 2))
+    return exchanges() - before
+
+
+def _exchanged_by_count_and_length() -> Any:
+    return [_exchanged(1, 3), _exchanged(10, 3), _exchanged(1, 9)]
+
+
+def test_m2_u3_all_values_of_an_epoch_travel_together_and_batches_of_known_number_ask_nothing() -> None:
+    (few, many, long), others = on_ranks(2, _exchanged_by_count_and_length)
+    assert few > 0
+    assert many == few
+    assert long == few + 2 * (9 - 3)  # gradients: one for each batch more
+    assert others == [few, many, long]
 
 
 def _as_lightning() -> Any:
