@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from leyden.tree import leaves
+from leyden.tree import leaves, parameters_of
 from leyden.types import Stateful
 from leyden.wrappers import unwrapped
 
@@ -45,7 +45,7 @@ class Contents:
 
     def _connect_owner(self, optimizer: Optimizer) -> None:
         """Tell the strategy which module an optimizer trains."""
-        first = next((id(p) for group in optimizer.param_groups for p in group["params"]), None)
+        first = next(map(id, parameters_of(optimizer)), None)
         for module in filter(None, (ref() for ref in self.modules)):
             if any(id(parameter) == first for parameter in module.parameters()):
                 self.strategy.turn_to(module)

@@ -28,7 +28,7 @@ from leyden.runtime.devices import Accelerator
 from leyden.runtime.ranks import rank_zero_deprecation, rank_zero_warn
 from leyden.runtime.seed import given_seed, pl_worker_init_function, seeds_workers
 from leyden.strategies.base import Strategy
-from leyden.tree import move_to
+from leyden.tree import move_to, parameters_of
 from leyden.types import PathLike
 from leyden.wrappers import _FabricDataLoader, _FabricModule, _FabricOptimizer, unwrapped
 
@@ -568,7 +568,7 @@ def _check_optimizers(name: str, optimizers: tuple[Any, ...]) -> None:
 
 
 def _check_memory(name: str, optimizer: Any) -> None:
-    if any(p.is_meta for group in optimizer.param_groups for p in group["params"] if isinstance(p, Tensor)):
+    if any(isinstance(p, Tensor) and p.is_meta for p in parameters_of(optimizer)):
         raise RuntimeError(
             f"Fabric.{name}(): parameters of the {type(optimizer).__name__} have no memory (they are on the meta device)."
             " Set up the module first, make the optimizer of its parameters then, and pass it to setup_optimizers()."

@@ -20,6 +20,7 @@ from leyden.module_hooks import DataHooks, ModelHooks
 from leyden.optim import LightningOptimizer
 from leyden.results import Results
 from leyden.runtime.ranks import rank_zero_warn
+from leyden.tree import parameters_of
 from leyden.types import STEP_OUTPUT, OptimizerLRScheduler, TrainerView
 from leyden.vintage import VintageModule
 
@@ -405,7 +406,7 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
 
     def toggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
         """Make only the parameters of ``optimizer`` require gradients, until ``untoggle_optimizer``."""
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        own = set(map(id, parameters_of(optimizer)))
         for other in self.trainer.strategy.optimizers:
             for group in other.param_groups:
                 for parameter in group["params"]:

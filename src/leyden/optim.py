@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
+from leyden.tree import parameters_of
 
 
 @dataclass
@@ -312,8 +313,8 @@ class LightningOptimizer:
         ``sync_grad=False`` also holds back the exchange of gradients between devices.
         """
         # one device has no gradients to exchange, so sync_grad changes nothing here
-        own = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
-        theirs = (p for peer in self._peers for group in peer.param_groups for p in group["params"])
+        own = set(map(id, parameters_of(self._optimizer)))
+        theirs = (p for peer in self._peers for p in parameters_of(peer))
         states = [(p, p.requires_grad) for p in theirs if id(p) not in own]
         for parameter, _ in states:
             parameter.requires_grad = False

@@ -49,7 +49,7 @@ class TrainerTools:
         Raises:
             MisconfigurationException: if something cannot be pickled, or the fit fails or is too short.
         """
-        from leyden.loops.verify import verify_objects  # noqa: PLC0415  # only who asks for a proof
+        from leyden.loops.studies.verify import verify_objects  # noqa: PLC0415  # only who asks for a proof
 
         loaders = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
         report = verify_objects(self, steps, model=model, datamodule=datamodule, **loaders)
@@ -73,7 +73,7 @@ class TrainerTools:
         Raises:
             MisconfigurationException: for what cannot be copied, a fit too short, or several processes.
         """
-        from leyden.loops.advise import advise  # noqa: PLC0415  # only who asks for advice
+        from leyden.loops.studies.advise import advise  # noqa: PLC0415  # only who asks for advice
 
         return advise(self, model, train_dataloaders, datamodule, seconds)
 
@@ -98,6 +98,6 @@ class TrainerTools:
         Raises:
             MisconfigurationException: for an argument that is not valid, or a model that cannot be copied or built.
         """
-        from leyden.loops.plan import plan  # noqa: PLC0415  # only who asks for a plan
+        from leyden.loops.studies.plan import plan  # noqa: PLC0415  # only who asks for a plan
 
         return plan(self, model, devices, nodes, batch, memory)

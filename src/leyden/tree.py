@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Walk nested batches: dicts, lists, (named) tuples and dataclasses of tensors and anything else."""
+"""Walk nested things: batches (dicts, lists, (named) tuples and dataclasses of tensors), and the groups of an optimizer."""
 
 from __future__ import annotations
 
@@ -127,3 +127,8 @@ def batch_sizes(batch: Any) -> Iterator[int]:
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         for field in dataclasses.fields(batch):
             yield from batch_sizes(getattr(batch, field.name, None))
+
+
+def parameters_of(optimizer: Any) -> list[Any]:
+    """Return the parameters of all groups of an optimizer, in their order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -80,7 +81,7 @@ def _logged() -> Any:
     return reads.seen, told, [dict(row) for row in trainer.history]
 
 
-def test_d2_names_that_differ_between_ranks_are_reported_and_weigh_nothing() -> None:
+def test_m3_names_that_differ_between_ranks_are_reported_and_weigh_nothing() -> None:
     (seen, told, rows), (other, untold, their_rows) = on_ranks(2, _logged)
     wanted = {
         "sum": 36.0, "min": 0.0, "max": 12.0, "mean": (3.0 + 2 * 33.0) / 9, "only on one": 11.0, "metric of one": 11.0,
@@ -96,6 +97,40 @@ def test_d2_names_that_differ_between_ranks_are_reported_and_weigh_nothing() -> 
         assert text.startswith(f"self.log({name!r}, ...) was called in training_step on the ranks [1], but not on [0]")
     epoch_rows = [row for row in rows if "mean" in row]
     assert epoch_rows == [row for row in their_rows if "mean" in row]
+
+
+class _Many(Net):
+    """Logs so many values of all reductions for the epoch, and counts the exchanges of a fit."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for i in range(self.count):
+            for reduction in ("mean", "sum", "min", "max"):
+                self.log(f"{reduction}{i}", float(i), reduce_fx=reduction, on_step=False, on_epoch=True)
+        return self.loss(batch)
+
+
+def _exchanged(count: int, batches: int) -> int:
+    before = exchanges()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make_trainer(max_epochs=2).fit(_Many(count), DataLoader(data(4 * batches), 2))
+    return exchanges() - before
+
+
+def _exchanged_by_count_and_length() -> Any:
+    return [_exchanged(1, 3), _exchanged(10, 3), _exchanged(1, 9)]
+
+
+def test_m2_u3_all_values_of_an_epoch_travel_together_and_batches_of_known_number_ask_nothing() -> None:
+    (few, many, long), others = on_ranks(2, _exchanged_by_count_and_length)
+    assert few > 0
+    assert many == few
+    assert long == few + 2 * (9 - 3)  # gradients: one for each batch more
+    assert others == [few, many, long]
 
 
 def _as_lightning() -> Any:
@@ -313,45 +348,141 @@ def test_the_verbs_of_the_strategy() -> None:
         assert found["gradient"] in (2.0, 4.0)
 
 
-def _properties() -> Any:
-    module = _Looks()
-    make_trainer(max_epochs=1).fit(module, DataLoader(data(4), 2), DataLoader(data(4), 2))
-    return module.read
+def _read_all(read: dict[str, int], *things: Any) -> None:
+    """Read all public properties of things, with a watchdog of 5 s for each (D2 of PAINS); none may begin a collective."""
+    before = exchanges()
+    for thing in things:
+        for name in dir(type(thing)):
+            if not name.startswith("_") and isinstance(getattr(type(thing), name), property):
+                late = threading.Timer(5.0, os._exit, (1,))
+                late.start()
+                with contextlib.suppress(Exception), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    getattr(thing, name)
+                late.cancel()
+                key = type(thing).__name__
+                read[key] = read.get(key, 0) + 1
+    assert exchanges() == before
 
 
 class _Looks(Net):
-    """Rank 0 alone reads all public properties of everything, in the middle of a step, while the other one goes on."""
+    """Rank 0 alone reads all public properties of everything at one moment, while the other one goes on."""
 
-    def __init__(self) -> None:
+    def __init__(self, moment: str) -> None:
         super().__init__()
-        self.read: dict[str, int] = {}
+        self.moment, self.read = moment, dict[str, int]()
+
+    def look(self, moment: str) -> None:
+        if moment == self.moment and self.global_rank == 0 and not self.read:
+            _read_all(self.read, self.trainer, self.trainer.strategy, self)
+
+    def setup(self, stage: str) -> None:
+        self.look("setup")
+
+    def configure_optimizers(self) -> Any:
+        self.look("configure_optimizers")
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+    def on_fit_start(self) -> None:
+        self.look("on_fit_start")
+
+    def on_train_epoch_start(self) -> None:
+        self.look("on_train_epoch_start")
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        if self.global_rank == 0:
-            for thing in (self.trainer, self.trainer.strategy, self):
-                before = exchanges()
-                for name in dir(type(thing)):
-                    if not name.startswith("_") and isinstance(getattr(type(thing), name), property):
-                        late = threading.Timer(5.0, os._exit, (1,))  # D2 of PAINS: a watchdog of 5 s
-                        late.start()
-                        with contextlib.suppress(Exception), warnings.catch_warnings():
-                            warnings.simplefilter("ignore")
-                            getattr(thing, name)
-                        late.cancel()
-                        key = type(thing).__name__
-                        self.read[key] = self.read.get(key, 0) + 1
-                assert exchanges() == before  # none of them began a collective
+        self.look("training_step")
         return super().training_step(batch, batch_idx)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.look("validation_step")
+
+    def on_train_end(self) -> None:
+        self.look("on_train_end")
 
 
-def test_d2_no_public_property_waits_for_another_rank() -> None:
-    read, none = on_ranks(2, _properties)
+def _properties(moment: str, arguments: dict[str, Any]) -> Any:
+    module = _Looks(moment)
+    trainer = make_trainer(max_epochs=2, **arguments)
+    own = arguments.get("use_distributed_sampler") is False  # the user's, of which ranks have other numbers
+    loader = DataLoader(data(4 + 2 * trainer.global_rank if own else 8), 2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The training loaders have other numbers of batches")
+        trainer.fit(module, loader, DataLoader(data(4), 2))
+    if moment == "after" and trainer.global_rank == 0:
+        _read_all(module.read, trainer, trainer.strategy, module)
+    return module.read, trainer.global_step
+
+
+_MOMENTS = [
+    "setup", "configure_optimizers", "on_fit_start", "on_train_epoch_start", "training_step", "validation_step",
+    "on_train_end", "after",
+]  # fmt: skip
+_ARGUMENTS: list[dict[str, Any]] = [
+    {}, {"use_distributed_sampler": False}, {"num_workers": "auto"}, {"reload_dataloaders_every_n_epochs": 1},
+    {"strategy": "fsdp"},
+]  # fmt: skip
+
+
+def _in_short(moment: str, arguments: dict[str, Any]) -> bool:
+    asks = moment == "configure_optimizers" and set(arguments) & {"use_distributed_sampler", "num_workers"}
+    return bool(asks) or (not arguments and moment in ("configure_optimizers", "training_step", "after"))
+
+
+@pytest.mark.parametrize(
+    ("moment", "arguments"),
+    [
+        pytest.param(
+            moment, arguments, id=f"{moment}-{next(iter(arguments), 'plain')}",
+            marks=[] if _in_short(moment, arguments) else pytest.mark.slow,
+        )
+        for moment in _MOMENTS for arguments in _ARGUMENTS
+    ],
+)  # fmt: skip
+def test_d2_no_public_property_waits_for_another_rank(moment: str, arguments: dict[str, Any]) -> None:
+    (read, steps), (none, others) = on_ranks(2, _properties, moment, arguments)
     assert read["Trainer"] > 40
-    assert read["DDPStrategy"] > 10
+    assert sum(read.values()) > 60
     assert read["_Looks"] > 8
     assert none == {}
+    assert steps == others == 4
+
+
+class _Asks(Net):
+    """Asks how many updates there will be in configure_optimizers, on some ranks, one after the other."""
+
+    def __init__(self, who: list[int], late: float = 0.0) -> None:
+        super().__init__()
+        self.who, self.late, self.told = who, late, -1
+
+    def train_dataloader(self) -> Any:
+        time.sleep(self.late * self.global_rank)
+        return DataLoader(data(8 + 2 * self.global_rank), 2)
+
+    def configure_optimizers(self) -> Any:
+        if self.global_rank in self.who:
+            self.told = int(self.trainer.estimated_stepping_batches)
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def _asks(who: list[int], late: float) -> Any:
+    module = _Asks(who, late)
+    trainer = make_trainer(max_epochs=2, use_distributed_sampler=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module)
+    said = [str(w.message) for w in caught if "estimated_stepping_batches" in str(w.message)]
+    return module.told, trainer.global_step, trainer.estimated_stepping_batches, said
+
+
+def test_d2_sc3_the_number_of_updates_is_the_same_on_all_ranks_that_ask_before_they_meet() -> None:
+    # the second rank asks for its loaders for longer than the first one would wait for one that does not ask
+    assert on_ranks(2, _asks, [0, 1], 2.0) == [(8, 8, 8, [])] * 2
+
+
+def test_d2_a_rank_that_asks_alone_is_answered_and_told_what_was_wrong() -> None:
+    zero, one = on_ranks(2, _asks, [1], 0.0)
+    assert (zero[:3], one[:3]) == ((-1, 8, 8), (10, 8, 8))
+    assert "by rank: {1: 5}; an epoch has 4" in zero[3][0]
 
 
 class _Fails(Net):

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from leyden.data.sharding import Deal
 from leyden.errors import MisconfigurationException
-from leyden.loops.ordered import Predicted, in_order
+from leyden.loops.several.ordered import Predicted, in_order
 from ranks import Judged, data, make_trainer, on_ranks
 
 

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import leyden as L
 from leyden.loggers import CSVLogger
-from leyden.loops.ahead import SMALL, Ahead, Lane
-from leyden.loops.graphs import WARMUP, CudaGraphs
+from leyden.loops.speed.ahead import SMALL, Ahead, Lane
+from leyden.loops.speed.graphs import WARMUP, CudaGraphs
 from leyden.tree import move_to
 
 

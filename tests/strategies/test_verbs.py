@@ -77,6 +77,9 @@ class Told:
         self.said.append("backward")
         super().backward(closure_loss, optimizer, *args, **kwargs)  # type: ignore[misc]
 
+    def post_training_step(self) -> None:
+        self.said.append("post_training_step")
+
     def pre_backward(self, closure_loss: Any) -> None:
         self.said.append("pre_backward")
 
@@ -149,7 +152,9 @@ def test_what_a_user_overrides_is_called(strategy: Any, tmp_path: Any) -> None:
     trainer.fit(module, loader(), loader())
     ddp = ["setup_distributed"] if isinstance(strategy, Several) else []
     step = ["backward", "post_backward 0", "optimizer_step"]
-    batches = [["batch_to_device", f"on_train_batch_start {i}", "pre_backward", *step] for i in range(2)]
+    batches = [
+        ["batch_to_device", f"on_train_batch_start {i}", "post_training_step", "pre_backward", *step] for i in range(2)
+    ]
     said = [text for text in strategy.said if text not in ("process_dataloader", "batch_to_device")]
     assert said == [
         "setup_environment", *ddp, "model_sharded_context", "setup", "model_to_device",
@@ -159,6 +164,7 @@ def test_what_a_user_overrides_is_called(strategy: Any, tmp_path: Any) -> None:
     ]  # fmt: skip
     assert strategy.said.count("batch_to_device") == module.moved == 4
     assert strategy.said.count("process_dataloader") == 2
+    assert "training_step" not in vars(strategy)  # what has called it is gone
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.05
     path = trainer.checkpoint_callback.best_model_path
     assert "more" in torch.load(path, weights_only=True)["state_dict"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from leyden.cli import first_fit
-from leyden.loops.footprint import first_batch
+from leyden.loops.studies.footprint import first_batch
 from leyden.trainer import Trainer
 
 

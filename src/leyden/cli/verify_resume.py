@@ -12,8 +12,8 @@ from typing import Any
 
 from leyden.compat.process import environment
 from leyden.errors import LeydenError
-from leyden.loops.probe import Task, watch
-from leyden.loops.verify import verify
+from leyden.loops.studies.probe import Task, watch
+from leyden.loops.studies.verify import verify
 from leyden.trainer import Trainer
 
 EXACT, DIFFERENT, COULD_NOT_RUN = 0, 1, 2

@@ -30,7 +30,7 @@ from leyden.types import TrainerFn
 if TYPE_CHECKING:
     from leyden.data.position import Place, Supply
     from leyden.data.wait import Waits
-    from leyden.loops.uneven import Uneven
+    from leyden.loops.several.uneven import Uneven
 
 _END = object()
 
@@ -195,7 +195,7 @@ def request(session: Session, prefix: str, mode: str) -> CombinedLoader:
     Raises:
         TypeError: for a loader that cannot be iterated.
     """
-    from leyden.loops import elastic  # noqa: PLC0415  # when a run begins, not when a script imports names
+    from leyden.loops.several import elastic  # noqa: PLC0415  # when a run begins, not when a script imports names
 
     name = f"{prefix}_dataloader"
     given = session.sources.get(prefix)
@@ -336,6 +336,8 @@ class TrainingData:
         layout: Among how many the data are shared out.
         epoch_batches: How many batches the epoch has that runs now: others, where other processes have begun it.
         load_rng: State of the random generators when the loaders were asked for.
+        settled: Whether all processes have agreed on this; until then ``sized`` and ``num_batches`` are those of this one.
+        told: The number of batches that somebody was told before; None if nobody has asked.
         iterator: Over the batches of an epoch that has not begun; None otherwise.
         ahead: What tells when the end is reached, where the loaders do not.
 
@@ -355,19 +357,38 @@ class TrainingData:
             )
         self.sized = total(loader) < math.inf
         self.layout = Layout(session.strategy.data_size, session.turns, session.config.accumulate_grad_batches)
-        counts = [_of_turns(x, limit, session.turns) for x in loader.flattened]
-        loader.limits = counts
+        loader.limits = [_of_turns(x, limit, session.turns) for x in loader.flattened]
         self.num_batches = total(loader)
         self.uneven: Uneven | None = None
-        if session.strategy.world_size > 1:
-            from leyden.loops.uneven import Uneven  # noqa: PLC0415  # only for several processes
-
-            self.uneven = uneven = Uneven(session, loader, counts)
-            self.sized, self.num_batches = uneven.sized, uneven.num_batches
+        self.told: int | float | None = None
         self.epoch_batches = self.num_batches
-        self.supply = supply(session, loader, "train", session.module.training_step)
+        self.supply: Supply
         self.iterator: Iterator[Any] | None = None
         self.ahead: Ahead = None
+        self.settled = False
+        if session.strategy.world_size == 1:
+            self.settle(session)
+
+    def settle(self, session: Session) -> bool:
+        """Agree with the other processes on what an epoch is, once, where all come to it; return whether it was now."""
+        if self.settled:
+            return False
+        if session.strategy.world_size > 1:
+            from leyden.loops.several.uneven import Uneven  # noqa: PLC0415  # only for several processes
+
+            self.uneven = uneven = Uneven(session, self.loader, self.told)
+            self.sized, self.num_batches = uneven.sized, uneven.num_batches
+            self.epoch_batches = self.num_batches
+        self.supply = supply(session, self.loader, "train", session.module.training_step)
+        self.settled = True
+        return True
+
+    def foresee(self, session: Session) -> None:
+        """Say how many batches an epoch will have, as far as it can be known before the processes have agreed."""
+        if not self.settled:
+            from leyden.loops.several.uneven import foreseen  # noqa: PLC0415  # only for several processes
+
+            self.told = self.num_batches = foreseen(session, self.loader)
 
     def begin(self, session: Session, place: Place | None = None) -> None:
         """Begin an epoch, or go on at ``place``."""
@@ -442,7 +463,8 @@ class TrainingData:
         self.iterator = None
         if self.ahead is not None:
             self.ahead.close()
-        self.supply.release()
+        if self.settled:
+            self.supply.release()
 
 
 def check_end(data: TrainingData | None, count: int, epoch: int) -> None:

@@ -186,6 +186,8 @@ class FitLoop:
         if resumed is not None:
             resumed.load(self, session)
         data = self.data or self.load_data(session)
+        if data.settle(session):
+            self.measure(session, data.num_batches)
         if resumed is None and data.iterator is None:
             data.supply.start_epoch("train", progress.epoch)
             data.begin(session)
@@ -244,6 +246,8 @@ class FitLoop:
         begun = progress.batch_idx > 0 or bool(progress.tail) or (resumed is not None and resumed.opened)
         place = None if resumed is None else resumed.arrive(self, session, begun)
         data = self.load_data(session)
+        if data.settle(session):
+            self.measure(session, data.num_batches)
         if data.iterator is None:
             data.supply.start_epoch("train", progress.epoch)
         self.last = False

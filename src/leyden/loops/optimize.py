@@ -20,7 +20,7 @@ from leyden.loops.session import Session
 from leyden.module import LightningModule
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.strategies.verbs import is_own, own_backward
-from leyden.tree import detach
+from leyden.tree import detach, parameters_of
 
 
 class Optimization:
@@ -218,7 +218,7 @@ def _nothing() -> None:
 def _first_update(opt: Optimization) -> None:
     """The first update of a fit of one process: say which parameters the loss has not reached; once, and then never."""
     del opt.update  # the method again
-    given = {id(p) for one in opt.optimizers for group in one.param_groups for p in group["params"]}
+    given = {id(p) for one in opt.optimizers for p in parameters_of(one)}
     mine = [(name, p) for name, p in opt.module.named_parameters() if p.requires_grad and id(p) in given]
     unused = [name for name, p in mine if p.grad is None]
     if unused and len(unused) < len(mine):
@@ -362,7 +362,7 @@ def step_losses(
     weight = declared(opt, output, divisor)
     graphs = []
     for optimizer, loss in zip(opt.optimizers, losses, strict=True):
-        own = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        own = [p for p in parameters_of(optimizer) if p.requires_grad]
         if loss is not None and own:
             graphs.append((loss * weight if weight is not None else loss / divisor if divisor > 1 else loss, own))
     while graphs:

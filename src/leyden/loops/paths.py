@@ -16,6 +16,7 @@ from leyden.loops.optimize import Optimization, learn
 from leyden.loops.profiled import measured
 from leyden.loops.session import Session
 from leyden.optim import needs_closure
+from leyden.tree import parameters_of
 
 
 def choose(session: Session, straight: Callable[..., Any]) -> tuple[Callable[..., Any], int]:
@@ -30,7 +31,7 @@ def choose(session: Session, straight: Callable[..., Any]) -> tuple[Callable[...
         train = closure_batch
     draws = batches.takes(step, "dataloader_iter")
     if session.config.cuda_graphs:
-        from leyden.loops.graphs import graphed  # noqa: PLC0415  # only runs that ask for graphs need it
+        from leyden.loops.speed.graphs import graphed  # noqa: PLC0415  # only runs that ask for graphs need it
 
         why = None if train is straight else _WHY_NOT[train]
         train = graphed(session, train, "training_step takes dataloader_iter" if draws else why)
@@ -184,7 +185,7 @@ def indexed_batch(
             evaluation.run()
             if evaluation.loss is not None:
                 outputs = evaluation.output
-            if steps and any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            if steps and any(p.grad is not None for p in parameters_of(optimizer)):
                 _step(session, opt, index, batch_idx, evaluation)
         if not steps:
             weights[index] = opt.window_weight, opt.window_mixes

@@ -9,9 +9,10 @@ from typing import Any
 from leyden.data.feed import Pass
 from leyden.data.position import Place, Supply
 from leyden.data.reshare import Layout, Move
+from leyden.loops.batches import TrainingData
 from leyden.loops.evaluate import Before
 from leyden.loops.fit import FitLoop
-from leyden.loops.session import Session
+from leyden.loops.session import FORESEEN, Session
 from leyden.progress import Progress
 from leyden.runtime.ranks import rank_zero_info, rank_zero_warn
 from leyden.runtime.seed import rng_state, set_rng_state
@@ -21,7 +22,7 @@ def gather(loop: FitLoop, progress: Progress, accumulate: int = 1) -> dict[str, 
     """Return the state of the loaders of a fit, training and validation, as plain data; warns, once, of those without."""
     before, validation = unfinished(loop, progress), loop.validation
     state: dict[str, Any] = {"load_rng": None, "val_load_rng": validation.load_rng}
-    if loop.data is not None:
+    if loop.data is not None and loop.data.settled:
         # all batches are done where the tail of the last one is what is left of the epoch
         opened = loop.opened == progress.epoch and not progress.epoch_done
         inside = (progress.batch_idx > 0 or opened) and not progress.epoch_done and not (loop.last and progress.tail)
@@ -42,10 +43,14 @@ def gather(loop: FitLoop, progress: Progress, accumulate: int = 1) -> dict[str, 
 
 
 def ask_ahead(loop: FitLoop, session: Session) -> None:
-    """Ask for the training loaders before a fit that goes on has its counters back: as of the epoch in which it goes on."""
+    """Ask for the training loaders before a fit that goes on has its counters back: as of the epoch in which it goes on.
+
+    It may be one of several processes that asks: nothing here is an exchange that all must take part in.
+    """
+    session.strategy.announce(FORESEEN)
     ours = (session.checkpoint or {}).get("leyden") or {}
     if "data" not in ours:
-        loop.load_data(session)
+        _foresee(loop, session, loop.load_data(session))
         return
     progress, random = session.progress, rng_state()
     before = progress.state_dict()
@@ -58,6 +63,13 @@ def ask_ahead(loop: FitLoop, session: Session) -> None:
     loop.asked_ahead = True
     progress.load_state_dict(before)
     set_rng_state(random)
+    assert loop.data is not None
+    _foresee(loop, session, loop.data)
+
+
+def _foresee(loop: FitLoop, session: Session, data: TrainingData) -> None:
+    data.foresee(session)
+    loop.measure(session, data.num_batches)
 
 
 def _ask(loop: FitLoop, session: Session) -> None:

@@ -64,7 +64,7 @@ class PredictLoop:
             predictions = self._predict(session)
         if not self.gather or predictions is None or session.strategy.world_size == 1:
             return predictions
-        from leyden.loops import ordered  # noqa: PLC0415  # for those who ask for it
+        from leyden.loops.several import ordered  # noqa: PLC0415  # for those who ask for it
 
         dealt, self._dealt = self._dealt, []
         found = ordered.gather(session.strategy, dealt)
@@ -95,7 +95,7 @@ class PredictLoop:
         """Note what there is to gather, if anything is."""
         if self.gather and self.loader is not None:
             from leyden.data.sharding import deal_of  # noqa: PLC0415  # see run
-            from leyden.loops.ordered import Predicted  # noqa: PLC0415  # see run
+            from leyden.loops.several.ordered import Predicted  # noqa: PLC0415  # see run
 
             rows = zip(self.loader.flattened, outputs, indices, strict=True)
             self._dealt = [Predicted(deal_of(loader), kept, [len(i) for i in seen]) for loader, kept, seen in rows]

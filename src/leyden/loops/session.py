@@ -22,7 +22,7 @@ from leyden.progress import Progress
 from leyden.results import Results
 from leyden.signals import Interrupt
 from leyden.strategies.base import Strategy
-from leyden.strategies.verbs import calls_of, is_own
+from leyden.strategies.verbs import calls_of, follow_steps, is_own
 from leyden.types import RunningStage, TrainerFn, TrainerView
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ STEPS = {
     TrainerFn.PREDICTING: ("predict_step",),
 }
 """The steps that each kind of run takes."""
+FORESEEN = "batches"
+"""Under what ranks tell each other how many batches they have, before they meet."""
 _LENT = ("log", "log_dict")
 _TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -74,6 +76,8 @@ class Session:
     """What stands on the module while the run is compiled."""
     undo: Callable[[], None] | None = None
     """Takes away what was put on the module for the length of the run."""
+    unfollow: Callable[[], None] | None = None
+    """Takes away what follows the steps of a user's strategy."""
     checkpoint: dict[str, Any] | None = None
     """What a fit goes on from, until all of it is restored."""
     across: Any = None
@@ -152,7 +156,7 @@ class Session:
     def bind(self, callbacks: list[Any], profiler: Any) -> None:
         """Bind all hooks to the calls that somebody wrote, and send ``self.log`` to this run."""
         self.profiler = profiler
-        theirs = calls_of(self.strategy)
+        theirs, self.unfollow = calls_of(self.strategy), follow_steps(self.strategy)
         if profiler is not None:
             self.strategy = cast("Strategy", ProfiledStrategy(self.strategy, profiler))
             if (attend := getattr(profiler, "attend", None)) is not None:
@@ -160,7 +164,7 @@ class Session:
         meet = self._across() if self.strategy.world_size > 1 else None
         self.hooks = bind(self.trainer, self.module, self.datamodule, callbacks, self.results, profiler, meet, theirs)
         if self.across is not None:
-            from leyden.loops.same import facts  # noqa: PLC0415  # only for several processes
+            from leyden.loops.several.same import facts  # noqa: PLC0415  # only for several processes
 
             self.across.bound(self.hooks, facts(self))
         if not self.config.barebones:
@@ -190,7 +194,7 @@ class Session:
             self.across.agree_to_stop()
 
     def _across(self) -> Callable[[], None]:
-        from leyden.loops.across import Across  # noqa: PLC0415  # only for several processes
+        from leyden.loops.several.across import Across  # noqa: PLC0415  # only for several processes
 
         local = self.config.rule("epoch_mean") == "local unless sync_dist"
         self.across = across = Across(self.strategy, self.results, self.trainer, local)
@@ -212,8 +216,10 @@ class Session:
         self.strategy.precision.detach()
         if self.compilation is not None:
             self.compilation.remove()
-        if self.undo is not None:
-            self.undo()
+        if self._shelf is not None:
+            self._shelf.release()
+        for undo in filter(None, (self.undo, self.unfollow)):
+            undo()
         for callback in callbacks:
             for name in _LENT:
                 if getattr(vars(callback).get(name), "__self__", None) is self.module:
@@ -265,7 +271,7 @@ class Session:
             return None  # loaders deliver host memory: nothing to move
         move_batch: Callable[..., Any] = move or module.transfer_batch_to_device
         if device.type == "cuda" and self.config.fast_data and not move and not own:
-            from leyden.loops.ahead import Ahead, Lane  # noqa: PLC0415  # only runs on CUDA copy batches ahead
+            from leyden.loops.speed.ahead import Ahead, Lane  # noqa: PLC0415  # only runs on CUDA copy batches ahead
 
             move_batch = ahead = Ahead(device, Lane(device))
             if not (before or after or converts):

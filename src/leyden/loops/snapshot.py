@@ -177,7 +177,7 @@ def _of_this_rank(checkpoint: dict[str, Any], strategy: Strategy) -> dict[str, A
         if (ours.get("window") or {}).get("and_spread"):
             ours["window"] = {**ours["window"], "gradients": {**shared, **ours["window"]["gradients"]}}
     else:
-        from leyden.loops import merge  # noqa: PLC0415  # where another number of processes goes on
+        from leyden.loops.several import merge  # noqa: PLC0415  # where another number of processes goes on
 
         ours.pop("window", None)
         ours.update(merge.of_rank(ranks, rank, share, size, checkpoint.get("state_dict") or {}))
@@ -304,7 +304,7 @@ def restore_training(
             metrics = metrics_of(strategy.module)
             results.load_state_dict(ours["results"], metrics)
             if isinstance(ours["metrics"], list):
-                from leyden.loops import merge  # noqa: PLC0415  # where another number of processes goes on
+                from leyden.loops.several import merge  # noqa: PLC0415  # where another number of processes goes on
 
                 merge.put_metrics(metrics, ours["metrics"], strategy.data_rank == 0, strategy.root_device)
             else:

@@ -86,7 +86,7 @@ def compile_steps(session: Session, fn: TrainerFn) -> None:
     wanted = session.config.compile
     steps = [getattr(session.module, name) for name in STEPS[fn]]
     if wanted or session.compiler is not None or any(hasattr(step, "_torchdynamo_orig_callable") for step in steps):
-        from leyden.loops.compiled import Compilation  # noqa: PLC0415  # loads all of torch's compiler
+        from leyden.loops.speed.compiled import Compilation  # noqa: PLC0415  # loads all of torch's compiler
 
         session.compilation = Compilation(session, fn)
 
@@ -145,7 +145,7 @@ def configure_optimizers(session: Session) -> None:
         if (fused := getattr(optimizer, "_leyden_fused", None)) is not None:
             fused.undo()  # by an earlier fit, which had the same object, or what this one wraps
     if config.fused_optimizers:
-        from leyden.loops.fused import fuse  # noqa: PLC0415  # only runs that ask for it
+        from leyden.loops.speed.fused import fuse  # noqa: PLC0415  # only runs that ask for it
 
         fuse(optimizers, module)
     optimizers = session.strategy.precision.attach(module, optimizers, [each.scheduler for each in schedules])
@@ -261,7 +261,7 @@ def checkpoint_path(trainer: Any, given: Any, provided: bool, cluster: Any, date
     if given is None and fitting:
         given = vintage.earlier_session(trainer, dated)
     if fitting and os.environ.get("TORCHELASTIC_RUN_ID"):
-        from leyden.loops import restarted  # noqa: PLC0415  # only under torchrun
+        from leyden.loops.several import restarted  # noqa: PLC0415  # only under torchrun
 
         given = restarted.resume_point(trainer, given)
     if given == "hpc" or (cluster is not None and fitting):

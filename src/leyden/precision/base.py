@@ -16,7 +16,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.overrides import TorchFunctionMode
 
 from leyden.errors import MisconfigurationException, did_you_mean
-from leyden.tree import tree_map
+from leyden.tree import parameters_of, tree_map
 
 _NOTHING: AbstractContextManager[Any] = nullcontext()
 
@@ -109,7 +109,7 @@ class Precision:
             return None
         if isinstance(parameters, Optimizer):
             self.unscale(parameters)
-            parameters = [parameter for group in parameters.param_groups for parameter in group["params"]]
+            parameters = parameters_of(parameters)
         if algorithm == "norm":
             return nn.utils.clip_grad_norm_(parameters, value)
         nn.utils.clip_grad_value_(parameters, value)
@@ -194,7 +194,7 @@ class Precision:
 
     def main_params(self, optimizer: Optimizer) -> list[Any]:
         """Return the parameters whose gradients are clipped."""
-        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return parameters_of(optimizer)
 
     def clip_gradients(
         self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm"

@@ -15,6 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from leyden.errors import MisconfigurationException
 from leyden.precision.base import Precision
 from leyden.precision.hooked import closure_of
+from leyden.tree import parameters_of
 
 _DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
@@ -126,4 +127,4 @@ class MixedPrecision(Precision):
 
 
 def _has_gradients(optimizer: Optimizer) -> bool:
-    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
+    return any(parameter.grad is not None for parameter in parameters_of(optimizer))

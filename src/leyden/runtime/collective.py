@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +29,8 @@ from leyden.runtime.world import OURS, World
 
 NOTICE = 30.0
 """Seconds that processes wait for each other to start, before they say so."""
+PATIENCE = 10.0
+"""Seconds that a thread has, at the end of the program, to come back from a question to the store."""
 LOCAL = ("127.0.0.1", "localhost", "::1")
 _STORES: dict[int, Store] = {}
 """The connection of process ``pid`` to the store at which all meet, in rank 0 with the store itself: a forked process has
@@ -140,6 +142,7 @@ def _connect(world: World, timeout: timedelta, serves: bool) -> Store:
     thread = threading.Thread(target=connect, name="leyden-connect", daemon=True)
     began, notice = time.monotonic(), NOTICE
     thread.start()
+    guard(thread)
     until = began + timeout.total_seconds() + 1.0  # torch itself waits for ever for an answer from who is no store
     while thread.is_alive():
         thread.join(min(notice, max(until - time.monotonic(), 0.01)))
@@ -155,6 +158,45 @@ def _connect(world: World, timeout: timedelta, serves: bool) -> Store:
         raise found[0]
     store: Store = found[0]
     return store
+
+
+_GUARDED: dict[threading.Thread, Callable[[], None]] = {}
+"""Threads that may be in a call of torch when the interpreter ends, with what tells them to stop."""
+
+
+def guard(thread: threading.Thread, stop: Callable[[], None] = lambda: None) -> None:
+    """See to it that ``thread``, which asks the store, is over before the interpreter ends.
+
+    Python ends a daemon thread that comes back from a call at that moment, in the middle of torch's C++, which takes that
+    for the end of the process: "terminate called without an active exception", and SIGABRT for an exit code.
+
+    Args:
+        thread: Which has begun.
+        stop: Lets it end soon.
+    """
+    for each in [each for each in _GUARDED if not each.is_alive()]:
+        del _GUARDED[each]
+    _GUARDED[thread] = stop
+    atexit.unregister(_end_threads)
+    atexit.register(_end_threads)  # ahead of what was registered before, which may wait for the store as well
+
+
+def _end_threads() -> None:
+    """The program is over: stop the threads, and where one cannot, leave without the end that it would not survive."""
+    for thread, stop in _GUARDED.items():
+        if thread.is_alive():  # in a copy of this process it is not
+            with contextlib.suppress(Exception):
+                stop()
+            thread.join(PATIENCE)
+    if not any(thread.is_alive() for thread in _GUARDED):
+        return
+    _say(
+        "the program is over, but the store of rank 0 does not answer: its process hangs or is stopped, or the way is cut"
+    )
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(1)
 
 
 def _roll_call(store: Store, world: World, timeout: timedelta) -> None:

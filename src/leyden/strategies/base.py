@@ -20,7 +20,7 @@ from leyden.precision import Precision
 from leyden.precision.base import WithoutInit
 from leyden.signals import Interrupt
 from leyden.strategies.verbs import Verbs
-from leyden.tree import move_to
+from leyden.tree import move_to, parameters_of
 from leyden.types import PathLike
 
 if TYPE_CHECKING:
@@ -279,13 +279,12 @@ class Strategy(Verbs):
             RuntimeError: with ``error_if_nonfinite``, where the norm is infinite or no number.
         """
         self.precision.unscale(optimizer)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+        return nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm, norm_type, error_if_nonfinite)
 
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
         """Clip each element of the gradients of the optimizer's parameters to [-clip_val, clip_val]."""
         self.precision.unscale(optimizer)
-        nn.utils.clip_grad_value_([p for group in optimizer.param_groups for p in group["params"]], clip_val)
+        nn.utils.clip_grad_value_(parameters_of(optimizer), clip_val)
 
     # -- steps
 
@@ -340,7 +339,7 @@ class Strategy(Verbs):
 
     def scale_gradients(self, optimizer: Optimizer, factor: Any) -> None:
         """Multiply the gradients of the optimizer's parameters by a number, or by a tensor with one element."""
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         if grads:
             torch._foreach_mul_(grads, factor)
 
@@ -368,6 +367,10 @@ class Strategy(Verbs):
         Where all processes take part in each step of any, one without a batch gets ``IDLE``, and calls ``keep_up``.
         """
         return batches
+
+    def why_no_join(self) -> str | None:
+        """Why a process cannot take part in the training step of others without a batch; None if it can."""
+        return f"{type(self).__name__} cannot let a rank take part in a step without a batch"
 
     def keep_up(self) -> None:
         """Take part in the exchanges of a step that other processes run, where this one has no batch."""
@@ -419,6 +422,13 @@ class Strategy(Verbs):
     def unanimous(self, about: str) -> bool:
         """Whether all processes ask this at the same point, without an exchange where they do not."""
         return True
+
+    def announce(self, about: str) -> None:
+        """Let other processes know that this one is going to ``hear`` about something; no exchange."""
+
+    def hear(self, about: str, mine: str) -> dict[int, str]:
+        """Tell ``mine``; return, by rank, what others have told that are at it too: no exchange, this may be the only one."""
+        return {self.global_rank: mine}
 
     def agree_on(self, interrupt: Interrupt) -> bool:
         """Make what ``interrupt`` says the same in all processes, where all are at the same point; return ``received``."""

@@ -24,6 +24,7 @@ from leyden.strategies.base import Strategy
 from leyden.strategies.buckets import Order
 from leyden.strategies.parallel import ParallelStrategy
 from leyden.strategies.through import Through
+from leyden.tree import parameters_of
 
 _WRAPPER = (
     "bucket_cap_mb", "broadcast_buffers", "init_sync", "find_unused_parameters", "check_reduction",
@@ -66,8 +67,6 @@ class DDPStrategy(ParallelStrategy):
     """
 
     strategy_name = "ddp"
-    joins = True
-    """Whether a rank can take part in a step without a batch."""
 
     def __init__(
         self,
@@ -112,9 +111,12 @@ class DDPStrategy(ParallelStrategy):
         self._checked, self._automatic = False, True
         self._frozen: list[nn.Parameter] = []
         """What did not require gradients when the module was wrapped: of this the wrapper never learns."""
+        self._asleep: dict[Optimizer, tuple[list[int] | None, list[nn.Parameter]]] = {}
+        """What of it an optimizer has, with the sizes of its groups then."""
         self._met: dict[nn.Parameter, tuple[Tensor | None, int]] = {}
         """Gradients that were averaged ahead of a step, with the version that they had then."""
         self._order: Order | None = None
+        self._search: Any = None
 
     # ------------------------------------------------------------------ the life of a module
 
@@ -178,6 +180,16 @@ class DDPStrategy(ParallelStrategy):
         if self._wrapped is not None and not self._checked and self.world_size > 2 and self._hook[1] is None:
             self._order = Order(self._wrapped, [p for p in self.module.parameters() if p.requires_grad])
             self._order.listen()
+        if self._wrapped is not None and self.world_size > 1 and not self._by_hand:
+            self._probe(self._wrapped)
+
+    def _probe(self, wrapper: Any) -> None:
+        """Look at what the search for unused parameters finds in the first updates, if there is one."""
+        if wrapper.static_graph or not wrapper.find_unused_parameters:
+            return
+        from leyden.strategies.searched import Search  # noqa: PLC0415  # few runs search
+
+        self._search = Search(wrapper, self.module, partial(self.hear, "searched"))
 
     def on_its_own(self) -> Strategy | None:
         # layers that share statistics meet in their forward
@@ -225,7 +237,7 @@ class DDPStrategy(ParallelStrategy):
         averager = PeriodicModelAverager(period=self.model_averaging_period, warmup_steps=start)
 
         def average(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-            averager.average_parameters(p for group in optimizer.param_groups for p in group["params"])
+            averager.average_parameters(iter(parameters_of(optimizer)))
 
         self._averages += [optimizer.register_step_post_hook(average) for optimizer in self.optimizers]
 
@@ -233,8 +245,10 @@ class DDPStrategy(ParallelStrategy):
         if self._order is not None:
             self._order.close()
         self._order = None
-        through, self._through, self._wrapped = self._through, None, None
-        self._frozen, self._met = [], {}
+        if self._search is not None:
+            self._search.close()
+        through, self._through, self._wrapped, self._search = self._through, None, None, None
+        self._frozen, self._met, self._asleep = [], {}, {}
         if through is not None:
             through.remove()
 
@@ -258,6 +272,9 @@ class DDPStrategy(ParallelStrategy):
         finally:
             through.step = None
 
+    def why_no_join(self) -> str | None:
+        return self.statistics_need_all()
+
     def idle_step(self) -> None:
         model, through = self._wrapped, self._through
         if model is None or through is None or self._alone:
@@ -275,10 +292,10 @@ class DDPStrategy(ParallelStrategy):
             return
         several = self.world_size > 1 and not self._alone
         travels = several and not model.require_backward_grad_sync
-        late = several and any(parameter.requires_grad for parameter in self._frozen)
+        late = self._late(optimizer) if several and self._frozen else []
         if self._checked and not travels and not late:
             return  # an ordinary step: nothing is looked for among the parameters
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = parameters_of(optimizer)
         if not self._checked:
             self._checked = True
             if any(parameter.grad is None and parameter.requires_grad for parameter in parameters):
@@ -288,8 +305,17 @@ class DDPStrategy(ParallelStrategy):
         if travels:
             self._average(parameters)
         elif late:
-            frozen = set(self._frozen)
-            self._average([p for p in parameters if p in frozen and p.requires_grad])
+            self._average(late)
+
+    def _late(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        """Parameters of an optimizer that were frozen when the module was wrapped, and are not any more."""
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        former, frozen = self._asleep.get(optimizer, (None, []))
+        if former != sizes:  # few optimizers have any of them: they are looked for once, and when there are others
+            known = set(self._frozen)
+            frozen = [p for p in parameters_of(optimizer) if p in known]
+            self._asleep[optimizer] = sizes, frozen
+        return [p for p in frozen if p.requires_grad]
 
     def _average(self, parameters: list[nn.Parameter]) -> None:
         """Average gradients over all ranks, unless they have been averaged and nobody has touched them since."""
@@ -320,8 +346,8 @@ class DDPStrategy(ParallelStrategy):
         # by hand this comes ahead of the step, which averages: the norm is to be that of the mean
         self.exchange_gradients(optimizer)
         norm = super().clip_gradients(optimizer, value, algorithm)
-        for group in optimizer.param_groups:
-            self._met.update((p, (p.grad, 0 if p.grad is None else p.grad._version)) for p in group["params"])  # noqa: SLF001  # torch has no other name for it
+        for p in parameters_of(optimizer):
+            self._met[p] = p.grad, 0 if p.grad is None else p.grad._version  # noqa: SLF001  # torch has no other name for it
         return norm
 
     def unused(self, module: nn.Module, error: RuntimeError | None) -> RuntimeError:
@@ -335,7 +361,7 @@ class DDPStrategy(ParallelStrategy):
         inside = ", ".join(f"{path or 'the module itself'}: {kind}" for kind, path in list(kinds.items())[:4])
         mine = f"{mine} (in {inside})" if names else _first_line(error)
         # no exchange: the others may wait for these gradients
-        told = {self.global_rank: mine} if self._watch is None else self._watch.hear("unused", mine)
+        told = self.hear("unused", mine)
         ranks: dict[str, list[int]] = {}
         for rank, text in told.items():
             ranks.setdefault(text, []).append(rank)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -29,9 +28,9 @@ from leyden.precision import Precision
 from leyden.precision.deepspeed import DeepSpeedPrecision
 from leyden.runtime.world import OURS
 from leyden.strategies import deepspeed_arguments as arguments
-from leyden.strategies.base import IDLE
 from leyden.strategies.parallel import ParallelStrategy
 from leyden.strategies.through import Through
+from leyden.strategies.turns import in_turn
 
 _OURS = (
     "accelerator", "parallel_devices", "cluster_environment", "config", "logging_level", "precision_plugin",
@@ -396,24 +395,12 @@ class DeepSpeedStrategy(ParallelStrategy):
 
     def paced(self, batches: Iterator[tuple[Any, int, int]]) -> Iterator[tuple[Any, int, int]]:
         spread = self.engine is not None and self.stage == 3 and self.world_size > 1
-        return self._in_turn(batches) if spread else batches
-
-    def _in_turn(self, batches: Iterator[tuple[Any, int, int]]) -> Iterator[tuple[Any, int, int]]:
+        if not spread:
+            return batches
         from leyden.strategies.zero import held_together  # noqa: PLC0415  # with an engine
 
-        while True:
-            item = next(batches, None)
-            mine = math.inf if item is None else float(item[2])
-            first = -1.0
-            while first != mine:
-                turns = self.gather_numbers(torch.tensor([mine], dtype=torch.float64))
-                first = float(turns.min())
-                if first == math.inf:
-                    return
-                # where not all have a batch, the weights are brought together beforehand, on all ranks
-                uneven = bool((turns != first).any())
-                with held_together(self.engine) if uneven else contextlib.nullcontext():
-                    yield item if first == mine and item is not None else (IDLE, 0, int(first))
+        # where not all have a batch, the weights are brought together beforehand, on all ranks
+        return in_turn(self, batches, lambda: False, lambda: held_together(self.engine))
 
     # ------------------------------------------------------------------ checkpoints
 

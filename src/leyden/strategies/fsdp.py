@@ -75,7 +75,6 @@ class FSDPStrategy(MeshStrategy):
     """
 
     strategy_name = "fsdp"
-    joins = True
 
     def __init__(
         self,
@@ -335,6 +334,9 @@ class FSDPStrategy(MeshStrategy):
 
     def training_step(self, *args: Any) -> Any:
         return super().training_step(*args) if self._root is None else self._run(self._learning, self._cast(args))
+
+    def why_no_join(self) -> str | None:
+        return self.statistics_need_all()
 
     def idle_step(self) -> None:
         if self._root is None or self._by_hand or self._alone or self.world_size == 1:

@@ -25,10 +25,10 @@ from leyden.loading import apply_state_dict, clean_names
 from leyden.precision.base import CLIP_ALGORITHMS
 from leyden.runtime.collective import average_flat, copy_flat
 from leyden.runtime.ranks import rank_zero_info
-from leyden.strategies.base import IDLE
 from leyden.strategies.parts import Parts, steps_by_parts
 from leyden.strategies.spread import ShardedCheckpoints, local, rebuilt
-from leyden.tree import tree_map
+from leyden.strategies.turns import in_turn
+from leyden.tree import parameters_of, tree_map
 
 __all__ = ["DATA", "TENSOR", "MeshStrategy", "by_kind", "is_spread", "local", "rebuilt"]
 
@@ -206,24 +206,12 @@ class MeshStrategy(ShardedCheckpoints):
         return torch.no_grad()  # the parts of a tensor are brought together in memory that training uses again
 
     def paced(self, batches: Iterator[tuple[Any, int, int]]) -> Iterator[tuple[Any, int, int]]:
-        return batches if self.data_size == 1 else self._in_turn(batches)
+        return batches if self.data_size == 1 else in_turn(self, batches, self.knows_the_step, self._without_exchanges)
 
-    def _in_turn(self, batches: Iterator[tuple[Any, int, int]]) -> Iterator[tuple[Any, int, int]]:
-        while True:
-            item = next(batches, None)
-            mine = math.inf if item is None else float(item[2])
-            first = -1.0
-            while first != mine:
-                turns = self.gather_numbers(torch.tensor([mine, float(self.knows_the_step())], dtype=torch.float64))
-                first = float(turns[:, 0].min())
-                if first == math.inf:
-                    return
-                if bool(((turns[:, 0] > first) & (turns[:, 1] == 0)).any()):
-                    self.hold_together()
-                if first != mine:
-                    yield IDLE, 0, int(first)
-            assert item is not None
-            yield item
+    @contextmanager
+    def _without_exchanges(self) -> Iterator[None]:
+        self.hold_together()
+        yield
 
     def knows_the_step(self) -> bool:
         """Whether this process knows the exchanges of a step of the evaluation that runs: it has run one itself."""
@@ -235,7 +223,7 @@ class MeshStrategy(ShardedCheckpoints):
     def exchange_gradients(self, optimizer: Optimizer) -> None:
         """Average the gradients of parameters that are not spread; runs before each step of an optimizer."""
         if self.world_size > 1 and not self._alone:
-            self.average([p for p in _parameters(optimizer) if not isinstance(p, DTensor)])
+            self.average([p for p in parameters_of(optimizer) if not isinstance(p, DTensor)])
 
     def average(self, parameters: list[Any], group: Any = None) -> None:
         """Average the gradients of ``parameters`` over all processes, or those of a ``group``, in one exchange."""
@@ -262,19 +250,19 @@ class MeshStrategy(ShardedCheckpoints):
             return super().optimizer_step(optimizer, None, **kwargs)
 
     def scale_gradients(self, optimizer: Optimizer, factor: Any) -> None:
-        for together in by_kind(local(p.grad) for p in _parameters(optimizer) if p.grad is not None):
+        for together in by_kind(local(p.grad) for p in parameters_of(optimizer) if p.grad is not None):
             torch._foreach_mul_(together, factor)
 
     def clip_gradients(self, optimizer: Optimizer, value: float, algorithm: str) -> Tensor | None:
         self.precision.unscale(optimizer)
-        grads = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+        grads = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         if (
             algorithm not in CLIP_ALGORITHMS
             or not value
             or value <= 0
             or not any(isinstance(g, DTensor) for g in grads)
         ):
-            return self.precision.clip(_parameters(optimizer), value, algorithm)
+            return self.precision.clip(parameters_of(optimizer), value, algorithm)
         if algorithm == "value":
             for together in by_kind(local(grad) for grad in grads):
                 torch._foreach_clamp_max_(together, value)
@@ -291,7 +279,7 @@ class MeshStrategy(ShardedCheckpoints):
         error_if_nonfinite: bool = True,
     ) -> Tensor:
         self.precision.unscale(optimizer)
-        grads = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+        grads = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         if norm_type == 2.0 or not grads:
             norm = self.total_norm(grads)
         else:  # few ask: each tensor is brought together
@@ -428,10 +416,6 @@ def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     for tensor in tensors:
         kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     return list(kinds.values())
-
-
-def _parameters(optimizer: Optimizer) -> list[Any]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _whole(tensor: DTensor) -> Tensor:

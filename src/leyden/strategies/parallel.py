@@ -35,6 +35,8 @@ from leyden.tree import leaves, tree_map
 _PROGRAMS = itertools.count()
 _RUNS = itertools.count()
 """All ranks run the same script, and so make the same runs in the same order."""
+_SOON = 1.0
+"""Seconds that a rank listens for others that may not be at what it is at."""
 UNEVEN = ("stop", "join", "pad")
 """What may happen where ranks have other numbers of training batches."""
 
@@ -363,6 +365,14 @@ class ParallelStrategy(Strategy):
         with torch.no_grad():
             copy_flat(list(found.values()))
 
+    def statistics_need_all(self) -> str | None:
+        """Why the batch norms need a batch of every process; None if they do not."""
+        return (
+            "with sync_batchnorm=True a rank without a batch has no statistics for the others"
+            if self.sync_batchnorm
+            else None
+        )
+
     def block_backward_sync(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which gradients of the module are not exchanged."""
         return self.no_backward_sync(self.model)
@@ -474,6 +484,13 @@ class ParallelStrategy(Strategy):
 
     def unanimous(self, about: str) -> bool:
         return self._watch is None or self._watch.unanimous(about)
+
+    def announce(self, about: str) -> None:
+        if self._watch is not None:
+            self._watch.announce(about)
+
+    def hear(self, about: str, mine: str) -> dict[int, str]:
+        return super().hear(about, mine) if self._watch is None else dict(self._watch.hear(about, mine, _SOON))
 
     def all_skip(self, batch: int) -> bool:
         if self._watch is None or self._watch.unanimous(f"skip/{batch}", self.timeout.total_seconds()):

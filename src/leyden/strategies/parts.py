@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from leyden.tree import parameters_of
+
 BY_ELEMENT = frozenset(
     getattr(torch.optim, name)
     for name in (
@@ -110,5 +112,5 @@ def steps_by_parts(optimizer: Optimizer) -> bool:
         type(optimizer) in BY_ELEMENT
         and not optimizer._optimizer_step_pre_hooks  # noqa: SLF001  # torch has no public way to ask
         and not optimizer._optimizer_step_post_hooks  # noqa: SLF001
-        and any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+        and any(isinstance(p, DTensor) for p in parameters_of(optimizer))
     )

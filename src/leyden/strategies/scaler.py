@@ -12,6 +12,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from leyden.strategies.mesh import by_kind, local
+from leyden.tree import parameters_of
 
 
 class ShardedScaler(GradScaler):
@@ -28,7 +29,7 @@ class ShardedScaler(GradScaler):
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
         """Divide all gradients by the scale; return whether any of them, on any process, was not finite."""
-        grads: list[Any] = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads: list[Any] = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         if not allow_fp16 and any(grad.dtype == torch.float16 for grad in grads):
             raise ValueError("Attempting to unscale FP16 gradients.")
         device = inv_scale.device

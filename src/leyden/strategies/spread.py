@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from leyden.sharded import Source
 
 
+from leyden.tree import parameters_of
+
+
 class ShardedCheckpoints(ParallelStrategy):
     """How strategies save and load whose parameters are DTensors: as folders, where ``saves_shards``."""
 
@@ -223,10 +226,8 @@ class ShardedCheckpoints(ParallelStrategy):
 
     def exchange_optimizers(self, optimizers: list[Any]) -> None:
         super().exchange_optimizers(optimizers)
-        parameters = (p for one in optimizers for group in one.param_groups for p in group["params"])
-        if any(isinstance(one, torch.optim.LBFGS) for one in optimizers) and any(
-            isinstance(p, DTensor) for p in parameters
-        ):
+        spread = any(isinstance(p, DTensor) for one in optimizers for p in parameters_of(one))
+        if spread and any(isinstance(one, torch.optim.LBFGS) for one in optimizers):
             raise MisconfigurationException(
                 f"torch.optim.LBFGS works on all parameters as one vector, which {type(self).__name__} has spread over"
                 " processes. Use another optimizer, or strategy='ddp'."
@@ -237,7 +238,7 @@ class ShardedCheckpoints(ParallelStrategy):
         """Return the state of an optimizer of a checkpoint as that optimizer, whose parameters are spread, can load it."""
         state = shards.numbered(state)
         indices = [index for group in state["param_groups"] for index in group["params"]]
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = parameters_of(optimizer)
         owners = dict(zip(indices, parameters, strict=False))  # torch says what does not fit
         flat = {
             (index, name): value

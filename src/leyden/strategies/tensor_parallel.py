@@ -21,13 +21,14 @@ from leyden.runtime.collective import average_flat
 from leyden.runtime.ranks import rank_zero_info
 from leyden.runtime.seed import rng_state, set_rng_state
 from leyden.strategies import units
+from leyden.strategies.base import Strategy
 from leyden.strategies.fsdp import FSDPStrategy
 from leyden.strategies.mesh import DATA, TENSOR, local
 from leyden.strategies.tensor.automatic import find
 from leyden.strategies.tensor.layers import WORDS, Layers, Region
 from leyden.strategies.tensor.plan import checked, described, resolved
 from leyden.strategies.tensor.trial import try_out
-from leyden.tree import leaves
+from leyden.tree import leaves, parameters_of
 
 _SHARDING = (
     "accelerator", "cluster_environment", "auto_wrap_policy", "mixed_precision", "cpu_offload",
@@ -65,7 +66,6 @@ class TensorParallelStrategy(FSDPStrategy):
     """
 
     strategy_name = "tensor_parallel"
-    joins = False
 
     def __init__(
         self,
@@ -96,6 +96,9 @@ class TensorParallelStrategy(FSDPStrategy):
         """Whether a gradient may be the sum of what devices have of it: of layers that see a part of the sequence each."""
         self._all_words = False
         """Whether all that is split computes with plain tensors outside of its layers."""
+
+    def why_no_join(self) -> str | None:
+        return Strategy.why_no_join(self)
 
     # ------------------------------------------------------------------ who and where
 
@@ -253,7 +256,7 @@ class TensorParallelStrategy(FSDPStrategy):
         self.flush()
         if self._alone or self.world_size == 1:
             return
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = parameters_of(optimizer)
         for parameter in parameters if self._adds_up else ():
             gradient = parameter.grad
             if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:

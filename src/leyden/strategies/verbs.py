@@ -148,6 +148,9 @@ class Verbs:
     def on_exception(self, exception: BaseException) -> None:
         """``exception`` ends the run."""
 
+    def post_training_step(self) -> None:
+        """Runs after each training step, ahead of its backward."""
+
     def pre_backward(self, closure_loss: Tensor) -> None:
         """Runs ahead of each backward of a training step."""
 
@@ -186,6 +189,27 @@ def calls_of(strategy: Any) -> dict[str, Callable[..., Any]]:
 
         found["on_before_backward"], found["on_after_backward"] = before, after
     return found
+
+
+def follow_steps(strategy: Any) -> Callable[[], None] | None:
+    """Let a user's ``post_training_step`` follow each step of a run; return what ends that, None if there is none."""
+    if not is_own(strategy, "post_training_step"):
+        return None
+    step, own = strategy.training_step, vars(strategy).get("training_step")
+
+    def followed(*args: Any) -> Any:
+        output = step(*args)
+        strategy.post_training_step()
+        return output
+
+    strategy.training_step = followed
+
+    def leave() -> None:
+        vars(strategy).pop("training_step", None)
+        if own is not None:
+            strategy.training_step = own
+
+    return leave
 
 
 def own_backward(strategy: Any) -> Callable[..., Any] | None:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from leyden.errors import CheckpointError
+from leyden.runtime.collective import guard
 from leyden.signals import Interrupt
 from leyden.strategies.board import Board, first_line, ranks_in_words, tell
 from leyden.strategies.hang import ANSWER, Hang, is_timeout
@@ -90,6 +91,8 @@ class Watch:
         self._second = threading.Thread(target=self._watch_the_store, name="leyden-watch-store", daemon=True)
         if rank:
             self._second.start()
+            guard(self._second, self._stop)
+        guard(self._thread, self._stop)
 
     def ends_after(self, batch: int) -> bool:
         """Whether the run ends after batch ``batch``, the one that this rank has just done; waits for what others answer.
@@ -136,13 +139,19 @@ class Watch:
             time.sleep(PERIOD / 10)
         return answer == "yes"
 
+    def announce(self, about: str) -> None:
+        """Say that this rank is going to ``hear`` about it: the others then wait for what it tells."""
+        self.board.write(f"{about}/comes/{self.rank}", "1")
+
     def hear(self, about: str, mine: str, seconds: float = PATIENCE) -> dict[int, str]:
-        """Tell the others ``mine``; return, by rank, what those have told that did so within ``seconds``."""
+        """Tell the others ``mine``; return, by rank, what those have told that did so within ``seconds``, or announced it."""
         self.board.write(f"{about}/{self.rank}", mine)
         until = time.monotonic() + seconds
         while True:
             found = {rank: self.board.read(f"{about}/{rank}") for rank in range(self.size)}
-            if None not in found.values() or time.monotonic() > until:
+            missing = [rank for rank, text in found.items() if text is None]
+            late = time.monotonic() > until and not any(self.board.read(f"{about}/comes/{rank}") for rank in missing)
+            if not missing or late or self._failed is not None:
                 return {rank: text for rank, text in found.items() if text is not None}
             time.sleep(PERIOD / 2)
 
@@ -200,12 +209,15 @@ class Watch:
 
     def close(self) -> None:
         """Stop to look."""
-        self._over.set()
-        self._wake.set()
+        self._stop()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=ANSWER)
         if self.rank and threading.current_thread() is not self._second:
             self._second.join(timeout=ANSWER)
+
+    def _stop(self) -> None:
+        self._over.set()
+        self._wake.set()
 
     # ------------------------------------------------------------------ the thread
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from leyden.callback import Callback
+from leyden.tree import parameters_of
 from leyden.types import TrainerView
 
 
@@ -67,7 +68,7 @@ class GradientNorms(Callback):
             return
         if self._row != row:
             self._norms, self._row = {}, row
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        own = set(map(id, parameters_of(optimizer)))
         names = {name for name, parameter in pl_module.named_parameters() if id(parameter) in own}
         self._norms.update(
             _norm_of_each({name: grad for name, grad in _gradients(pl_module).items() if name in names}, self.p)

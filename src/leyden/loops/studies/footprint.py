@@ -25,12 +25,12 @@ from leyden.datamodule import LightningDataModule
 from leyden.hooks import is_written
 from leyden.loops.batches import positional
 from leyden.loops.optimize import read_loss
-from leyden.loops.skeleton import Stand, exchange, fake_of, size_of, skeleton_of
+from leyden.loops.studies.skeleton import Stand, exchange, fake_of, size_of, skeleton_of
 from leyden.module import LightningModule
 from leyden.optim import NoOptimizer, needs_closure, normalize
 from leyden.runtime.seed import isolate_rng
 from leyden.strategies import units
-from leyden.tree import leaves, tree_map
+from leyden.tree import leaves, parameters_of, tree_map
 
 _READS = "aten._local_scalar_dense.default"
 """The operation that reads a number from a tensor."""
@@ -382,7 +382,7 @@ def _measure_optimizers(found: Footprint, trainer: Any, module: Any, names: dict
             bare_scheduler=trainer.config.rule("bare_scheduler"),
         )
         if trainer.config.fused_optimizers:
-            from leyden.loops.fused import fuse  # noqa: PLC0415  # only runs that ask for it
+            from leyden.loops.speed.fused import fuse  # noqa: PLC0415  # only runs that ask for it
 
             fuse(optimizers, module)
         found.optimizers = [type(one).__name__ for one in optimizers if not isinstance(one, NoOptimizer)]
@@ -396,7 +396,7 @@ def _measure_optimizers(found: Footprint, trainer: Any, module: Any, names: dict
 
 
 def _measure_optimizer(found: Footprint, optimizer: Any, pieces: dict[int, Piece]) -> None:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = parameters_of(optimizer)
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -10,8 +10,8 @@ import torch
 import torchmetrics
 
 from leyden.errors import LeydenWarning
-from leyden.loops.merge import of_rank, one_of_each_share, put_metrics
 from leyden.loops.metric_state import gather_metrics
+from leyden.loops.several.merge import of_rank, one_of_each_share, put_metrics
 from leyden.results import Results
 from leyden.runtime.seed import rng_state
 

@@ -18,8 +18,8 @@ import leyden as L
 from leyden.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from leyden.errors import MisconfigurationException
 from leyden.loggers import CSVLogger
-from leyden.loops import trial
-from leyden.loops.trial import Change, Originals, Trial, like, run, typical
+from leyden.loops.studies import trial
+from leyden.loops.studies.trial import Change, Originals, Trial, like, run, typical
 from leyden.runtime.seed import rng_state
 
 

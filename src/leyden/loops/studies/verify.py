@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from leyden.errors import MisconfigurationException
-from leyden.loops.probe import Task, watch
+from leyden.loops.studies.probe import Task, watch
 from leyden.runtime.seed import rng_state, set_rng_state
 
 INSIDE = "LEYDEN_VERIFY_RESUME"
@@ -156,7 +156,7 @@ def verify_objects(trainer: Any, steps: int, **arguments: Any) -> Report:
         payload = Path(folder) / "payload"
         payload.write_bytes(_pickled(trainer, arguments))
         main = getattr(sys.modules.get("__main__"), "__file__", None) or ""
-        code = "import sys; from leyden.loops.verify import child; child(*sys.argv[1:])"
+        code = "import sys; from leyden.loops.studies.verify import child; child(*sys.argv[1:])"
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # what can be imported here, can be there
         rest = [str(payload), os.path.abspath(main) if main else ""]
         return verify(lambda task: [sys.executable, "-c", code, str(task.write()), *rest], steps, {"PYTHONPATH": path})

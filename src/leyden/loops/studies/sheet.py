@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from leyden.errors import MisconfigurationException
-from leyden.loops.footprint import Calls, Footprint, Piece
+from leyden.loops.studies.footprint import Calls, Footprint, Piece
 from leyden.strategies import units
 
 _FIRST_BUCKET, _BUCKET = 1 << 20, 25 << 20

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``Trainer(cuda_graphs=True)``: a whole update, captured once as a CUDA graph and replayed for each further batch.
 
-The first steps are ordinary ones, of real batches; the last of them is watched (``loops/graphable.py``). The next batch
+The first steps are ordinary ones, of real batches; the last of them is watched (``loops/speed/graphable.py``). The next batch
 that looks the same is captured: forward, backward, clipping and the optimizers' step are recorded without running. From
 then on a step copies its batch to where the graph reads it, writes the learning rate to where the graph reads it, replays,
 and does in Python what Python does at each step: counters, what was logged, and all that runs around the step.
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from leyden.config import TrainerConfig
 from leyden.data.generators import differs
-from leyden.loops.capturable import Captured
-from leyden.loops.graphable import (
+from leyden.loops.optimize import Optimization, check_loss, read_loss
+from leyden.loops.session import Session
+from leyden.loops.speed.capturable import Captured
+from leyden.loops.speed.graphable import (
     Index,
     Logs,
     Spy,
@@ -35,8 +37,6 @@ from leyden.loops.graphable import (
     obstacle,
     signature,
 )
-from leyden.loops.optimize import Optimization, check_loss, read_loss
-from leyden.loops.session import Session
 from leyden.runtime.ranks import rank_zero_info
 from leyden.runtime.seed import rng_state
 from leyden.tree import tree_map

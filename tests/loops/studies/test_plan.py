@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 import leyden as L
 from leyden.errors import MisconfigurationException
-from leyden.loops import footprint
-from leyden.loops import plan as planner
-from leyden.loops.footprint import Piece
-from leyden.loops.plan import human_bytes
-from leyden.loops.sheet import buckets
+from leyden.loops.studies import footprint
+from leyden.loops.studies import plan as planner
+from leyden.loops.studies.footprint import Piece
+from leyden.loops.studies.plan import human_bytes
+from leyden.loops.studies.sheet import buckets
 from leyden.strategies import DDPStrategy
 from leyden.strategies.fsdp import FSDPStrategy
 from leyden.strategies.tensor_parallel import TensorParallelStrategy

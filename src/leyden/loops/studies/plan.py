@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from leyden.errors import MisconfigurationException
-from leyden.loops.footprint import Footprint, first_batch, measure
-from leyden.loops.sheet import Sheet
 from leyden.loops.start import uncompiled
+from leyden.loops.studies.footprint import Footprint, first_batch, measure
+from leyden.loops.studies.sheet import Sheet
 from leyden.runtime.ranks import say
 from leyden.summary import human_count
 from leyden.tree import batch_sizes, tree_map

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import leyden as L
-from leyden.loops import graphs
-from leyden.loops.capturable import Captured
-from leyden.loops.graphs import MOST, WARMUP
+from leyden.loops.speed import graphs
+from leyden.loops.speed.capturable import Captured
+from leyden.loops.speed.graphs import MOST, WARMUP
 from leyden.tree import leaves
 
 

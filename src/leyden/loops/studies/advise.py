@@ -19,7 +19,7 @@ from torch import nn
 
 from leyden.errors import LeydenError, MisconfigurationException
 from leyden.loops.start import unwrap
-from leyden.loops.trial import FEWEST, WARM, Change, Originals, Trial, like, run
+from leyden.loops.studies.trial import FEWEST, WARM, Change, Originals, Trial, like, run
 from leyden.runtime.cores import cores
 from leyden.runtime.ranks import say
 from leyden.runtime.seed import isolate_rng, rng_state

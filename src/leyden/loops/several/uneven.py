@@ -7,6 +7,8 @@ they tell each other once, and an epoch asks nothing; where one does not, all as
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ import torch
 
 from leyden.data.combined import CombinedLoader
 from leyden.errors import MisconfigurationException, PossibleUserWarning
-from leyden.loops.session import Session
+from leyden.loops.session import FORESEEN, Session
 from leyden.optim import needs_closure
 from leyden.runtime.ranks import rank_zero_warn
 
@@ -31,8 +33,8 @@ class Uneven:
 
     Args:
         session: The run; the loaders' limits are set.
-        loader: The training loaders of this rank.
-        counts: How many batches of each of them an epoch takes on this rank.
+        loader: The training loaders of this rank; their limits are what an epoch takes of each on this rank.
+        told: How many batches an epoch has by what somebody was told on this rank before; None if nobody was.
 
     Attributes:
         sized: Whether all ranks know how many batches they have.
@@ -40,14 +42,14 @@ class Uneven:
         policy: What is done in this fit: ``""`` where there is nothing to do, else as the strategy says.
 
     Raises:
-        MisconfigurationException: where ``"join"`` is not possible.
+        MisconfigurationException: where ``"join"`` is not possible, or ranks were told other numbers.
     """
 
-    def __init__(self, session: Session, loader: CombinedLoader, counts: list[int | float]) -> None:
+    def __init__(self, session: Session, loader: CombinedLoader, told: int | float | None = None) -> None:
         self.session, strategy = session, session.strategy
-        loader.limits = counts
         self.own = _total(loader)
-        found = strategy.gather_objects((self.own, counts))
+        said = strategy.gather_objects((self.own, loader.limits, told))
+        found = [(total, counts) for total, counts, _ in said]
         totals: list[int | float] = [total for total, _ in found]
         self.sized = max(totals) < math.inf
         self.fewest = min(totals)
@@ -58,8 +60,9 @@ class Uneven:
             self.num_batches = _total(loader)
             if self.sized and self.policy:
                 _say_that_it_stops([row for _, row in found])
-            return
-        self.num_batches = max(totals)
+        else:
+            self.num_batches = max(totals)
+        _compare({rank: number for rank, (_, _, number) in enumerate(said) if number is not None}, self.num_batches)
         if self.policy == "join" and (reason := _why_not(session)):
             raise MisconfigurationException(
                 f"DDPStrategy(uneven='join'): ranks have other numbers of batches, or do not know how many, and {reason}."
@@ -138,6 +141,44 @@ def in_step(iterator: Iterator[Any], strategy: Strategy) -> Iterator[Any]:
         yield item
 
 
+def foreseen(session: Session, loader: CombinedLoader) -> int | float:
+    """How many batches an epoch will have, before the ranks meet: by what this rank knows and others have told by now.
+
+    No rank has to ask for it: one that asks alone hears nothing, and takes its own number.
+    """
+    from leyden.data import sharding  # noqa: PLC0415  # only for several processes
+
+    own, strategy = _total(loader), session.strategy
+    if all(sharding.share_of(each) is not None for each in loader.flattened):
+        return own  # all ranks get as many
+    mine = json.dumps([own, loader.limits])  # infinity too: no other program reads it
+    rows: list[tuple[int | float, list[int | float]]] = [
+        json.loads(text) for text in strategy.hear(FORESEEN, mine).values()
+    ]
+    if strategy.uneven != "stop":
+        return max(total for total, _ in rows)
+    whole = copy.copy(loader)
+    whole.limits = [min(column) for column in zip(*(limits for _, limits in rows), strict=True)]
+    return _total(whole)
+
+
+def _compare(told: dict[int, int | float], agreed: int | float) -> None:
+    """Judge what ``estimated_stepping_batches`` has said on some ranks, by rank, before all have agreed.
+
+    Raises:
+        MisconfigurationException: where ranks were told different numbers.
+    """
+    if all(number == agreed for number in told.values()):
+        return
+    text = (
+        "Trainer.estimated_stepping_batches was asked before the ranks had agreed on their training loaders, and took so"
+        f" many batches for an epoch, by rank: {told}; an epoch has {agreed}. Ask for it at the same place on all ranks."
+    )
+    if len(set(told.values())) > 1:
+        raise MisconfigurationException(f"{text} Schedules that go by it would differ between ranks.")
+    rank_zero_warn(text, category=PossibleUserWarning)
+
+
 def _total(loader: CombinedLoader) -> int | float:
     try:
         return len(loader)
@@ -156,10 +197,8 @@ def _say_that_it_stops(found: list[list[int | float]]) -> None:
 def _why_not(session: Session) -> str | None:
     """Why a rank cannot take part in a step without a batch of its own; None if it can."""
     module, strategy = session.module, session.strategy
-    if not getattr(strategy, "joins", False):
-        return f"{type(strategy).__name__} cannot let a rank take part in a step without a batch"
-    if getattr(strategy, "sync_batchnorm", False):
-        return "with sync_batchnorm=True a rank without a batch has no statistics for the others"
+    if (reason := strategy.why_no_join()) is not None:
+        return reason
     if not module.automatic_optimization:
         return "under manual optimization a rank without a batch does not know which steps the others make"
     if session.hooks.optimizer_step or any(needs_closure(optimizer) for optimizer in strategy.optimizers):
@@ -167,4 +206,4 @@ def _why_not(session: Session) -> str | None:
     return None
 
 
-__all__ = ["Uneven", "in_step"]
+__all__ = ["Uneven", "foreseen", "in_step"]

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import leyden as L
 from leyden.errors import MisconfigurationException
-from leyden.loops import advise as advisor
-from leyden.loops.advise import candidates, more_workers
-from leyden.loops.trial import Change, Trial
+from leyden.loops.studies import advise as advisor
+from leyden.loops.studies.advise import candidates, more_workers
+from leyden.loops.studies.trial import Change, Trial
 from leyden.precision.base import Precision
 
 

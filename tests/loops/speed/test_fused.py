@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import leyden as L
-from leyden.loops.fused import fuse, is_dense, why_not
+from leyden.loops.speed.fused import fuse, is_dense, why_not
 from leyden.precision.mixed import MixedPrecision
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {

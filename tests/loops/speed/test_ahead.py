@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import leyden as L
 from leyden.config import TrainerConfig
-from leyden.loops.ahead import SMALL, Ahead, Lane
 from leyden.loops.dispatch import bind
 from leyden.loops.session import Session
+from leyden.loops.speed.ahead import SMALL, Ahead, Lane
 from leyden.precision.base import Precision, TruePrecision
 from leyden.results import Results
 from leyden.tree import tree_map
@@ -328,8 +328,8 @@ class Module(L.LightningModule):
 
 def transfer(monkeypatch: Any, module: Any, lane: StandIn, precision: Any = None, **config: Any) -> Any:
     """What a run on a CUDA device brings its batches with; the device is a stand-in, to which nothing really moves."""
-    monkeypatch.setattr("leyden.loops.ahead.Lane", lambda device: lane)
-    monkeypatch.setattr("leyden.loops.ahead.moved", lambda node, device: node)
+    monkeypatch.setattr("leyden.loops.speed.ahead.Lane", lambda device: lane)
+    monkeypatch.setattr("leyden.loops.speed.ahead.moved", lambda node, device: node)
     strategy = SimpleNamespace(root_device=torch.device("cuda", 0), precision=precision or Precision())
     trainer = SimpleNamespace(config=TrainerConfig(**config))
     session = Session(trainer, module, None, strategy, *[None] * 5)  # type: ignore[arg-type]
@@ -424,7 +424,7 @@ def test_R1_fits_equal_those_without_and_resume_exactly(eager: bool, monkeypatch
 
     def fit(ahead: bool, path: Any = None) -> tuple[Net, list[Any]]:
         with monkeypatch.context() as patch:
-            patch.setattr("leyden.loops.ahead.SMALL", 0)
+            patch.setattr("leyden.loops.speed.ahead.SMALL", 0)
             if ahead:
                 patch.setattr(Session, "transfer", lambda session, draws=False: Ahead(CPU, Waits(eager)))  # type: ignore[arg-type]
             else:

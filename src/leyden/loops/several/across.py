@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from leyden.errors import MisconfigurationException, PossibleUserWarning
-from leyden.loops import same
 from leyden.loops.metric_state import metrics_of
+from leyden.loops.several import same
 from leyden.results import Results, Slot, Store
 from leyden.runtime.ranks import rank_zero_warn
 from leyden.strategies.base import Strategy

@@ -16,8 +16,8 @@ import numpy
 import pytest
 import torch
 
-from leyden.loops.probe import Probe, Task
-from leyden.loops.verify import compare
+from leyden.loops.studies.probe import Probe, Task
+from leyden.loops.studies.verify import compare
 
 
 @dataclasses.dataclass(slots=True)
@@ -94,7 +94,7 @@ def test_nested_tensors(tmp_path: Path) -> None:
 def test_another_process_sees_the_same(tmp_path: Path) -> None:
     """No address and no order of a set: two interpreters agree on what is equal."""
     code = (
-        "import numpy, pathlib; from leyden.loops.probe import _leaves\n"
+        "import numpy, pathlib; from leyden.loops.studies.probe import _leaves\n"
         "class Plain: __slots__ = ()\n"
         "print(list(_leaves([{'a', 'b', 'c', 'd'}, numpy.array(['a', None, 'c'], dtype=object), pathlib.Path('a'), Plain()])))"
     )

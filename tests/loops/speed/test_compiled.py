@@ -16,8 +16,8 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDa
 import leyden as L
 from leyden.data.combined import CombinedLoader
 from leyden.errors import LeydenWarning
-from leyden.loops.compiled import _guard, _mark, _ragged, _reads, _reason, _records
-from leyden.loops.graphable import obstacle
+from leyden.loops.speed.compiled import _guard, _mark, _ragged, _reads, _reason, _records
+from leyden.loops.speed.graphable import obstacle
 
 
 def loader(samples: int, batch_size: int | None = 4, **options: Any) -> DataLoader[Any]:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import leyden as L
 from leyden.errors import MisconfigurationException
-from leyden.loops.footprint import Live, first_batch, measure
+from leyden.loops.studies.footprint import Live, first_batch, measure
 
 
 def trainer(**settings: Any) -> L.Trainer:

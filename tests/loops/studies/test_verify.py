@@ -22,11 +22,11 @@ import leyden as L
 from leyden.callbacks import EarlyStopping, ModelCheckpoint
 from leyden.errors import MisconfigurationException
 from leyden.loggers import CSVLogger
-from leyden.loops.probe import Task, watch
-from leyden.loops.verify import INSIDE, CouldNotRun, Report, compare, verify
+from leyden.loops.studies.probe import Task, watch
+from leyden.loops.studies.verify import INSIDE, CouldNotRun, Report, compare, verify
 from verified_model import Net, loaders
 
-SCRIPTS = Path(__file__).parents[1] / "acceptance"
+SCRIPTS = Path(__file__).parents[2] / "acceptance"
 
 
 def both(folder: Path, make: Any, steps: int = 8, data: Any = loaders, **options: Any) -> Report:

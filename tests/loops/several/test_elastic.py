@@ -10,8 +10,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from leyden.data.combined import CombinedLoader
-from leyden.loops.elastic import decide, is_shared
 from leyden.loops.schedule import step_schedules
+from leyden.loops.several.elastic import decide, is_shared
 
 
 def _session(shares: int, former: dict[str, Any], automatic: bool = True, **config: Any) -> Any:
