@@ -133,9 +133,10 @@ def uninstall() -> None:
     for name in [name for name, module in sys.modules.items() if isinstance(module, ForeignModule)]:
         del sys.modules[name]
     if _semantics_before:
-        from leyden import config  # noqa: PLC0415  # loaded already: somebody took the Trainer
+        from leyden import config, hparams  # noqa: PLC0415  # loaded already: somebody took the Trainer
 
         config.set_default_semantics(_semantics_before.pop())
+        hparams.take_values("passed")
 
 
 @contextlib.contextmanager
@@ -151,9 +152,10 @@ def installed() -> Iterator[None]:
 
 
 def _use_their_semantics() -> None:
-    from leyden import config  # noqa: PLC0415  # loaded already, with the Trainer
+    from leyden import config, hparams  # noqa: PLC0415  # loaded already, with the Trainer
 
     if not _semantics_before:
+        hparams.take_values("current")
         _semantics_before.append(config.set_default_semantics("lightning"))
 
 
