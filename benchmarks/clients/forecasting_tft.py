@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """pytorch-forecasting: a temporal fusion transformer and N-BEATS on synthetic series; early stopping, learning rate monitor."""
 
+import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
-import lightning.pytorch as pl
+from kept import keep, metrics
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
 from pytorch_forecasting import DeepAR, NBeats, TemporalFusionTransformer, TimeSeriesDataSet
 from pytorch_forecasting.data import GroupNormalizer, NaNLabelEncoder
 from pytorch_forecasting.metrics import NormalDistributionLoss, QuantileLoss
-
-from kept import keep, metrics
 
 rng = np.random.default_rng(0)
 frame = pd.concat(
@@ -23,15 +22,15 @@ frame = pd.concat(
     for group in range(6)
 ).reset_index(drop=True)
 
-SHARED = dict(
-    time_idx="time",
-    target="value",
-    group_ids=["group"],
-    max_encoder_length=16,
-    max_prediction_length=4,
-    time_varying_unknown_reals=["value"],
-    categorical_encoders={"group": NaNLabelEncoder().fit(frame.group)},
-)
+SHARED = {
+    "time_idx": "time",
+    "target": "value",
+    "group_ids": ["group"],
+    "max_encoder_length": 16,
+    "max_prediction_length": 4,
+    "time_varying_unknown_reals": ["value"],
+    "categorical_encoders": {"group": NaNLabelEncoder().fit(frame.group)},
+}
 
 
 def trainer(**more):
@@ -65,15 +64,27 @@ def run(make, **extra):
 
 tft = run(
     lambda data: TemporalFusionTransformer.from_dataset(
-        data, learning_rate=0.03, hidden_size=8, attention_head_size=1, hidden_continuous_size=4, loss=QuantileLoss(),
-        log_interval=5, reduce_on_plateau_patience=2,
+        data,
+        learning_rate=0.03,
+        hidden_size=8,
+        attention_head_size=1,
+        hidden_continuous_size=4,
+        loss=QuantileLoss(),
+        log_interval=5,
+        reduce_on_plateau_patience=2,
     ),
-    static_categoricals=["group"], time_varying_known_reals=["time"], add_relative_time_idx=True, add_target_scales=True,
+    static_categoricals=["group"],
+    time_varying_known_reals=["time"],
+    add_relative_time_idx=True,
+    add_target_scales=True,
     target_normalizer=GroupNormalizer(groups=["group"]),
 )
 nbeats = run(lambda data: NBeats.from_dataset(data, learning_rate=1e-2, widths=[16, 32], backcast_loss_ratio=0.1))
 deepar = run(
-    lambda data: DeepAR.from_dataset(data, learning_rate=1e-2, hidden_size=8, rnn_layers=1, loss=NormalDistributionLoss()),
-    static_categoricals=["group"], time_varying_known_reals=["time"],
+    lambda data: DeepAR.from_dataset(
+        data, learning_rate=1e-2, hidden_size=8, rnn_layers=1, loss=NormalDistributionLoss()
+    ),
+    static_categoricals=["group"],
+    time_varying_known_reals=["time"],
 )
 keep(tft=tft, nbeats=nbeats, deepar=deepar)

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch-geometric: graphs classified through LightningDataset, nodes through LightningNodeData with neighbour sampling."""
 
-import torch
 import lightning.pytorch as pl
+import torch
+from kept import keep, metrics
 from torch_geometric.data import Data
 from torch_geometric.data.lightning import LightningDataset, LightningNodeData
 from torch_geometric.nn import GCN, global_mean_pool
-
-from kept import keep, metrics
 
 generator = torch.Generator().manual_seed(0)
 

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """gluonts: DeepAR and a temporal fusion transformer by its estimators, with validation data, and sampled forecasts."""
 
+import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
-import lightning.pytorch as pl
 from gluonts.dataset.common import ListDataset
 from gluonts.torch.model.deepar import DeepAREstimator
 from gluonts.torch.model.tft import TemporalFusionTransformerEstimator
-
 from kept import keep, metrics
 
 rng = np.random.default_rng(0)
@@ -21,7 +20,12 @@ data = ListDataset(rows, freq="D")
 def fitted(make, **more):
     pl.seed_everything(5)
     np.random.seed(5)
-    settings = {"max_epochs": 3, "accelerator": "cpu", "callbacks": [metrics(pl.Callback)], "enable_progress_bar": False}
+    settings = {
+        "max_epochs": 3,
+        "accelerator": "cpu",
+        "callbacks": [metrics(pl.Callback)],
+        "enable_progress_bar": False,
+    }
     estimator = make(
         freq="D", prediction_length=5, batch_size=8, num_batches_per_epoch=6, trainer_kwargs=settings, **more
     )

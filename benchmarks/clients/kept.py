@@ -29,7 +29,16 @@ def metrics(callback: type) -> Any:
 
         return hook
 
-    hooks = ("train_batch", "train_epoch", "validation_batch", "validation_epoch", "validation", "train", "test", "predict")
+    hooks = (
+        "train_batch",
+        "train_epoch",
+        "validation_batch",
+        "validation_epoch",
+        "validation",
+        "train",
+        "test",
+        "predict",
+    )
     made = type("KeepMetrics", (callback,), {f"on_{name}_end": note(name) for name in hooks})
     globals()["KeepMetrics"] = made  # some libraries pickle their callbacks, which looks the class up here
     return made()

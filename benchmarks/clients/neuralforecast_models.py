@@ -4,11 +4,10 @@
 import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
+from kept import keep, metrics
 from neuralforecast import NeuralForecast
 from neuralforecast.losses.pytorch import DistributionLoss
 from neuralforecast.models import LSTM, NHITS, TFT
-
-from kept import keep, metrics
 
 rng = np.random.default_rng(0)
 panel = pd.concat(

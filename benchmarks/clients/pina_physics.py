@@ -2,6 +2,7 @@
 """pina-mathlab: a physics-informed network that solves a Poisson problem, with the library's Trainer and callbacks."""
 
 import torch
+from kept import keep, metrics
 from lightning.pytorch import Callback, seed_everything
 from pina import Condition, LabelTensor, Trainer
 from pina.callback import MetricTracker
@@ -11,8 +12,6 @@ from pina.model import FeedForward
 from pina.operator import laplacian
 from pina.problem import SpatialProblem
 from pina.solver import PINN
-
-from kept import keep, metrics
 
 seed_everything(2)
 

@@ -32,7 +32,7 @@ SOURCES = HERE.parents[1] / "src"
 NOT_CLIENTS = {"run.py", "kept.py", "overhead.py", "sitecustomize.py"}
 TOLERANCE = 1e-6
 """Relative difference of two numbers that counts as equal."""
-SPARED = ("time", "seconds", "pytorch-lightning_version", "leyden", "per_second")
+SPARED = ("time", "seconds", "pytorch-lightning_version", "leyden", "per_second", "uuid", "run_name")
 """Parts of names whose values differ between two runs of anything, or that say which trainer it was."""
 
 
@@ -157,7 +157,9 @@ def differences(theirs: Any, ours: Any, where: str) -> Iterator[Difference]:
     elif number(theirs) is not None and number(ours) is not None:
         one, other = number(theirs), number(ours)
         if one != other and not (math.isnan(one) and math.isnan(other)):
-            yield Difference(where, abs(one - other) / max(abs(one), 1e-12), f"{one!r} on Lightning, {other!r} on Leyden")
+            yield Difference(
+                where, abs(one - other) / max(abs(one), 1e-12), f"{one!r} on Lightning, {other!r} on Leyden"
+            )
     elif type(theirs).__module__.partition(".")[0] not in ("builtins", "torch") and type(theirs) is not type(ours):
         return  # an object of the trainer's own in a checkpoint
     elif isinstance(theirs, (str, bytes, type(None))) and theirs != ours:

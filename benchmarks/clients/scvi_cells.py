@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scvi-tools: SCVI with early stopping and SCANVI on top of it, on simulated cells; saved, loaded, latent space and denoising."""
+"""scvi-tools: SCVI with early stopping and SCANVI on top of it, on simulated cells; saved, loaded, latent space."""
 
 import anndata
 import numpy as np
 import scvi
-from lightning.pytorch import Callback
-
 from kept import keep, metrics
+from lightning.pytorch import Callback
 
 scvi.settings.seed = 4
 rng = np.random.default_rng(0)
-cells = anndata.AnnData(rng.poisson(2.0, (160, 30)).astype(np.float32))
-cells.obs["batch"] = [f"batch{index % 2}" for index in range(160)]
-cells.obs["kind"] = [("a", "b", "unknown")[index % 3] for index in range(160)]
-shared = dict(accelerator="cpu", batch_size=32, callbacks=[metrics(Callback)], enable_progress_bar=False)
+cells = anndata.AnnData(rng.poisson(2.0, (192, 30)).astype(np.float32))
+cells.obs["batch"] = [f"batch{index % 2}" for index in range(192)]
+cells.obs["kind"] = [("a", "b", "unknown")[index % 3] for index in range(192)]
+shared = {"accelerator": "cpu", "batch_size": 24, "callbacks": [metrics(Callback)], "enable_progress_bar": False}
 
 scvi.model.SCVI.setup_anndata(cells, batch_key="batch", labels_key="kind")
 model = scvi.model.SCVI(cells, n_latent=4, n_hidden=16)
@@ -24,10 +23,10 @@ model.save("saved", overwrite=True)
 again = scvi.model.SCVI.load("saved", cells).get_latent_representation()
 
 semi = scvi.model.SCANVI.from_scvi_model(model, unlabeled_category="unknown")
-semi.train(max_epochs=3, **shared)
+semi.train(max_epochs=3, check_val_every_n_epoch=1, **shared)
 keep(
     weights=model.module,
-    history={name: table for name, table in model.history.items()},
+    history=dict(model.history.items()),
     latent=latent,
     again=again,
     semi=semi.module,
