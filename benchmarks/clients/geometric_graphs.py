@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch-geometric: graphs classified through LightningDataset, nodes through LightningNodeData with neighbour sampling."""
+"""torch-geometric: graphs classified through LightningDataset: fit, test, predict."""
 
 import lightning.pytorch as pl
 import torch
 from kept import keep, metrics
 from torch_geometric.data import Data
-from torch_geometric.data.lightning import LightningDataset, LightningNodeData
+from torch_geometric.data.lightning import LightningDataset
 from torch_geometric.nn import GCN, global_mean_pool
 
 generator = torch.Generator().manual_seed(0)
@@ -62,14 +62,4 @@ def run(datamodule, graphs):
 
 data = [graph(index) for index in range(48)]
 graphs = run(LightningDataset(data[:32], data[32:40], data[40:], data[40:], batch_size=8, num_workers=0), True)
-
-large = Data(
-    x=torch.randn(200, 4, generator=generator),
-    edge_index=torch.randint(0, 200, (2, 800), generator=generator),
-    y=torch.randint(0, 2, (200,), generator=generator),
-)
-thirds = torch.arange(200) % 3
-for index, name in enumerate(("train_mask", "val_mask", "test_mask")):
-    large[name] = thirds == index
-nodes = run(LightningNodeData(large, loader="full", num_workers=0), False) if False else None
-keep(graphs=graphs, nodes=nodes)
+keep(graphs=graphs)

@@ -6,8 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import IO, Any
 
+from leyden.datamodule import LightningDataModule
 from leyden.loops import hardware
 from leyden.loops.lightning_names import Connector
+from leyden.module import LightningModule
 from leyden.runtime.devices import CUDAAccelerator, MPSAccelerator, make_accelerator
 
 
@@ -51,8 +53,6 @@ def _load_from_checkpoint(
     **kwargs: Any,
 ) -> Any:
     """As ``cls.load_from_checkpoint``, of the class that Leyden has, also where ``cls`` has written another."""
-    from leyden import LightningDataModule, LightningModule  # noqa: PLC0415  # not before a module is there
-
     base: Any = LightningModule if issubclass(cls, LightningModule) else LightningDataModule
     options = {} if base is LightningDataModule else {"strict": strict}
     return base.load_from_checkpoint.__func__(
