@@ -4,9 +4,8 @@
 import lightning.pytorch as pl
 import optuna
 import torch
-from optuna_integration import PyTorchLightningPruningCallback
-
 from kept import keep, metrics
+from optuna_integration import PyTorchLightningPruningCallback
 
 
 class Model(pl.LightningModule):
