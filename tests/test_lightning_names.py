@@ -11,7 +11,7 @@ import torch
 
 import leyden
 from leyden import hparams
-from leyden.compat.private import _AcceleratorConnector, _load_from_checkpoint
+from leyden.compat.connector import _AcceleratorConnector, _load_from_checkpoint
 
 
 class Module(leyden.LightningModule):
