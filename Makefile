@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
+CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check format bench bench-peers gpu clean
+.PHONY: help demo test check format bench bench-peers bench-clients gpu clean
 
 help:
 	@echo "make demo    train a classifier of handwritten digits (under a minute)"
@@ -15,6 +16,7 @@ help:
 	@echo "make format  let ruff rewrite what make check would complain about"
 	@echo "make bench   compare with a hand-written loop, and with the peers of make bench-peers"
 	@echo "make bench-peers  make an environment, .venv-peers, with Lightning, Accelerate and others beside Leyden"
+	@echo "make bench-clients  train published libraries on Lightning and on Leyden, and compare the numbers"
 	@echo "make gpu     tests and benchmarks that need a GPU, with the python3 that is there; installs nothing"
 	@echo "make clean   remove the environment, caches and logs"
 
@@ -65,6 +67,17 @@ $(PEERS)/.ready: pyproject.toml benchmarks/peers.txt constraints.txt
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps fastai==2.8.12
 	@touch $@
 
+# two environments: the libraries of the first need another numpy than those of the second
+bench-clients: $(CLIENTS)-a/.ready $(CLIENTS)-b/.ready
+	$(CLIENTS)-a/bin/python benchmarks/clients/run.py $$(sed -n 's/^# scripts: //p' benchmarks/clients/requirements-a.txt)
+	$(CLIENTS)-b/bin/python benchmarks/clients/run.py $$(sed -n 's/^# scripts: //p' benchmarks/clients/requirements-b.txt)
+
+$(CLIENTS)-%/.ready: benchmarks/clients/requirements-%.txt constraints.txt
+	$(PYTHON) -m venv $(CLIENTS)-$*
+	$(CLIENTS)-$*/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(CLIENTS)-$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 gpu:
 	@if ! $(PYTHON) -c "import torch" 2>/dev/null; then \
 		echo "make gpu: $(PYTHON) has no torch, so nothing was run."; \
@@ -76,5 +89,5 @@ gpu:
 	fi
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis leyden_logs
+	rm -rf $(VENV) $(PEERS) $(CLIENTS)-a $(CLIENTS)-b build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis leyden_logs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

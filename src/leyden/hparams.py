@@ -99,6 +99,10 @@ def _recording(init: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
+_RECORDING = _recording(lambda: None).__code__
+"""The code of what is wrapped around constructors."""
+
+
 def _copied(value: Any, budget: list[int] | None = None, depth: int = 0) -> Any:
     """Return ``value`` with its plain containers copied and everything else shared.
 
@@ -141,6 +145,35 @@ def running_arguments(obj: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return copied, passed
 
 
+_values = ["passed"]
+
+
+def take_values(which: str) -> str:
+    """Set which values ``save_hyperparameters()`` keeps; return what it was.
+
+    ``"passed"``: those that the constructor was called with. ``"current"``: those that its arguments have when
+    ``save_hyperparameters`` is called, as in Lightning; constructors that work on their arguments first count on it.
+    """
+    before, _values[0] = _values[0], which
+    return before
+
+
+def _current(obj: Any, frame: types.FrameType | None) -> dict[str, Any]:
+    """Return what the arguments of the constructors of ``obj`` are now, a derived class's before its base's."""
+    found: dict[str, Any] = {}
+    while frame is not None:
+        code, values = frame.f_code, frame.f_locals
+        first = code.co_varnames[:1]
+        if code.co_name == "__init__" and first and values.get(first[0]) is obj and code is not _RECORDING:
+            count = code.co_argcount + code.co_kwonlyargcount
+            found |= {name: values[name] for name in code.co_varnames[1:count] if name in values}
+            if code.co_flags & inspect.CO_VARKEYWORDS:
+                place = count + bool(code.co_flags & inspect.CO_VARARGS)
+                found |= values.get(code.co_varnames[place], {})
+        frame = frame.f_back
+    return found
+
+
 # --------------------------------------------------------------------------------------------- the mixin
 
 
@@ -174,7 +207,8 @@ class HyperparametersMixin:
         Without ``args`` all arguments are kept, with the values that were passed: those of the class and of each
         derived class whose constructor led here. ``args`` may name some of them, or be one dict, namespace or
         dataclass to keep instead. ``ignore`` names what to leave out, also of what a base class kept. ``logger``
-        says whether loggers get them. ``frame`` is accepted for compatibility; nothing looks at frames.
+        says whether loggers get them. In a program written for Lightning the values are those that the
+        arguments have by now, in ``frame`` and the constructors that led there; elsewhere nothing looks at frames.
 
         Raises MisconfigurationException for a name that is no argument, and for an object that holds no names.
         """
@@ -183,6 +217,9 @@ class HyperparametersMixin:
             return
         ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
         copied, passed = running_arguments(self)
+        if _values[0] == "current" and not (args and not isinstance(args[0], str)):
+            now = _current(self, frame or sys._getframe(1))  # noqa: SLF001  # only the caller's variables have them
+            copied.update(_copied({name: value for name, value in now.items() if name in copied}))
         copied = {name: value for name, value in copied.items() if name not in ignored}
         objects = [arg for arg in args if not isinstance(arg, str)]
         if len(objects) > 1:

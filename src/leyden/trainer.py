@@ -176,6 +176,8 @@ class Trainer(TrainerFace):
         self.validate_loop = EvaluationLoop(RunningStage.VALIDATING)
         self.test_loop = EvaluationLoop(RunningStage.TESTING)
         self.predict_loop = PredictLoop()
+        for loop in (self.fit_loop, self.fit_loop.validation, self.validate_loop, self.test_loop, self.predict_loop):
+            loop.trainer = self
         names = ("strategy", "accelerator", "devices", "num_nodes", "precision", "plugins", "sync_batchnorm")
         self._strategy, self._accelerator = hardware.strategy(*(given[name] for name in names))
         self._profiler = resolve.profiler(profiler)

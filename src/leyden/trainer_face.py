@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from leyden.config import TrainerConfig
 from leyden.data.combined import CombinedLoader
+from leyden.loops.batches import has_source
 from leyden.loops.evaluate import EvaluationLoop
 from leyden.loops.fit import FitLoop
 from leyden.loops.predict import PredictLoop
@@ -157,6 +158,10 @@ class TrainerFace(TrainerTools, VintageTrainer):
     def received_sigterm(self) -> bool:
         """Whether a signal asked the process to end, in this run: SIGTERM, or SIGUSR1 or SIGUSR2, which announce it."""
         return self._interrupt.terminates
+
+    def has_loaders(self, prefix: str) -> bool:
+        """Whether the run that goes on has loaders of this kind ("train", "val", "test", "predict"), from whoever gave them."""
+        return self._session is not None and has_source(self._session, prefix)
 
     @property
     def global_step(self) -> int:
@@ -530,6 +535,13 @@ class TrainerFace(TrainerTools, VintageTrainer):
     def is_global_zero(self) -> bool:
         """Whether this is the process that writes."""
         return self._strategy.is_global_zero
+
+    @property
+    def _accelerator_connector(self) -> Any:
+        """What was chosen, as libraries ask it of Lightning: ``trainer._accelerator_connector.is_distributed``."""
+        from leyden.loops.lightning_names import Connector  # noqa: PLC0415  # only when such a name is asked for
+
+        return Connector(self._strategy, self._accelerator)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:

@@ -147,10 +147,11 @@ def uninstall() -> None:
     for name in [name for name, module in sys.modules.items() if isinstance(module, ForeignModule)]:
         del sys.modules[name]
     if _semantics_before:
-        from leyden import config  # noqa: PLC0415  # loaded already: somebody took the Trainer
+        from leyden import config, hparams  # noqa: PLC0415  # loaded already: somebody took the Trainer
 
         config.set_default_semantics(_semantics_before.pop())
         config.CALLBACK_GROUPS.remove(_CALLBACK_GROUP)
+        hparams.take_values("passed")
 
 
 @contextlib.contextmanager
@@ -166,9 +167,10 @@ def installed() -> Iterator[None]:
 
 
 def _use_their_semantics() -> None:
-    from leyden import config  # noqa: PLC0415  # loaded already, with the Trainer
+    from leyden import config, hparams  # noqa: PLC0415  # loaded already, with the Trainer
 
     if not _semantics_before:
+        hparams.take_values("current")
         _semantics_before.append(config.set_default_semantics("lightning"))
         config.CALLBACK_GROUPS.append(_CALLBACK_GROUP)  # a package of that group imports names that are answered now
 

@@ -9,7 +9,6 @@ _LAUNCH = "say it to the strategy: DDPStrategy(start_method=...), or start the p
 
 WAYS = (
     # how the name, or the module that it is in, begins or ends; what to do
-    ("_AcceleratorConnector", "read trainer.strategy, trainer.accelerator, trainer.precision and trainer.num_devices"),
     ("_CheckpointConnector", "trainer.save_checkpoint(path) writes, trainer.fit(ckpt_path=...) restores"),
     ("_CallbackConnector", "pass callbacks to Trainer(callbacks=[...]) or return them from configure_callbacks()"),
     ("_DataConnector", "pass loaders or a data module to trainer.fit(...); trainer.train_dataloader reads them"),

@@ -67,6 +67,7 @@ _PYTORCH = (
     ("callbacks.prediction_writer", _WRITERS, "BasePredictionWriter WriteInterval"),
     ("callbacks.progress", "leyden.callbacks.progress", "ProgressBar RichProgressBar TQDMProgressBar"),
     ("callbacks.progress.progress_bar", "leyden.callbacks.progress", "ProgressBar"),
+    ("callbacks.progress.progress_bar", "leyden.callbacks.progress.base", "get_standard_metrics"),
     ("callbacks.progress.rich_progress", "leyden.callbacks.progress", "RichProgressBar RichProgressBarTheme"),
     ("callbacks.progress.tqdm_progress", "leyden.callbacks.progress", "TQDMProgressBar"),
     ("callbacks.pruning", "leyden.callbacks.model_pruning", "ModelPruning"),
@@ -84,6 +85,7 @@ _PYTORCH = (
     ("core.mixins.hparams_mixin", "leyden.hparams", "HyperparametersMixin"),
     ("core.module", "leyden", "LightningModule"),
     ("core.optimizer", "leyden.optim", "LightningOptimizer"),
+    ("core.saving", "leyden.compat.connector", "_load_from_checkpoint"),
     ("core.saving", "leyden.hparams", "load_hparams_from_tags_csv load_hparams_from_yaml"),
     ("core.saving", "leyden.hparams", "save_hparams_to_tags_csv save_hparams_to_yaml"),
     ("loggers", "leyden.loggers", "CSVLogger CometLogger LitLogger Logger MLFlowLogger NeptuneLogger"),
@@ -151,6 +153,7 @@ _PYTORCH = (
     ("strategies.single_device", "leyden.strategies", "SingleDeviceStrategy"),
     ("strategies.strategy", "leyden.strategies", "Strategy"),
     ("trainer", "leyden", "Trainer seed_everything"),
+    ("trainer.connectors.accelerator_connector", "leyden.compat.connector", "_AcceleratorConnector"),
     ("trainer.states", "leyden.types", "RunningStage TrainerFn TrainerState TrainerStatus"),
     ("trainer.trainer", "leyden", "Trainer"),
     ("tuner", "leyden.tuning", "Tuner"),
@@ -199,6 +202,7 @@ _PYTORCH = (
 _BEFORE_2 = (
     # ---- 1.x, where it had other modules for the same things
     ("callbacks.base", "leyden.callback", "Callback"),
+    ("callbacks", "leyden.callbacks.progress", "ProgressBarBase=ProgressBar"),
     ("callbacks.progress.base", "leyden.callbacks.progress", "ProgressBarBase=ProgressBar"),
     ("core.lightning", "leyden", "LightningModule"),
     ("loggers.base", "leyden.loggers.base", "DummyExperiment DummyLogger LightningLoggerBase=Logger"),

@@ -20,7 +20,7 @@ from leyden.loops import batches
 from leyden.loops.dispatch import Calls
 from leyden.loops.metric_state import metrics_of
 from leyden.loops.profiled import measured_iterator
-from leyden.loops.session import Session
+from leyden.loops.session import Loop, Session
 from leyden.results import to_floats
 from leyden.runtime.seed import rng_state, set_rng_state
 from leyden.strategies.base import IDLE
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from leyden.data.position import Supply
 
 
-class EvaluationLoop:
+class EvaluationLoop(Loop):
     """Runs ``validation_step`` or ``test_step`` over all batches of all loaders.
 
     Args:

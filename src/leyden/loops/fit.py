@@ -32,14 +32,14 @@ from leyden.loops.evaluate import EvaluationLoop
 from leyden.loops.optimize import Optimization, check_loss, detached, read_loss, step_losses, weighted
 from leyden.loops.paths import choose
 from leyden.loops.schedule import step_schedules
-from leyden.loops.session import Session
+from leyden.loops.session import Loop, Session
 from leyden.runtime.ranks import rank_zero_info
 from leyden.types import RunningStage
 
 _END = object()
 
 
-class FitLoop:
+class FitLoop(Loop):
     """Runs a fit on a session. Between runs it keeps the loaders and the bounds; the counters are in ``Progress``."""
 
     def __init__(self) -> None:

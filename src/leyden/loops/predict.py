@@ -16,13 +16,13 @@ from leyden.data.loaders import stop_workers
 from leyden.errors import MisconfigurationException
 from leyden.loops import batches
 from leyden.loops.profiled import measured_iterator
-from leyden.loops.session import Session
+from leyden.loops.session import Loop, Session
 from leyden.strategies.base import IDLE
 from leyden.tree import move_to
 from leyden.types import RunningStage
 
 
-class PredictLoop:
+class PredictLoop(Loop):
     """Runs ``predict_step`` over all batches of all loaders.
 
     ``return_predictions`` None keeps the predictions and returns them, False keeps none (memory stays flat).

@@ -49,6 +49,21 @@ class TrainerCore(TrainerView, Protocol):
     progress: Progress
 
 
+class Loop:
+    """A loop of a Trainer."""
+
+    trainer: Any = None
+    """Whose loop this is; set by the Trainer."""
+
+    if not TYPE_CHECKING:  # a name that is not there stays an error to mypy
+
+        def __getattr__(self, name: str) -> Any:
+            """Answer names of Lightning's loops that libraries reach for."""
+            from leyden.loops.lightning_names import view  # noqa: PLC0415  # only when such a name is asked for
+
+            return view(self, name)
+
+
 @dataclass
 class Session:
     """The parts of one run. The loops read it; nothing keeps it after the run."""
