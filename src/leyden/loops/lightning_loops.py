@@ -19,13 +19,14 @@ def _tracker(total: dict[str, int], current: dict[str, int] | None = None, **mor
     return {"total": total, "current": dict(total) if current is None else current, **more}
 
 
-def to_lightning(progress: Progress, loaders: list[Any], last: bool) -> dict[str, Any]:
+def to_lightning(progress: Progress, loaders: list[Any], last: bool, automatic: bool = True) -> dict[str, Any]:
     """Return the value of the key ``loops``.
 
     Args:
         progress: Our counters.
         loaders: States of stateful training loaders.
         last: Whether the last batch ended its epoch.
+        automatic: Whether the optimizers are stepped by us: their steps are counted in one of two places.
     """
     short = "ready completed"
     zero = _tracker(_counts(0))
@@ -39,7 +40,7 @@ def to_lightning(progress: Progress, loaders: list[Any], last: bool) -> dict[str
         "processed": progress.epoch + (1 if progress.epoch_done else 0),
         "completed": progress.epoch,
     }
-    step_progress = _tracker(_counts(updates, names=short), _counts(updates, names=short))
+    steps, by_hand = (updates, 0) if automatic else (0, updates)
     fit = {
         "state_dict": {"combined_loader": loaders} if loaders else {},
         "epoch_loop.state_dict": {"_batches_that_stepped": progress.batches_that_stepped},
@@ -52,12 +53,12 @@ def to_lightning(progress: Progress, loaders: list[Any], last: bool) -> dict[str
         "epoch_loop.automatic_optimization.state_dict": {},
         "epoch_loop.automatic_optimization.optim_progress": {
             "optimizer": {
-                "step": step_progress,
-                "zero_grad": _tracker(_counts(updates, names="ready completed started")),
+                "step": _tracker(_counts(steps, names=short)),
+                "zero_grad": _tracker(_counts(steps, names="ready completed started")),
             }
         },
         "epoch_loop.manual_optimization.state_dict": {},
-        "epoch_loop.manual_optimization.optim_step_progress": _tracker(_counts(0, names=short)),
+        "epoch_loop.manual_optimization.optim_step_progress": _tracker(_counts(by_hand, names=short)),
         "epoch_loop.val_loop.state_dict": {},
         "epoch_loop.val_loop.batch_progress": _tracker(
             _counts(sum(progress.val_batches)), _counts(0), is_last_batch=False
@@ -94,7 +95,9 @@ def from_lightning(checkpoint: Mapping[str, Any], progress: Progress) -> tuple[b
     progress.batches_that_stepped = int(stepped)
     optimizer = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
     manual = fit.get("epoch_loop.manual_optimization.optim_step_progress", {}).get("total", {}).get("completed", 0)
-    progress.optimizer_steps = [int(optimizer) + int(manual)]
+    # only their sum is known
+    others = max(0, len(checkpoint.get("optimizer_states") or ()) - 1)
+    progress.optimizer_steps = [int(optimizer) + int(manual), *[0] * others]
     if int(epoch["ready"]) <= progress.epoch:
         # saved between two epochs, or after the fit; one that was cut short goes on where it stopped
         progress.cut = not last and progress.batch_idx > 0

@@ -78,7 +78,7 @@ def gather(
         "global_step": progress.global_step,
         "pytorch-lightning_version": LIGHTNING_VERSION,
         "state_dict": strategy.lightning_module_state_dict(),
-        "loops": to_lightning(progress, loaders, fit_loop.last),
+        "loops": to_lightning(progress, loaders, fit_loop.last, module.automatic_optimization),
     }
     before = position.unfinished(fit_loop, progress)
     counters = progress.state_dict() if before is None else {**progress.state_dict(), **before.counters}
