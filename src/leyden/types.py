@@ -92,6 +92,9 @@ class TrainerState:
         self.fn: TrainerFn | None = None
         self.stage: RunningStage | None = None
 
+    def __repr__(self) -> str:
+        return f"TrainerState(status={self.status!r}, fn={self.fn!r}, stage={self.stage!r})"
+
     @property
     def finished(self) -> bool:
         return self.status is TrainerStatus.FINISHED

@@ -14,7 +14,7 @@ import torch
 
 from leyden.callback import Callback
 from leyden.datamodule import LightningDataModule
-from leyden.errors import CheckpointError, MisconfigurationException
+from leyden.errors import CheckpointError, MisconfigurationException, WeightsOnlyError
 from leyden.hooks import is_written
 from leyden.hparams import hparams_name, pack, plain_hparams
 from leyden.loading import FORMAT, PICKLED, modernized, require_checkpoint
@@ -267,9 +267,10 @@ def restore_training(
 
     missing = [key for key in ("optimizer_states", "lr_schedulers") if key not in checkpoint]
     if missing:
-        raise CheckpointError(
-            f"{source} holds weights only (no {', '.join(missing)}), so training cannot go on from it. Load the weights"
-            " with load_from_checkpoint() and start a new fit, or save with save_weights_only=False."
+        raise WeightsOnlyError(
+            f"The checkpoint contains only the model: {source} holds weights only (no {', '.join(missing)}), so"
+            " training cannot go on from it. Load the weights with load_from_checkpoint() and start a new fit, or save with"
+            " save_weights_only=False."
         )
     if state := checkpoint.get(type(strategy.precision).__qualname__):
         strategy.precision.load_state_dict(state)
