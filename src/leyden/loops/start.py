@@ -120,7 +120,7 @@ def configure_optimizers(session: Session) -> None:
         if collects:
             gc.enable()
     if returned is None:
-        rank_zero_warn("configure_optimizers() returned None: this fit runs without an optimizer.")
+        rank_zero_warn("configure_optimizers() returned `None`: this fit will run with no optimizer.")
         returned = NoOptimizer()
     optimizers, schedules = normalize(
         returned,
