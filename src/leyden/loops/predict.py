@@ -16,7 +16,6 @@ from leyden.data.loaders import stop_workers
 from leyden.errors import MisconfigurationException
 from leyden.loops import batches
 from leyden.loops.session import Session
-from leyden.runtime.ranks import rank_zero_warn
 from leyden.strategies.base import IDLE
 from leyden.tree import move_to
 from leyden.types import RunningStage
@@ -119,7 +118,7 @@ class PredictLoop:
         if draws:
             iterator = batches.DataLoaderIter(iterator, math.inf).turns()
         num_args = 1 if draws else 3 if several else max(batches.positional(module.predict_step), 1)
-        transfer, told = session.transfer(draws), False
+        transfer = session.transfer(draws)
         for batch, batch_idx, loader_idx in session.strategy.paced(batches.remaining(iterator)):
             if batch is IDLE:
                 session.strategy.keep_up()
@@ -133,12 +132,6 @@ class PredictLoop:
             output = session.strategy.precision.convert_output(session.strategy.predict_step(*args[:num_args]))
             if hooks.on_predict_batch_end:
                 hooks.on_predict_batch_end(output, batch.batch if draws else batch, *args[1:])
-            if output is None and keep and not told:
-                told = True
-                rank_zero_warn(
-                    "predict returned None: predict_step() gave nothing back for a batch, and None stands in its place. If that"
-                    " was on purpose, ignore this warning."
-                )
             self.epoch_batch_indices[loader_idx].append(self.current_batch_indices)
             if keep:
                 self._kept[loader_idx].append(move_to(output, torch.device("cpu")))
