@@ -157,18 +157,18 @@ def test_a_dict_without_optimizer() -> None:
 
 def test_an_unknown_key_is_a_warning_with_the_right_name() -> None:
     optimizer = sgd()
-    with pytest.warns(RuntimeWarning, match="unknown key 'intervall'.*'interval'"):
+    with pytest.warns(RuntimeWarning, match="unsupported keys in the lr scheduler dict: 'intervall'.*'interval'"):
         normal({"optimizer": optimizer, "lr_scheduler": {"scheduler": StepLR(optimizer, 1), "intervall": "step"}})
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        ({"interval": "stpe"}, MisconfigurationException, "must be 'step' or 'epoch'; it is 'stpe'.*'step'"),
+        ({"interval": "stpe"}, MisconfigurationException, "must be \"step\" or \"epoch\"; it is 'stpe'.*'step'"),
         ({"interval": "batch"}, MisconfigurationException, "it is 'batch'"),
         ({"frequency": 0}, MisconfigurationException, "must be an int >= 1; it is 0"),
         ({"frequency": 1.5}, MisconfigurationException, "it is 1.5"),
-        ({"scheduler": None}, MisconfigurationException, "must have the key 'scheduler'"),
+        ({"scheduler": None}, MisconfigurationException, 'must have the key "scheduler"'),
         ({"scheduler": object()}, TypeError, "must have state_dict"),
         ({"scheduler": StepLR(sgd(), 1)}, MisconfigurationException, "belongs to an optimizer that"),
         ({"scheduler": nn.Linear(1, 1)}, MisconfigurationException, "override.*lr_scheduler_step"),
@@ -186,7 +186,10 @@ def test_a_plateau_needs_a_monitor() -> None:
         {"optimizer": optimizer, "lr_scheduler": ReduceLROnPlateau(optimizer)},
         ([optimizer], [ReduceLROnPlateau(optimizer)]),
     ):
-        with pytest.raises(MisconfigurationException, match="needs the key of a metric.*'monitor'"):
+        with pytest.raises(
+            MisconfigurationException,
+            match="must include a monitor when a `ReduceLROnPlateau` scheduler is used.*'monitor'",
+        ):
             normal(returned)
 
 

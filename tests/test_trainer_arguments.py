@@ -116,7 +116,7 @@ def test_the_arguments_are_lightnings_with_its_defaults() -> None:
     ],
 )
 def test_an_unknown_argument_is_an_error_with_the_closest_one(name: str, meant: str) -> None:
-    with pytest.raises(TypeError, match=rf"Trainer\(\) has no argument '{name}'\. Did you mean '{meant}'\?"):
+    with pytest.raises(TypeError, match=rf"got an unexpected keyword argument '{name}'\. Did you mean '{meant}'\?"):
         L.Trainer(**{name: 3})
 
 
@@ -127,7 +127,7 @@ def test_arguments_go_by_name() -> None:
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"accelerator": "cpus"}, r"accelerator='cpus'.*Did you mean 'cpu'\?"),
-    ({"accelerator": "tpu"}, "accelerator='tpu' is unknown"),
+    ({"accelerator": "tpu"}, "accelerator='tpu'`"),
     ({"devices": 0}, "devices=0"),
     ({"devices": "0"}, "devices='0'"),
     ({"devices": []}, r"devices=\[\]"),
@@ -140,8 +140,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"num_nodes": 0}, r"Trainer\(num_nodes=0\) is not valid: it must be an int >= 1"),
     ({"strategy": "xla"}, r"Trainer\(strategy='xla'\) is not there: TPUs"),
     ({"strategy": "singledevice"}, "Did you mean 'single_device'"),
-    ({"precision": "16mixed"}, "precision='16mixed' is unknown.*Did you mean '16-mixed'"),
-    ({"precision": 8}, "precision=8 is unknown"),
+    ({"precision": "16mixed"}, "Precision '16mixed' is invalid.*Did you mean '16-mixed'"),
+    ({"precision": 8}, "Precision 8 is invalid"),
     ({"logger": "tensorboard"}, r"Trainer\(logger='tensorboard'\): a logger must be"),
     ({"logger": [3]}, r"Trainer\(logger=3\)"),
     ({"callbacks": 3}, r"Trainer\(callbacks=3\): a callback must be a Callback object, not int"),
@@ -151,8 +151,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"callbacks": ModelSummary()}, r"Trainer\(enable_model_summary=False\) contradicts the ModelSummary"),
     ({"callbacks": TQDMProgressBar()}, r"Trainer\(enable_progress_bar=False\) contradicts the TQDMProgressBar"),
     ({"fast_dev_run": -1}, "fast_dev_run=-1"),
-    ({"fast_dev_run": "yes"}, "fast_dev_run='yes'.*True, False or a number of batches"),
-    ({"max_epochs": -2}, "max_epochs=-2.*an int >= -1 or None"),
+    ({"fast_dev_run": "yes"}, "fast_dev_run='yes'.*number of batches, or True or False"),
+    ({"max_epochs": -2}, "max_epochs=-2.*a non-negative integer or -1"),
     ({"max_epochs": 1.5}, r"max_epochs=1\.5"),
     ({"max_epochs": "3"}, "max_epochs='3'"),
     ({"max_epochs": True}, "max_epochs=True"),
@@ -182,7 +182,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"log_every_n_steps": -1}, "log_every_n_steps=-1"),
     ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0"),
     ({"accumulate_grad_batches": {0: 2}}, "accumulate_grad_batches={0: 2}"),
-    ({"gradient_clip_val": "1"}, "gradient_clip_val='1'.*an int, a float or None"),
+    ({"gradient_clip_val": "1"}, "gradient_clip_val='1'.*an int or a float, or None"),
     ({"gradient_clip_algorithm": "nrm"}, "gradient_clip_algorithm='nrm'.*Did you mean 'norm'"),
     ({"deterministic": "yes"}, "deterministic='yes'.*'warn'"),
     ({"benchmark": "yes"}, "benchmark='yes'"),

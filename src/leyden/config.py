@@ -163,8 +163,8 @@ _SWITCHES = (
 )  # fmt: skip
 
 
-def _bad(name: str, value: Any, allowed: str, hint: str = "") -> MisconfigurationException:
-    return MisconfigurationException(f"Trainer({name}={value!r}) is not valid: it must be {allowed}.{hint}")
+def _bad(name: str, value: Any, allowed: str, hint: str = "", must: str = "it must") -> MisconfigurationException:
+    return MisconfigurationException(f"Trainer({name}={value!r}) is not valid: {must} be {allowed}.{hint}")
 
 
 def check_switch(name: str, value: Any) -> None:
@@ -194,13 +194,18 @@ def _check_counts(config: TrainerConfig) -> None:
         if value is None and optional:
             continue
         if not _is_int(value) or value < smallest:
-            raise _bad(name, value, f"an int >= {smallest}" + (" or None" if optional else ""))
+            allowed = "a non-negative integer or -1, for no limit" if smallest == -1 else f"an integer >= {smallest}"
+            must = f"`{name}` {'must' if smallest == -1 else 'should'}"
+            raise _bad(name, value, allowed + (", or None" if optional else ""), must=must)
     steps = config.num_sanity_val_steps
     if not (_is_int(steps) and steps >= -1) and steps != math.inf:
         raise _bad("num_sanity_val_steps", steps, "an int >= 0, or -1 for all")
     fast: Any = config.fast_dev_run
     if not isinstance(fast, (bool, int)) or fast < 0:
-        raise _bad("fast_dev_run", fast, "True, False or a number of batches >= 0")
+        raise MisconfigurationException(
+            f"Trainer(fast_dev_run={fast!r}): fast_dev_run={fast!r} is not a valid configuration. It should be >= 0, a number"
+            " of batches, or True or False."
+        )
 
 
 def _check_limits(config: TrainerConfig) -> None:
@@ -226,11 +231,14 @@ def _check_limits(config: TrainerConfig) -> None:
 def _check_clipping(config: TrainerConfig) -> None:
     value, algorithm = config.gradient_clip_val, config.gradient_clip_algorithm
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise TypeError(f"Trainer(gradient_clip_val={value!r}) is not valid: it must be an int, a float or None.")
+        raise TypeError(
+            f"Trainer(gradient_clip_val={value!r}) is not valid: `gradient_clip_val` should be an int or a float, or None."
+        )
     algorithm = getattr(algorithm, "value", algorithm)
     if algorithm is not None and str(algorithm).lower() not in ("norm", "value"):
-        raise _bad(
-            "gradient_clip_algorithm", algorithm, "'norm' or 'value'", did_you_mean(str(algorithm), ("norm", "value"))
+        raise MisconfigurationException(
+            f"Trainer(gradient_clip_algorithm={algorithm!r}): `gradient_clip_algorithm` {algorithm} is invalid; it must be"
+            f" 'norm' or 'value'.{did_you_mean(str(algorithm), ('norm', 'value'))}"
         )
 
 

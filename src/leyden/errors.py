@@ -3,7 +3,10 @@
 
 LeydenError
 ├── MisconfigurationException (also a ValueError)   what was asked for cannot be; nothing has run yet
+│   ├── NoModuleError (also a TypeError)            there is no module to run
+│   └── RemovedHookError (also a NotImplementedError)  a hook is written that nothing calls any more
 └── CheckpointError (also a RuntimeError)           a checkpoint cannot be written, read or applied
+    ├── WeightsOnlyError (also a KeyError)          it holds no more than weights, and a fit should go on from it
     ├── CheckpointNotFoundError (also a FileNotFoundError)
     └── CheckpointDamagedError                      it was written or copied badly, or has changed since
 SIGTERMException (a SystemExit, code 143)           the process was asked to end
@@ -28,8 +31,22 @@ class MisconfigurationException(LeydenError, ValueError):
     """The user asked for something that cannot work: the message names the argument, its value and the remedy."""
 
 
+class NoModuleError(MisconfigurationException, TypeError):
+    """An entry point was called without a module, and none was known from before."""
+
+
+class RemovedHookError(MisconfigurationException, NotImplementedError):
+    """A hook was written that is not called any more, and whose results would be missed."""
+
+
 class CheckpointError(LeydenError, RuntimeError):
     """A checkpoint could not be written, read or applied."""
+
+
+class WeightsOnlyError(CheckpointError, KeyError):
+    """A fit was to go on from a checkpoint that holds no state of a training."""
+
+    __str__ = Exception.__str__  # KeyError would show the message as a quoted key
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):

@@ -347,7 +347,8 @@ class LightningModule(ModelHooks, DataHooks, VintageModule, HyperparametersMixin
             return  # somebody looks at what torch makes of a step: saying something would break the graph
         if not self.attached:
             rank_zero_warn(
-                f"self.log({name!r}, ...) was called without a Trainer; the value is dropped. It works while fit,"
+                f"self.log({name!r}, ...) was called without a Trainer (the `self.trainer` reference is not"
+                " registered); the value is dropped. It works while fit,"
                 " validate or test runs."
             )
         elif self.trainer.barebones:

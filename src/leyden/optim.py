@@ -117,6 +117,7 @@ def _split(returned: Any) -> tuple[list[Optimizer], list[Any], str | None]:
         elif returned and all(is_optimizer(item) for item in returned):
             return list(returned), [], None
     raise MisconfigurationException(
+        "Unknown configuration for model optimizers: "
         f"configure_optimizers() returned {_describe(returned)}, which is not one of the known forms: {_FORMS}."
     )
 
@@ -149,14 +150,14 @@ def _schedule(item: Any, monitor: str | None, automatic: bool, bare: str) -> LRS
     known = tuple(f.name for f in fields(LRSchedulerConfig))
     for key in [key for key in given if key not in known]:
         rank_zero_warn(
-            f"The lr scheduler dict has the unknown key {key!r}; it is ignored. Known keys: {', '.join(known)}."
+            f"Found unsupported keys in the lr scheduler dict: {key!r} is ignored. Known keys: {', '.join(known)}."
             f"{did_you_mean(str(key), known)}",
             category=RuntimeWarning,
         )
         del given[key]
     if given.get("scheduler") is None:
         raise MisconfigurationException(
-            f"The lr scheduler dict must have the key 'scheduler' that holds the scheduler; its keys are {sorted(given)}."
+            f'The lr scheduler dict must have the key "scheduler" that holds the scheduler; its keys are {sorted(given)}.'
         )
     scheduler = given["scheduler"]
     if not automatic:
@@ -170,7 +171,7 @@ def _schedule(item: Any, monitor: str | None, automatic: bool, bare: str) -> LRS
         return LRSchedulerConfig(**{key: value for key, value in given.items() if key not in ignored})
     if given.get("interval", "epoch") not in ("step", "epoch"):
         raise MisconfigurationException(
-            f"The 'interval' of an lr scheduler must be 'step' or 'epoch'; it is {given['interval']!r}."
+            f'The "interval" key in lr scheduler dict must be "step" or "epoch"; it is {given["interval"]!r}.'
             f"{did_you_mean(str(given['interval']), ('step', 'epoch'))}"
         )
     plateau = given.setdefault("reduce_on_plateau", isinstance(scheduler, ReduceLROnPlateau))
@@ -178,7 +179,7 @@ def _schedule(item: Any, monitor: str | None, automatic: bool, bare: str) -> LRS
         given["monitor"] = monitor
         if monitor is None:
             raise MisconfigurationException(
-                "ReduceLROnPlateau needs the key of a metric: return"
+                "`configure_optimizers` must include a monitor when a `ReduceLROnPlateau` scheduler is used: return"
                 " {'optimizer': optimizer, 'lr_scheduler': {'scheduler': scheduler, 'monitor': 'val_loss'}}."
             )
     knows_total = hasattr(scheduler, "total_steps") and isinstance(scheduler.total_steps, int)

@@ -247,7 +247,8 @@ class Store:
             )
         if LOADER_SUFFIX.strip("/") in name:
             raise MisconfigurationException(
-                f"self.log({name!r}, ...): the index of the loader is added to the name by itself; leave it out."
+                f"self.log({name!r}, ...): the name should not contain information about `dataloader_idx`:"
+                f" it is added by itself."
             )
         rules = row.logging
         step = rules.on_step if on_step is None else bool(on_step)
@@ -266,6 +267,7 @@ class Store:
         known = REDUCTIONS.get(reduction) if isinstance(reduction, (str, Callable)) else None  # type: ignore[arg-type]
         if known is None and not isinstance(value, MetricLike):
             raise MisconfigurationException(
+                "Only `self.log(..., reduce_fx={min,max,mean,sum})` are supported: "
                 f"self.log({name!r}, reduce_fx={reduce_fx!r}) is not valid: allowed are 'mean', 'sum', 'min', 'max' and"
                 " their torch functions. Use a metric object for anything else."
                 f"{did_you_mean(str(reduce_fx), ('mean', 'sum', 'min', 'max'))}"
@@ -279,7 +281,7 @@ class Store:
             )
         if known_key != key:
             raise MisconfigurationException(
-                f"self.log({name!r}, ...) was called twice in {hook!r} with different arguments. Log under two names, or"
+                f"self.log({name!r}, ...) was called twice in `{hook}` with different arguments. Log under two names, or"
                 " with the same arguments."
             )
         self._names[place_key] = key
@@ -346,8 +348,8 @@ def _on_host(value: Tensor) -> float | None:
 def _single(name: str, value: Tensor) -> Tensor:
     if value.numel() != 1:
         raise ValueError(
-            f"self.log({name!r}, ...) got a tensor of shape {tuple(value.shape)}; it must hold a single element. Did you"
-            f" mean self.log({name!r}, value.mean())?"
+            f"self.log({name!r}, ...) got a tensor of shape {tuple(value.shape)}; the tensor must have a single element."
+            f" Did you mean self.log({name!r}, value.mean())?"
         )
     return value.reshape(())
 
@@ -355,11 +357,14 @@ def _single(name: str, value: Tensor) -> Tensor:
 def _plain(name: str, value: Any) -> float:
     """Turn any other number into a float; what is no number is an error."""
     if isinstance(value, Mapping):
-        raise ValueError(f"self.log({name!r}, ...) got a dict; log its entries with self.log_dict.")
+        raise ValueError(
+            f"self.log({name!r}, ...) got a dict, but `dict` values cannot be logged: log its entries with self.log_dict."
+        )
     if isinstance(value, Number) or hasattr(value, "__float__"):
         return float(value)
     raise ValueError(
-        f"self.log({name!r}, {value!r}): the value is a {type(value).__name__}; it must be a number, a tensor with one"
+        f"`self.log({name}, {value})` was called, but `{type(value).__name__}` values cannot be logged: the value"
+        f" is a {type(value).__name__}; it must be a number, a tensor with one"
         " element or a metric object."
     )
 

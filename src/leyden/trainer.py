@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from leyden import vintage
-from leyden.errors import EndOfRun, MisconfigurationException
+from leyden.errors import EndOfRun, NoModuleError
 from leyden.loggers.base import keeps_position
 from leyden.loggers.history import History
 from leyden.loops import hardware, resolve, snapshot
@@ -173,6 +173,7 @@ class Trainer(TrainerFace):
         self.history = History()
         self.should_stop = False
         self.fit_loop = FitLoop()
+        self.fit_loop.counted = self.progress, config
         self.validate_loop = EvaluationLoop(RunningStage.VALIDATING)
         self.test_loop = EvaluationLoop(RunningStage.TESTING)
         self.predict_loop = PredictLoop()
@@ -335,9 +336,7 @@ class Trainer(TrainerFace):
         if model is None and found is not None and uncompiled(self._given) is found:
             return self._given  # compiled, if it was given so
         if found is None:
-            raise MisconfigurationException(
-                f"Trainer.{entry}(model=None): this Trainer has not run any module yet. Pass one."
-            )
+            raise NoModuleError(f"`Trainer.{entry}()` requires a `LightningModule`: this Trainer has not run one yet.")
         return found
 
     # ------------------------------------------------------------------ a run, from start to end

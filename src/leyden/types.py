@@ -95,6 +95,9 @@ class TrainerState:
     ) -> None:
         self.status, self.fn, self.stage = status, fn, stage
 
+    def __repr__(self) -> str:
+        return f"TrainerState(status={self.status!r}, fn={self.fn!r}, stage={self.stage!r})"
+
     @property
     def finished(self) -> bool:
         return self.status is TrainerStatus.FINISHED

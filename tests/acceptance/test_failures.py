@@ -432,10 +432,10 @@ def test_a_misspelt_hook_that_is_needed_is_told_with_the_error() -> None:
 @pytest.mark.parametrize(
     ("missing", "entry", "match"),
     [
-        ("training_step", "fit", r"Partial has no training_step\(\): Trainer.fit\(\) needs it"),
-        ("configure_optimizers", "fit", r"Partial has no configure_optimizers\(\)"),
-        ("validation_step", "validate", r"Partial has no validation_step\(\): Trainer.validate\(\) needs it"),
-        ("test_step", "test", r"Partial has no test_step\(\)"),
+        ("training_step", "fit", r"No `training_step\(\)` method defined to run `Trainer.fit`.*Partial"),
+        ("configure_optimizers", "fit", r"No `configure_optimizers\(\)` method defined in Partial"),
+        ("validation_step", "validate", r"No `validation_step\(\)` method defined to run `Trainer.validate`.*Partial"),
+        ("test_step", "test", r"No `test_step\(\)` method defined.*Partial"),
         ("predict_step", "predict", r"Partial has neither predict_step\(\) nor forward\(\)"),
     ],
 )
@@ -467,12 +467,14 @@ def test_no_data_is_an_error(entry: str) -> None:
 
 @pytest.mark.parametrize("entry", ["validate", "test", "predict"])
 def test_no_module_is_an_error(entry: str) -> None:
-    with pytest.raises(MisconfigurationException, match="has not run any module yet"):
+    with pytest.raises(
+        MisconfigurationException, match="requires a `LightningModule`: this Trainer has not run one yet"
+    ):
         getattr(L.Trainer(**QUIET), entry)()
 
 
 def test_something_that_is_no_module_is_an_error() -> None:
-    with pytest.raises(TypeError, match=r"must be a LightningModule; it is a torch\.nn\.modules\.linear\.Linear"):
+    with pytest.raises(TypeError, match=r"must be a `LightningModule`, got `Linear` of torch\.nn\.modules\.linear"):
         L.Trainer(**QUIET).fit(nn.Linear(2, 1), DataLoader(torch.ones(2, 2)))
 
 

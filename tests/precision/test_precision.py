@@ -40,7 +40,9 @@ def test_canonical(given, expected):
 
 @pytest.mark.parametrize("given", [8, "fp8", True, "32.0", 16.0])
 def test_unknown(given):
-    with pytest.raises(MisconfigurationException, match=r"precision=.* is unknown. Allowed: '32-true'"):
+    with pytest.raises(
+        MisconfigurationException, match=r"Precision .* is invalid. Allowed precision values: '32-true'"
+    ):
         canonical(given)
 
 

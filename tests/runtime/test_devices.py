@@ -62,10 +62,10 @@ def test_accelerators(machine, gpus, mps, accelerator, expected):
         ("gpu", "accelerator='gpu': torch finds no GPU here"),
         ("cuda", "accelerator='cuda' is not available here. Available: 'cpu'."),
         (MPSAccelerator(), "accelerator='mps' is not available here"),
-        ("cdua", "accelerator='cdua' is unknown. Use one of 'auto', 'gpu', 'mps', 'cuda', 'cpu'.*Did you mean 'cuda'"),
-        ("tpu", "accelerator='tpu' is unknown.*does not support that kind.$"),
-        (None, "accelerator=None is unknown"),
-        (CPUAccelerator, "is unknown.*or an instance"),
+        ("cdua", "accelerator='cdua'`. Use one of 'auto', 'gpu', 'mps', 'cuda', 'cpu'.*Did you mean 'cuda'"),
+        ("tpu", "accelerator='tpu'`.*does not support that kind.$"),
+        (None, "invalid accelerator name: `accelerator=None`"),
+        (CPUAccelerator, "invalid accelerator name.*or an instance"),
     ],
 )
 def test_wrong_accelerators(machine, accelerator, text):
@@ -90,7 +90,7 @@ def test_wrong_cpu_devices(machine, devices):
 @pytest.mark.parametrize("devices", [0, "0", [], (), False, True])
 def test_no_devices(machine, accelerator, devices):
     machine(2, True)
-    with pytest.raises(MisconfigurationException, match=f"names no device of the {accelerator} accelerator"):
+    with pytest.raises(MisconfigurationException, match=f"not a valid input using {accelerator} accelerator"):
         choose(accelerator, devices)
 
 

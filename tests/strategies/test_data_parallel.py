@@ -88,7 +88,7 @@ class Ends(Net):
         return loss
 
 
-@pytest.mark.filterwarnings("ignore:There is validation data")
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
 def test_training_step_end_gets_an_entry_for_each_part_and_returns_the_loss() -> None:
     module, plain = Ends(), Net()
     _run(module, "dp", 2)

@@ -394,7 +394,7 @@ class ModelCheckpoint(Checkpoint):
         metrics = trainer.callback_metrics
         available = ", ".join(map(repr, metrics)) or "nothing"
         message = (
-            f"ModelCheckpoint(monitor={self.monitor!r}): no such metric has been logged; logged so far: {available}."
+            f"ModelCheckpoint(monitor={self.monitor!r}): could not find the monitored key in the returned metrics: {available}."
             f"{did_you_mean(str(self.monitor), metrics)} Log it with `self.log({self.monitor!r}, value)`, or change"
             " `monitor`."
         )

@@ -182,15 +182,16 @@ def check_arguments(monitor: str | None, save_last: Any, top: TopK, occasions: O
     triggers = occasions.arguments()
     for name, value, least in (("save_top_k", top.save_top_k, -1), *((*each, 0) for each in triggers.items())):
         if not isinstance(value, timedelta) and value is not None and value < least:
-            raise MisconfigurationException(f"ModelCheckpoint({name}={value}): must be {least} or more.")
+            raise MisconfigurationException(f"ModelCheckpoint: Invalid value for {name}={value}. Must be >= {least}.")
     given = [f"{name}={value}" for name, value in triggers.items() if value or isinstance(value, timedelta)]
     if len(given) > 1:
         raise MisconfigurationException(
-            f"ModelCheckpoint({', '.join(given)}): only one of them can be on. To save at several occasions, use"
+            f"ModelCheckpoint({', '.join(given)}): these should be mutually exclusive. To save at several occasions, use"
             " several ModelCheckpoint callbacks."
         )
     if monitor is None and top.save_top_k not in (-1, 0, 1):
         raise MisconfigurationException(
-            f"ModelCheckpoint(save_top_k={top.save_top_k}, monitor=None): without a metric to rank by, save_top_k"
+            f"ModelCheckpoint(save_top_k={top.save_top_k}, monitor=None) is not a valid configuration. No quantity for"
+            f" top_k to track: without a metric to rank by, save_top_k"
             " can only be -1 (all), 0 (none) or 1 (the newest)."
         )

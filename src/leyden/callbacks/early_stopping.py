@@ -80,7 +80,7 @@ class EarlyStopping(Callback):
     ) -> None:
         if mode not in self.mode_dict:
             raise MisconfigurationException(
-                f"EarlyStopping(mode={mode!r}): must be 'min' or 'max'.{did_you_mean(str(mode), self.mode_dict)}"
+                f"EarlyStopping(mode={mode!r}): `mode` can be 'min' or 'max'.{did_you_mean(str(mode), self.mode_dict)}"
             )
         self.monitor = monitor
         self.mode = mode
@@ -169,7 +169,7 @@ class EarlyStopping(Callback):
     def _complain(self, metrics: dict[str, Tensor]) -> None:
         available = ", ".join(map(repr, metrics)) or "nothing"
         message = (
-            f"EarlyStopping(monitor={self.monitor!r}): no such metric has been logged; logged so far: {available}."
+            f"Early stopping conditioned on metric `{self.monitor}` which is not available; logged so far: {available}."
             f"{did_you_mean(self.monitor, metrics)} Log it with `self.log({self.monitor!r}, value)`, change `monitor`,"
             " or pass `strict=False` if it may be missing."
         )

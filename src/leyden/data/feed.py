@@ -445,6 +445,14 @@ class Feed:
         if owner is not None and state is not None:
             owner.load_state_dict(state)
 
+    def finish(self, state: Any) -> None:
+        """End the pass that begins at ``state``, of which no batch is left: the next one is that of a new epoch.
+
+        A loader that begins the new one itself has given a batch of it, and is put back.
+        """
+        if state is not None and next(iter(self.loader), _END) is not _END:
+            self.put_own(state)
+
     def put_end(self, state: Any) -> None:
         """Put back what ``own`` returned at the end of an epoch."""
         self.put_own(state)

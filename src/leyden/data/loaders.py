@@ -35,7 +35,7 @@ def check_iterable(loader: object, source: str, fn: str) -> None:
     argument = source if fn == "fit" else "dataloaders"
     hook = source.removesuffix("s") if "_" in source else {"validate": "val"}.get(fn, fn) + "_dataloader"
     raise TypeError(
-        f"Trainer.{fn}({argument}=...) got {what}, which cannot be iterated over. "
+        f"An invalid dataloader was passed to `Trainer.{fn}({argument}=...)`. Found {what}, which cannot be iterated over. "
         f"Pass a DataLoader or an iterable of batches, or write {hook}() in the module or the data module."
     )
 

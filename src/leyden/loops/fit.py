@@ -29,6 +29,7 @@ from leyden.config import ValInterval, parse_val_check_interval
 from leyden.data.combined import CombinedLoader
 from leyden.loops import batches, optimize, when
 from leyden.loops.evaluate import EvaluationLoop
+from leyden.loops.lightning_loops import lightning_name
 from leyden.loops.optimize import Optimization, check_loss, detached, read_loss, step_losses, weighted
 from leyden.loops.paths import choose
 from leyden.loops.schedule import step_schedules
@@ -68,11 +69,15 @@ class FitLoop(Loop):
         """Whether batches only go forward, as in an epoch that computes the statistics of batch norms."""
         self.opened: int | None = None
         """The epoch whose batches were last begun to be drawn."""
+        self.counted: Any = None  # the counters and the configuration, for who asks under Lightning's names
 
     @property
     def loader(self) -> CombinedLoader | None:
         """The training loaders, as they were given; None until they have been asked for."""
         return self.data.loader if self.data is not None else None
+
+    def __getattr__(self, name: str) -> Any:
+        return lightning_name(self, name)
 
     # ------------------------------------------------------------------ the loop
 

@@ -166,7 +166,7 @@ def _named(given: Any) -> tuple[Any, dict[str, Any]]:
     if name not in STRATEGIES:
         known = ["auto", *STRATEGIES]
         raise MisconfigurationException(
-            f"Trainer(strategy={given!r}) is not known: it must be one of {known} or a Strategy object."
+            f"You selected an invalid strategy name: `strategy={given!r}`. It must be one of {known} or a Strategy object."
             f"{did_you_mean(name, known)}"
         )
     entry = STRATEGIES[name]

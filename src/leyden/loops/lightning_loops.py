@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from leyden.progress import Progress
@@ -19,13 +20,14 @@ def _tracker(total: dict[str, int], current: dict[str, int] | None = None, **mor
     return {"total": total, "current": dict(total) if current is None else current, **more}
 
 
-def to_lightning(progress: Progress, loaders: list[Any], last: bool) -> dict[str, Any]:
+def to_lightning(progress: Progress, loaders: list[Any], last: bool, automatic: bool = True) -> dict[str, Any]:
     """Return the value of the key ``loops``.
 
     Args:
         progress: Our counters.
         loaders: States of stateful training loaders.
         last: Whether the last batch ended its epoch.
+        automatic: Whether the optimizers are stepped by us: their steps are counted in one of two places.
     """
     short = "ready completed"
     zero = _tracker(_counts(0))
@@ -39,7 +41,7 @@ def to_lightning(progress: Progress, loaders: list[Any], last: bool) -> dict[str
         "processed": progress.epoch + (1 if progress.epoch_done else 0),
         "completed": progress.epoch,
     }
-    step_progress = _tracker(_counts(updates, names=short), _counts(updates, names=short))
+    steps, by_hand = (updates, 0) if automatic else (0, updates)
     fit = {
         "state_dict": {"combined_loader": loaders} if loaders else {},
         "epoch_loop.state_dict": {"_batches_that_stepped": progress.batches_that_stepped},
@@ -52,12 +54,12 @@ def to_lightning(progress: Progress, loaders: list[Any], last: bool) -> dict[str
         "epoch_loop.automatic_optimization.state_dict": {},
         "epoch_loop.automatic_optimization.optim_progress": {
             "optimizer": {
-                "step": step_progress,
-                "zero_grad": _tracker(_counts(updates, names="ready completed started")),
+                "step": _tracker(_counts(steps, names=short)),
+                "zero_grad": _tracker(_counts(steps, names="ready completed started")),
             }
         },
         "epoch_loop.manual_optimization.state_dict": {},
-        "epoch_loop.manual_optimization.optim_step_progress": _tracker(_counts(0, names=short)),
+        "epoch_loop.manual_optimization.optim_step_progress": _tracker(_counts(by_hand, names=short)),
         "epoch_loop.val_loop.state_dict": {},
         "epoch_loop.val_loop.batch_progress": _tracker(
             _counts(sum(progress.val_batches)), _counts(0), is_last_batch=False
@@ -94,7 +96,9 @@ def from_lightning(checkpoint: Mapping[str, Any], progress: Progress) -> tuple[b
     progress.batches_that_stepped = int(stepped)
     optimizer = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
     manual = fit.get("epoch_loop.manual_optimization.optim_step_progress", {}).get("total", {}).get("completed", 0)
-    progress.optimizer_steps = [int(optimizer) + int(manual)]
+    # only their sum is known
+    others = max(0, len(checkpoint.get("optimizer_states") or ()) - 1)
+    progress.optimizer_steps = [int(optimizer) + int(manual), *[0] * others]
     if int(epoch["ready"]) <= progress.epoch:
         # saved between two epochs, or after the fit; one that was cut short goes on where it stopped
         progress.cut = not last and progress.batch_idx > 0
@@ -104,3 +108,96 @@ def from_lightning(checkpoint: Mapping[str, Any], progress: Progress) -> tuple[b
         progress.epoch_done = True
         progress.batches_that_stepped += 1
     return last, True
+
+
+# --------------------------------------------------------------------------------------------- as attributes
+
+
+class Counts:
+    """One of Lightning's trackers, as it stands; those that say where the run is can be set, as tests do.
+
+    Attributes:
+        ready: How often it was about to happen; ``started`` and ``processed`` are on its way to ``completed``.
+    """
+
+    def __init__(self, counts: Mapping[str, int], put: Callable[[int], None] | None = None) -> None:
+        vars(self).update(counts)
+        vars(self)["_put"] = put
+
+    def __setattr__(self, name: str, value: int) -> None:
+        put = vars(self)["_put"]
+        if name != "completed" or put is None:
+            raise AttributeError(f"{name} is a count that cannot be set: it is read off the run.")
+        put(value)
+        vars(self)[name] = value
+
+    def __repr__(self) -> str:
+        return repr({name: value for name, value in vars(self).items() if name != "_put"})
+
+
+def lightning_name(loop: Any, name: str) -> Any:
+    """Return what Lightning's fit loop has under ``name``: its counters and whether it is done.
+
+    Raises:
+        AttributeError: for any other name.
+    """
+    counted = vars(loop).get("counted")
+    if counted is None or name not in _NAMES:
+        raise AttributeError(f"{type(loop).__name__!r} object has no attribute {name!r}")
+    return _NAMES[name](loop, *counted)
+
+
+def _done(_: Any, progress: Progress, config: Any) -> bool:
+    epochs, steps = config.max_epochs, config.max_steps
+    return bool((epochs is not None and 0 <= epochs <= progress.epoch) or 0 <= steps <= progress.global_step)
+
+
+def _trackers(loop: Any, progress: Progress, automatic: bool = True) -> dict[str, Any]:
+    found: dict[str, Any] = to_lightning(progress, [], loop.last, automatic)["fit_loop"]
+    return found
+
+
+def _both(tracker: Mapping[str, Any], total: Any = None, current: Any = None) -> SimpleNamespace:
+    more = {name: value for name, value in tracker.items() if name not in ("total", "current")}
+    return SimpleNamespace(total=Counts(tracker["total"], total), current=Counts(tracker["current"], current), **more)
+
+
+def _epochs(loop: Any, progress: Progress, _: Any) -> SimpleNamespace:
+    def put(value: int) -> None:
+        progress.epoch = value
+
+    return _both(_trackers(loop, progress)["epoch_progress"], put, put)
+
+
+def _epoch_loop(loop: Any, progress: Progress, config: Any) -> SimpleNamespace:
+    def put(value: int) -> None:
+        progress.global_step = value
+
+    found = _trackers(loop, progress)
+    steps = found["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    optimizer = SimpleNamespace(step=_both(steps["step"], put), zero_grad=_both(steps["zero_grad"]))
+    by_hand = _trackers(loop, progress, False)["epoch_loop.manual_optimization.optim_step_progress"]
+    return SimpleNamespace(
+        batch_progress=_both(found["epoch_loop.batch_progress"]),
+        scheduler_progress=_both(found["epoch_loop.scheduler_progress"]),
+        automatic_optimization=SimpleNamespace(optim_progress=SimpleNamespace(optimizer=optimizer)),
+        manual_optimization=SimpleNamespace(optim_step_progress=_both(by_hand, put)),
+        val_loop=loop.validation,
+        batch_idx=progress.batch_idx - 1,
+        total_batch_idx=progress.batches - 1,
+        global_step=progress.global_step,
+        min_steps=config.min_steps,
+        max_steps=config.max_steps,
+    )
+
+
+_NAMES: dict[str, Callable[[Any, Progress, Any], Any]] = {
+    "batch_idx": lambda _, progress, __: progress.batch_idx - 1,
+    "done": _done,
+    "epoch_loop": _epoch_loop,
+    "epoch_progress": _epochs,
+    "global_step": lambda _, progress, __: progress.global_step,
+    "max_steps": lambda _, __, config: config.max_steps,
+    "min_steps": lambda _, __, config: config.min_steps,
+    "total_batch_idx": lambda _, progress, __: progress.batches - 1,
+}

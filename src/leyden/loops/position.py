@@ -88,7 +88,8 @@ def lightning_states(train: Mapping[str, Any] | None, supply: Supply | None) -> 
     if train is None or supply is None:
         return []
     own = train["own"] if train["place"] is None else train["place"]["own"]
-    return [state for feed, state in zip(supply.feeds, own, strict=True) if feed.how == "state"]
+    states = [state for feed, state in zip(supply.feeds, own, strict=True) if feed.how == "state"]
+    return states if any(state is not None for state in states) else []
 
 
 class Position:
@@ -208,6 +209,8 @@ class Position:
             return Place(done, [Pass() for _ in states], [done] * len(states), states)
         for feed, state in zip(supply.feeds, states, strict=True):
             feed.put_own(state)
+            if self.last:
+                feed.finish(state)
         return None
 
     def settle(self, supply: Supply) -> None:

@@ -86,7 +86,7 @@ def profiler(given: Any) -> Any:
     if isinstance(given, str):
         if given.lower() not in PROFILERS:
             raise MisconfigurationException(
-                f"Trainer(profiler={given!r}) is not known: it must be one of {sorted(PROFILERS)} or a Profiler object."
+                f"Trainer(profiler={given!r}) is not known: it can only be one of {sorted(PROFILERS)} or a Profiler object."
                 f"{did_you_mean(given, PROFILERS)}"
             )
         return load(PROFILERS[given.lower()])()

@@ -45,6 +45,7 @@ def find_checkpoint(given: Any, trainer: TrainerCore) -> Any:
     if found is None:
         rank_zero_warn(
             f"Trainer.{fn}(ckpt_path='last'): there is no checkpoint in {places}; "
+            + "No checkpoint will be loaded: "
             + ("the fit starts anew." if fn == "fit" else "the weights stay as they are."),
             category=PossibleUserWarning,
         )
@@ -72,9 +73,14 @@ def _best(trainer: TrainerCore) -> Any:
             for candidate in (path, beside) if path else ():
                 if files.is_remote(candidate) or os.path.exists(candidate):
                     return candidate
+    reason = (
+        "`ModelCheckpoint` is not configured."
+        if not callbacks
+        else "`ModelCheckpoint` is not configured to save the best model, or has not saved any."
+    )
     raise MisconfigurationException(
-        f"Trainer.{trainer.state.fn}(ckpt_path='best'): no best checkpoint is known. It takes a ModelCheckpoint that has"
-        " saved one (not under fast_dev_run); otherwise pass the path of a file."
+        f"Trainer.{trainer.state.fn}(ckpt_path='best'): no best checkpoint is known: {reason} It takes a ModelCheckpoint"
+        " that has saved one (not with `fast_dev_run=True`); otherwise pass an exact checkpoint path."
     )
 
 

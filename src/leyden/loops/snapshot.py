@@ -14,7 +14,7 @@ import torch
 
 from leyden.callback import Callback
 from leyden.datamodule import LightningDataModule
-from leyden.errors import CheckpointError, MisconfigurationException
+from leyden.errors import CheckpointError, MisconfigurationException, WeightsOnlyError
 from leyden.hooks import is_written
 from leyden.hparams import hparams_name, pack, plain_hparams
 from leyden.loading import FORMAT, PICKLED, modernized, require_checkpoint
@@ -78,7 +78,7 @@ def gather(
         "global_step": progress.global_step,
         "pytorch-lightning_version": LIGHTNING_VERSION,
         "state_dict": strategy.lightning_module_state_dict(),
-        "loops": to_lightning(progress, loaders, fit_loop.last),
+        "loops": to_lightning(progress, loaders, fit_loop.last, module.automatic_optimization),
     }
     before = position.unfinished(fit_loop, progress)
     counters = progress.state_dict() if before is None else {**progress.state_dict(), **before.counters}
@@ -273,9 +273,10 @@ def restore_training(
 
     missing = [key for key in ("optimizer_states", "lr_schedulers") if key not in checkpoint]
     if missing:
-        raise CheckpointError(
-            f"{source} holds weights only (no {', '.join(missing)}), so training cannot go on from it. Load the weights"
-            " with load_from_checkpoint() and start a new fit, or save with save_weights_only=False."
+        raise WeightsOnlyError(
+            f"The checkpoint contains only the model: {source} holds weights only (no {', '.join(missing)}), so"
+            " training cannot go on from it. Load the weights with load_from_checkpoint() and start a new fit, or save with"
+            " save_weights_only=False."
         )
     if state := checkpoint.get(type(strategy.precision).__qualname__):
         strategy.precision.load_state_dict(state)

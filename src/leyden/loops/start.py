@@ -12,7 +12,7 @@ from leyden import vintage
 from leyden.callback import Callback
 from leyden.config import TrainerConfig, resolve_limits
 from leyden.datamodule import LightningDataModule
-from leyden.errors import LeydenWarning, MisconfigurationException, PossibleUserWarning
+from leyden.errors import LeydenWarning, MisconfigurationException, PossibleUserWarning, RemovedHookError
 from leyden.hooks import is_written, misspelt
 from leyden.hparams import logs_hparams
 from leyden.loggers.recorder import Recorder
@@ -56,7 +56,7 @@ def unwrap(model: Any, datamodule: Any, loaders: Any, more: Any = None) -> tuple
 
         raise TypeError(
             of_another(module)
-            or f"The model must be a LightningModule; it is a {type(model).__module__}.{type(model).__qualname__}. Derive"
+            or f"The model must be a `LightningModule`, got `{type(model).__qualname__}` of {type(model).__module__}. Derive"
             " its class from leyden.LightningModule and write training_step and configure_optimizers."
         )
     if datamodule is not None and (isinstance(datamodule, type) or not callable(getattr(datamodule, "setup", None))):
@@ -128,7 +128,7 @@ def configure_optimizers(session: Session) -> None:
         if collects:
             gc.enable()
     if returned is None:
-        rank_zero_warn("configure_optimizers() returned None: this fit runs without an optimizer.")
+        rank_zero_warn("configure_optimizers() returned `None`: this fit will run with no optimizer.")
         returned = NoOptimizer()
     optimizers, schedules = normalize(
         returned,
@@ -166,13 +166,15 @@ def check(session: Session, fn: TrainerFn) -> None:
     step, prefix = _STEPS[fn]
     for old, new in _REMOVED.items():
         if callable(getattr(module, old, None)):
-            raise MisconfigurationException(
-                f"{name}.{old}() is not called any more. Keep what the steps return in a list of your own and read it in"
-                f" {new}()."
+            raise RemovedHookError(
+                f"Support for `{old}` has been removed: {name}.{old}() is not called any more. Keep what the steps"
+                f" return in a list of your own and read it in {new}()."
             )
     _warn_misspelt(session)  # here: what is missing below may only be misspelt
     if fn is not TrainerFn.PREDICTING and not is_written(module, step, LightningModule):
-        raise MisconfigurationException(f"{name} has no {step}(): Trainer.{fn}() needs it.")
+        raise MisconfigurationException(
+            f"No `{step}()` method defined to run `Trainer.{fn}`: write it in {name}, or a class that it derives from."
+        )
     written = is_written(module, step, LightningModule)
     if fn is TrainerFn.PREDICTING and not written and type(module).forward is LightningModule.forward:
         raise MisconfigurationException(f"{name} has neither predict_step() nor forward(): write one of them.")
@@ -197,20 +199,20 @@ def _check_fit(session: Session, name: str) -> None:
     module, config = session.module, session.config
     if not is_written(module, "configure_optimizers", LightningModule):
         raise MisconfigurationException(
-            f"{name} has no configure_optimizers(): return an optimizer there, for example"
+            f"No `configure_optimizers()` method defined in {name}: return an optimizer there, for example"
             " torch.optim.Adam(self.parameters(), lr=1e-3); or None to train without one."
         )
     has_step = is_written(module, "validation_step", LightningModule)
     has_data = has_source(session, "val")
     if has_data and not has_step:
         rank_zero_warn(
-            f"There is validation data but {name} has no validation_step(): no validation runs.",
+            f"You passed in a `val_dataloader` but have no `validation_step` in {name}: no validation runs.",
             category=PossibleUserWarning,
         )
     if has_step and not has_data:
         rank_zero_warn(
-            f"{name} has a validation_step() but there is no validation data: no validation runs. Pass val_dataloaders="
-            " or write val_dataloader().",
+            f"You defined a `validation_step` but have no `val_dataloader` in {name}: no validation runs. Pass"
+            " val_dataloaders= or write val_dataloader().",
             category=PossibleUserWarning,
         )
     if not module.automatic_optimization:

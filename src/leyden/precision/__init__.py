@@ -42,8 +42,8 @@ def canonical(precision: str | int | None) -> str:
     name = _SHORT.get(name, name)
     if isinstance(precision, bool) or name not in PRECISIONS:
         raise MisconfigurationException(
-            f"precision={precision!r} is unknown. Allowed: {', '.join(map(repr, PRECISIONS))}, and the short forms "
-            f"64, 32, 16 and 'bf16'.{did_you_mean(name, [*PRECISIONS, *_SHORT])}"
+            f"Precision {precision!r} is invalid. Allowed precision values: {', '.join(map(repr, PRECISIONS))}, and"
+            f" the short forms 64, 32, 16 and 'bf16'.{did_you_mean(name, [*PRECISIONS, *_SHORT])}"
         )
     return name
 

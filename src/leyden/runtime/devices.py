@@ -218,8 +218,8 @@ def make_accelerator(accelerator: str | Accelerator) -> Accelerator:
         other = str(accelerator).lower() in ("tpu", "hpu", "xpu", "npu")
         hint = " Leyden does not support that kind." if other else did_you_mean(str(accelerator), allowed)
         raise MisconfigurationException(
-            f"accelerator={accelerator!r} is unknown. Use one of {', '.join(map(repr, allowed))}, "
-            f"or an instance of Accelerator.{hint}"
+            f"You selected an invalid accelerator name: `accelerator={accelerator!r}`. Use one of"
+            f" {', '.join(map(repr, allowed))}, or an instance of Accelerator.{hint}"
         )
     if not chosen.is_available():
         raise MisconfigurationException(
@@ -242,7 +242,7 @@ def parse_devices(accelerator: Accelerator, devices: int | str | Sequence[int]) 
     wanted: Any = devices
     if wanted in (0, "0", [], ()) or isinstance(wanted, bool):
         raise MisconfigurationException(
-            f"devices={wanted!r} names no device of the {accelerator.name()} accelerator. "
+            f"devices={wanted!r}: the value is not a valid input using {accelerator.name()} accelerator. "
             "Give a number of at least 1, a list of indices, -1 for all, or 'auto'."
         )
     if isinstance(wanted, str) and wanted.strip().lower() == "auto":

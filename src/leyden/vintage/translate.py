@@ -53,7 +53,9 @@ def arguments(old: Mapping[str, Any], given: dict[str, Any], hint: Callable[[str
         rows |= {row.name: row for row in SOON_AFTER}
     for name, value in old.items():
         if name not in rows:
-            raise TypeError(f"Trainer() has no argument {name!r}.{hint(name, [*given, *rows])}")
+            raise TypeError(
+                f"Trainer.__init__() got an unexpected keyword argument {name!r}.{hint(name, [*given, *rows])}"
+            )
         modern = rows[name].modern
         if modern not in ("", "callbacks") and given[modern] != _UNSET.get(modern):
             raise MisconfigurationException(

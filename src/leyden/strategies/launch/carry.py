@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from leyden.errors import MisconfigurationException
+from leyden.errors import NoModuleError
 from leyden.runtime.seed import rng_state, set_rng_state
 from leyden.runtime.world import OURS, World
 from leyden.tree import leaves, move_to
@@ -32,7 +32,7 @@ def arguments_of(trainer: Any, entry: str, given: Mapping[str, Any]) -> dict[str
     """Return the arguments of ``trainer.<entry>`` that are among ``given``, with the module that it runs.
 
     Raises:
-        MisconfigurationException: where there is no module.
+        NoModuleError: where there is no module.
     """
     if not _is_trainer(trainer):
         return dict(given)
@@ -40,9 +40,7 @@ def arguments_of(trainer: Any, entry: str, given: Mapping[str, Any]) -> dict[str
     arguments = {name: value for name, value in given.items() if name in names and name != "self"}
     arguments["model"] = trainer.lightning_module if arguments["model"] is None else arguments["model"]
     if arguments["model"] is None:
-        raise MisconfigurationException(
-            f"Trainer.{entry}(model=None): this Trainer has not run any module yet. Pass one."
-        )
+        raise NoModuleError(f"`Trainer.{entry}()` requires a `LightningModule`: this Trainer has not run one yet.")
     return arguments
 
 
