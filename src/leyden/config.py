@@ -27,6 +27,8 @@ SEMANTICS: dict[str, dict[str, Any]] = {
     # epoch_mean: over which samples the mean of an epoch goes, with several processes
     # shared_order: the order of training samples that several processes share: the loader's, or one shuffled by the epoch
     # shared_evaluation: whether a sample may be evaluated twice, so that all processes have as many
+    # saved_config: what LightningCLI does where a run before has left its config
+    # config_from_checkpoint: whether the hyperparameters in LightningCLI's --ckpt_path fill gaps, or win over what is given
     # data_wait: whether ThroughputMonitor also logs the share of time that was spent waiting for data
     "leyden": {
         "short_window": "actual",
@@ -42,6 +44,8 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "shared_order": "loader",
         "shared_evaluation": "once",
         "data_wait": True,
+        "saved_config": "next name",
+        "config_from_checkpoint": "fills",
     },
     "lightning": {
         "short_window": "constant",
@@ -57,6 +61,8 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "shared_order": "shuffled",
         "shared_evaluation": "padded",
         "data_wait": False,
+        "saved_config": "refuse",
+        "config_from_checkpoint": "wins",
     },
 }
 _default = ["leyden"]

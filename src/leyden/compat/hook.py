@@ -47,7 +47,11 @@ class ForeignModule(ModuleType):
         return arrive, (self.__name__,)
 
 
-_THEIRS = (Target("leyden", "Trainer"), Target("leyden", "Fabric"))
+_THEIRS = (
+    Target("leyden", "Trainer"),
+    Target("leyden", "Fabric"),
+    Target("leyden.cli.lightning_cli", "LightningCLI"),
+)
 """Who takes one of these from Lightning's modules means what it does there."""
 
 
