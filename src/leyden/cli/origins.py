@@ -311,7 +311,9 @@ def _closest_key(key: str, known: Iterable[str]) -> str:
 
 def _closest_class(message: str, known: Iterable[str]) -> str:
     if found := _ATTRIBUTE.search(message):
-        return did_you_mean(found[2], dir(sys.modules.get(found[1])))
+        names = dir(sys.modules.get(found[1]))
+        same = next((name for name in names if name.lower() == found[2].lower()), None)
+        return did_you_mean(same or found[2], names)
     if found := _PATH.search(message):
         return did_you_mean(next(part for part in found.groups() if part).rpartition(".")[2], known)
     return ""
