@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Command lines for one set of classes, written with Lightning's import names: it runs on Lightning and on Leyden.
 
-    <a python with lightning 2.6.6 and jsonargparse> tests/acceptance/cli_scenarios.py tests/acceptance/recorded/lightning-2.6.6-command-line.json
+    cd tests/acceptance
+    <python with lightning 2.6.6 and jsonargparse> cli_scenarios.py recorded/lightning-2.6.6-command-line.json
 
 records what Lightning makes of them; ``test_command_line.py`` runs them here and compares.
 """
@@ -200,7 +201,7 @@ class Ordered(LightningCLI):
 FILES = {
     "model.yaml": "model:\n  lr: 0.25\n  size: 4\n",
     "fit.yaml": "fit:\n  model:\n    lr: 0.75\n  trainer:\n    max_steps: 1\n",
-    "trainer.yaml": "trainer:\n  max_epochs: 2\n  callbacks:\n    - class_path: EarlyStopping\n      init_args:\n        monitor: loss\n",
+    "trainer.yaml": "trainer:\n  max_epochs: 2\n  callbacks:\n  - class_path: EarlyStopping\n    init_args: {monitor: loss}\n",
     "classes.yaml": "model:\n  class_path: Model\n  init_args:\n    lr: 0.125\ndata:\n  class_path: Data\n",
     "unknown.yaml": "model:\n  lr: 0.1\n  lrr: 0.3\n",
     "wrong.yaml": "trainer:\n  max_epochs: many\n",
@@ -215,7 +216,7 @@ SCENARIOS: dict[str, tuple[Any, dict[str, Any], list[str], dict[str, str]]] = {
     "test": (LightningCLI, {"model_class": Model}, ["test"], {}),
     "predict": (LightningCLI, {"model_class": Model}, ["predict", "--return_predictions=false"], {}),
     "data": (LightningCLI, {"model_class": Model, "datamodule_class": Data}, ["fit", "--data.size=4"], {}),
-    "configs": (LightningCLI, {"model_class": Model}, ["fit", "-c", "model.yaml", "--config=trainer.yaml", "--model.size=9"], {}),
+    "configs": (LightningCLI, {"model_class": Model}, ["fit", "-c", "model.yaml", "-c", "trainer.yaml", "--model.size=9"], {}),
     "config of a subcommand": (LightningCLI, {"model_class": Model}, ["--config=fit.yaml", "fit"], {}),
     "later wins": (LightningCLI, {"model_class": Model}, ["fit", "--model.lr=0.9", "--config=model.yaml"], {}),
     "config of a group": (LightningCLI, {"model_class": Model}, ["fit", "--trainer=only_trainer.yaml"], {}),

@@ -112,7 +112,6 @@ def test_y6_the_command_line_goes_ahead_of_files_these_of_the_checkpoint_and_tha
     assert lines["lr"].split()[1] == "0.3"
     assert lines["width"].endswith(f"# checkpoint {checkpoint}")
     assert lines["width"].split()[1] == "3"
-    assert lines["encoder"].endswith("# default")
     assert lines["max_steps"].endswith("# default")
     assert yaml.safe_load(printed)["model"] == {"lr": 0.3, "width": 3, "depth": 1, "encoder": None}
     made = cli(*words)

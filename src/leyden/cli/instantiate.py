@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from leyden.cli.parser import ArgumentParser, require_jsonargparse
+from leyden.cli.parser import ArgumentParser, make, require_jsonargparse
 from leyden.errors import MisconfigurationException
 from leyden.hparams import CLASS_PATH, INSTANTIATOR
 
@@ -45,7 +45,7 @@ def instantiate_module(class_type: Any, config: Mapping[str, Any]) -> Any:
         arguments = {"class_path": config[CLASS_PATH], "dict_kwargs": arguments}
     else:
         parser.add_class_arguments(class_type, "module", fail_untyped=False)
-    return parser.instantiate_classes(parser.parse_object({"module": arguments})).module
+    return make(parser, parser.parse_object({"module": arguments})).module
 
 
 def instantiate_from_checkpoint(cls: Any, kwargs: Mapping[str, Any], *, safe: bool, source: str) -> Any:

@@ -20,9 +20,9 @@ from leyden.cli.instantiate import instantiate_module as instantiate_module
 from leyden.cli.instantiate import require_safe
 from leyden.cli.origins import annotated
 from leyden.cli.parser import (
+    KEEP_UNSET,
     ActionConfigFile,
     ArgsType,
-    ArgumentParser,
     LightningArgumentParser,
     LRSchedulerTypeTuple,
     LRSchedulerTypeUnion,
@@ -30,12 +30,13 @@ from leyden.cli.parser import (
     ReduceLROnPlateau,
     class_from_function,
     know_all_classes,
+    make,
     require_jsonargparse,
 )
 from leyden.cli.parser import LRSchedulerCallable as LRSchedulerCallable
 from leyden.cli.parser import LRSchedulerType as LRSchedulerType
 from leyden.cli.parser import OptimizerCallable as OptimizerCallable
-from leyden.cli.save_config import SaveConfigCallback, keep_unset
+from leyden.cli.save_config import SaveConfigCallback
 from leyden.compat.configs import INSTANTIATOR, header
 from leyden.config import SEMANTICS, default_semantics
 from leyden.datamodule import LightningDataModule
@@ -125,6 +126,7 @@ class LightningCLI:
         self._datamodule_class: Any = datamodule_class or LightningDataModule
         self.subclass_mode_data = datamodule_class is None or subclass_mode_data
         self._prints_origins = False
+        self._makers: list[tuple[Any, Any, bool]] = []
 
         self.setup_parser(run, *self._setup_parser_kwargs(self.parser_kwargs))
         self.parse_arguments(self.parser, args)
@@ -315,7 +317,7 @@ class LightningCLI:
     def _print_origins(self) -> None:
         parser = self._parser(self.subcommand)
         config = self.config[self.subcommand] if self.subcommand else self.config
-        text = parser.dump(config, format="yaml", **keep_unset(ArgumentParser.dump))
+        text = parser.dump(config, format="yaml", **KEEP_UNSET)
         assert self.parser.origins is not None  # parse_args has made them
         sys.stdout.write(annotated(text, self.parser.origins, f"{self.subcommand}." if self.subcommand else ""))
         raise SystemExit(0)
@@ -332,7 +334,7 @@ class LightningCLI:
     def _dump_config(self) -> None:
         """Keep the config as plain data, as it is before objects are made."""
         if not hasattr(self, "config_dump"):
-            options = {"skip_link_targets": False, "format": "yaml", **keep_unset(ArgumentParser.dump)}
+            options = {"skip_link_targets": False, "format": "yaml", **KEEP_UNSET}
             self.config_dump = yaml.safe_load(self.parser.dump(self.config, **options))
             if "subcommand" in self.config:
                 self.config_dump = self.config_dump[self.config.subcommand]
@@ -342,8 +344,7 @@ class LightningCLI:
             ("model", self._model_class, self.subclass_mode_model),
             ("data", self._datamodule_class, self.subclass_mode_data),
         ):
-            maker = functools.partial(self._make, key)
-            self.parser.add_instantiator(maker, _module_type(target), subclasses=subclasses)
+            self._makers.append((functools.partial(self._make, key), _module_type(target), subclasses))
 
     def _make(
         self, _key: str, class_type: Any, /, *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any
@@ -369,7 +370,7 @@ class LightningCLI:
 
     def instantiate_classes(self) -> None:
         """Make the objects: ``config_init``, ``datamodule``, ``model`` and ``trainer``."""
-        self.config_init = self.parser.instantiate_classes(self.config)
+        self.config_init = make(self.parser, self.config, self._makers)
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
         self._add_configure_optimizers_method_to_model(self.subcommand)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, Union, cast, get_args
 
@@ -17,6 +18,9 @@ from leyden.datamodule import LightningDataModule
 from leyden.errors import MisconfigurationException
 from leyden.module import LightningModule
 from leyden.trainer import Trainer
+
+KEEP_UNSET = {"skip_none": False}
+"""The argument by which a parser's ``dump`` and ``save`` keep what is None; jsonargparse has given it another name."""
 
 try:
     import jsonargparse
@@ -35,6 +39,12 @@ else:
     MISSING = None
     register_unresolvable_import_paths(torch)  # functions such as torch.relu do not say where they are from
     set_parsing_settings(config_read_mode_fsspec_enabled=True)
+    _SETTINGS = inspect.signature(set_parsing_settings).parameters
+    if "unset_sentinel" in _SETTINGS:
+        KEEP_UNSET = {"skip_unset": False}
+    if "instantiate_subclass_spec_in_any" in _SETTINGS:
+        # a class path for an argument without a type becomes an object, as it always did
+        set_parsing_settings(instantiate_subclass_spec_in_any=True)
 
 
 class ReduceLROnPlateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -84,6 +94,21 @@ def require_jsonargparse() -> None:
         raise ModuleNotFoundError(
             "LightningCLI needs jsonargparse: pip install 'leyden[cli]'.", name="jsonargparse"
         ) from MISSING
+
+
+def make(parser: Any, config: Any, makers: Sequence[tuple[Any, Any, bool]] = ()) -> Any:
+    """Return ``config`` with objects in the place of class paths.
+
+    Args:
+        parser: The parser that made it.
+        config: The settings.
+        makers: Functions that make the objects of some classes: the function, the class, and whether subclasses too.
+    """
+    if hasattr(parser, "instantiate"):
+        return parser.instantiate(config, instantiators=list(makers))
+    for maker, cls, subclasses in makers:  # jsonargparse before 4.49
+        parser.add_instantiator(maker, cls, subclasses=subclasses)
+    return parser.instantiate_classes(config)
 
 
 class LightningArgumentParser(ArgumentParser):  # type: ignore[misc]
@@ -271,6 +296,7 @@ def _class_names(hint: Any) -> set[str]:
 __all__ = [
     "ActionConfigFile",
     "ArgsType",
+    "KEEP_UNSET",
     "ArgumentParser",
     "LRSchedulerCallable",
     "LRSchedulerType",
@@ -282,6 +308,7 @@ __all__ = [
     "ReduceLROnPlateau",
     "class_from_function",
     "know_all_classes",
+    "make",
     "register_unresolvable_import_paths",
     "require_jsonargparse",
 ]

@@ -3,21 +3,14 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import os
 from typing import Any
 
 from leyden.callback import Callback
-from leyden.cli.parser import ArgumentParser, LightningArgumentParser
+from leyden.cli.parser import KEEP_UNSET, LightningArgumentParser
 from leyden.errors import MisconfigurationException
 from leyden.runtime.ranks import rank_zero_info
-
-
-def keep_unset(function: Any) -> dict[str, bool]:
-    """The argument by which jsonargparse's ``dump`` and ``save`` keep settings that are None; it had another name."""
-    names = inspect.signature(function).parameters
-    return {"skip_unset" if "skip_unset" in names else "skip_none": False}
 
 
 class SaveConfigCallback(Callback):
@@ -95,13 +88,13 @@ class SaveConfigCallback(Callback):
         if path:
             if "://" not in folder:
                 os.makedirs(folder, exist_ok=True)
-            kwargs = {"overwrite": self.overwrite, "multifile": self.multifile, **keep_unset(ArgumentParser.save)}
+            kwargs = {"overwrite": self.overwrite, "multifile": self.multifile, **KEEP_UNSET}
             self.parser.save(self.config, path, **kwargs)
 
     def _free(self, path: str) -> str:
         """Return the first name that nobody has, or an empty one where the config itself is there."""
         stem, suffix = os.path.splitext(path)
-        wanted = self.parser.dump(self.config, **keep_unset(ArgumentParser.dump))
+        wanted = self.parser.dump(self.config, **KEEP_UNSET)
         for name in itertools.chain([path], (f"{stem}-v{number}{suffix}" for number in itertools.count(1))):
             if not self._exists(name):
                 rank_zero_info("%s is there already; the config of this run is %s.", path, os.path.basename(name))
