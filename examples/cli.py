@@ -80,4 +80,4 @@ class CLI(L.LightningCLI):
 
 
 if __name__ == "__main__":
-    CLI(Classifier, Spirals, trainer_defaults={"max_epochs": 30, "enable_progress_bar": False, "accelerator": "cpu"})
+    CLI(Classifier, Spirals, trainer_defaults={"max_epochs": 15, "enable_progress_bar": False, "accelerator": "cpu"})

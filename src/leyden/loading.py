@@ -84,7 +84,11 @@ def load_from_checkpoint(
             f"{source} holds hyperparameters that are not plain data ({', '.join(unopened)}); they were left closed."
             " Pass weights_only=False if you trust the file, or give their values as arguments."
         )
-    instance = instantiate(cls, kwargs, safe=safe, source=source) if instantiate else cls(**kwargs)
+    if instantiate is None:
+        instance = cls(**kwargs)
+    else:
+        kept = {name: saved[name] for name in (INSTANTIATOR, CLASS_PATH) if name in saved}
+        instance = instantiate(cls, kwargs, safe=safe, source=source, kept=kept)
     if not isinstance(instance, nn.Module):
         state = checkpoint.get(type(instance).__qualname__)
         if state:

@@ -93,6 +93,7 @@ def test_y5_an_error_on_the_command_line_says_the_closest_name(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore::leyden.errors.LeydenWarning")  # another folder, another fit: not the matter here
 def test_y6_the_command_line_goes_ahead_of_files_these_of_the_checkpoint_and_that_of_defaults(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -142,13 +143,14 @@ def test_y8_the_saved_config_makes_the_same_run_again_and_a_file_that_is_there_i
         "--seed_everything=5",
         "--trainer.callbacks=EarlyStopping",
     ]
-    words += ["--trainer.callbacks.monitor=loss", "--trainer.logger=false", "--trainer.default_root_dir=runs"]
+    words += ["--trainer.callbacks.monitor=loss", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
+    words += ["--trainer.default_root_dir=runs"]
     first = cli(*words)
     saved = Path("runs/config.yaml").read_text()
     again = L.LightningCLI(Small, args=["fit", "--config=runs/config.yaml"])
     assert again.config.fit.as_dict() | {"config": 0} == first.config.fit.as_dict() | {"config": 0}
     assert torch.equal(first.model.layer.weight, again.model.layer.weight)
-    assert first.trainer.history.rows == again.trainer.history.rows
+    assert list(first.trainer.history) == list(again.trainer.history) != []
     assert sorted(path.name for path in Path("runs").glob("*.yaml")) == ["config.yaml"]  # it is the same: no second one
     other = cli(*words, "--model.lr=0.4")
     assert other.trainer.state.finished

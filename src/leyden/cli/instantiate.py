@@ -12,7 +12,7 @@ from typing import Any
 
 from leyden.cli.parser import ArgumentParser, make, require_jsonargparse
 from leyden.errors import MisconfigurationException
-from leyden.hparams import CLASS_PATH, INSTANTIATOR
+from leyden.hparams import CLASS_PATH, INSTANTIATOR, described_by
 
 
 def instantiate_class(args: Any, init: Mapping[str, Any]) -> Any:
@@ -48,7 +48,9 @@ def instantiate_module(class_type: Any, config: Mapping[str, Any]) -> Any:
     return make(parser, parser.parse_object({"module": arguments})).module
 
 
-def instantiate_from_checkpoint(cls: Any, kwargs: Mapping[str, Any], *, safe: bool, source: str) -> Any:
+def instantiate_from_checkpoint(
+    cls: Any, kwargs: Mapping[str, Any], *, safe: bool, source: str, kept: Mapping[str, Any]
+) -> Any:
     """Make the object of a checkpoint; if ``safe``, the file neither imports a module nor makes what is python's own.
 
     Args:
@@ -56,13 +58,22 @@ def instantiate_from_checkpoint(cls: Any, kwargs: Mapping[str, Any], *, safe: bo
         kwargs: Its arguments.
         safe: Whether the file is not known to be trusted.
         source: What to call the file in errors.
+        kept: What the object's hyperparameters hold beside its arguments.
 
     Raises:
         MisconfigurationException: for a class that the file may not name.
     """
     if safe:
         require_safe(cls, kwargs, source)
-    return instantiate_module(cls, kwargs)
+    require_jsonargparse()
+
+    def described(class_type: Any, *args: Any, **arguments: Any) -> Any:
+        with described_by({**kwargs, **kept}):  # so that the next checkpoint can be opened like this one
+            return class_type(*args, **arguments)
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "module", fail_untyped=False)
+    return make(parser, parser.parse_object({"module": dict(kwargs)}), [(described, cls, False)]).module
 
 
 def require_safe(cls: Any, kwargs: Mapping[str, Any], source: str) -> None:

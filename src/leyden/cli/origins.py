@@ -104,6 +104,8 @@ class Origins:
 
     def _note(self, key: str, where: str, replaces: bool = False) -> None:
         assert self._places is not None
+        if key.rpartition(".")[2] in _STEPS:
+            return  # a step on the way, no setting
         key = plain(key)
         if replaces:
             self._places = [place for place in self._places if not place.key.startswith(f"{key}.")]
@@ -161,7 +163,7 @@ class Origins:
             if part in self._last:  # --trainer.callbacks.patience: of the last callback that was named
                 self._note(f"{part}.{self._last[part]}{key.removeprefix(part)}", where)
         self._last[key] = self._last.get(key, self._length(key) - 1) + 1 if appended else 0
-        self._note(key, where)
+        self._note(key, where, replaces=not appended and self._length(key) > 0)
         self._note(f"{key}.{self._last[key]}", where)
         if Path(value).suffix in _FILES and os.path.isfile(value):
             self._read_file(value, f"{key}.", where)

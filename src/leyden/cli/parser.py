@@ -24,17 +24,20 @@ KEEP_UNSET = {"skip_none": False}
 
 try:
     import jsonargparse
-    from jsonargparse import register_unresolvable_import_paths, set_parsing_settings
+    from jsonargparse import set_parsing_settings
 
     # typed loosely: without jsonargparse there are stand-ins, and its own types differ between versions
     ArgumentParser: Any = jsonargparse.ArgumentParser
     Namespace: Any = jsonargparse.Namespace
+    register_unresolvable_import_paths: Any = jsonargparse.register_unresolvable_import_paths
     ActionConfigFile: Any = vars(jsonargparse)["ActionConfigFile"]  # public, but not declared so for type checkers
     class_from_function: Any = vars(jsonargparse)["class_from_function"]
 except ImportError as error:
     # a library may import our names and never make a command line
     MISSING: ImportError | None = error
     ArgumentParser, Namespace = object, dict
+    ActionConfigFile = class_from_function = register_unresolvable_import_paths = None
+
 else:
     MISSING = None
     register_unresolvable_import_paths(torch)  # functions such as torch.relu do not say where they are from
