@@ -10,6 +10,7 @@ from leyden.version import __version__
 
 if TYPE_CHECKING:
     from leyden.callback import Callback as Callback
+    from leyden.cli.lightning_cli import LightningCLI as LightningCLI
     from leyden.data.combined import CombinedLoader as CombinedLoader
     from leyden.datamodule import LightningDataModule as LightningDataModule
     from leyden.fabric import Fabric as Fabric
@@ -35,6 +36,7 @@ _NAMES = {
     "Callback": "leyden.callback",
     "Experiment": "leyden.loggers.experiment",
     "Fabric": "leyden.fabric",
+    "LightningCLI": "leyden.cli.lightning_cli",
     "LightningDataModule": "leyden.datamodule",
     "LightningModule": "leyden.module",
     "LightningModel": "leyden.module",

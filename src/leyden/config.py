@@ -29,6 +29,8 @@ SEMANTICS: dict[str, dict[str, Any]] = {
     # shared_evaluation: whether a sample may be evaluated twice, so that all processes have as many
     # lottery_ticket: to what ModelPruning puts weights back: their first values, or memory that training has written to
     # saved_average: whether a checkpoint of weights alone has the average of WeightAveraging: always, or not
+    # saved_config: what LightningCLI does where a run before has left its config
+    # config_from_checkpoint: whether the hyperparameters in LightningCLI's --ckpt_path fill gaps, or win over what is given
     # data_wait: whether ThroughputMonitor also logs the share of time that was spent waiting for data
     "leyden": {
         "short_window": "actual",
@@ -46,6 +48,8 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "lottery_ticket": "first values",
         "saved_average": "always",
         "data_wait": True,
+        "saved_config": "next name",
+        "config_from_checkpoint": "fills",
     },
     "lightning": {
         "short_window": "constant",
@@ -63,6 +67,8 @@ SEMANTICS: dict[str, dict[str, Any]] = {
         "lottery_ticket": "shared memory",
         "saved_average": "never alone",
         "data_wait": False,
+        "saved_config": "refuse",
+        "config_from_checkpoint": "wins",
     },
 }
 _default = ["leyden"]

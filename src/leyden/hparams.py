@@ -21,8 +21,8 @@ import types
 import warnings
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from enum import Enum
 from pathlib import Path, PurePath
@@ -37,6 +37,9 @@ from leyden.runtime.ranks import rank_zero_warn
 from leyden.types import PathLike
 
 _WORDS = {"True": True, "False": False, "None": None}
+
+CLASS_PATH, INSTANTIATOR = "_class_path", "_instantiator"
+"""Names among hyperparameters that a command line adds: the class of the object, and what makes it again."""
 
 _RECORDS = "_leyden_records_arguments"
 _MAX_COPIED = 10_000
@@ -71,6 +74,7 @@ class _Constructing(threading.local):
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
+        self.described: tuple[int, dict[str, Any]] | None = None
 
     def __reduce__(self) -> str:
         # a class that is pickled by value takes its constructor along, and that one means this object, wherever it is
@@ -122,6 +126,28 @@ def _copied(value: Any, budget: list[int] | None = None, depth: int = 0) -> Any:
         return kind([_copied(item, budget, depth + 1) for item in value])
     copies = {key: _copied(item, budget, depth + 1) for key, item in items.items()}
     return kind(**copies) if items is not value else kind(copies)
+
+
+@contextmanager
+def described_by(hparams: Mapping[str, Any]) -> Iterator[None]:
+    """Let the object that is constructed in this ``with`` block keep ``hparams`` in the place of its arguments.
+
+    A command line knows of which plain data the arguments were made (the class path of an encoder, not the encoder);
+    only these can be saved and made into the same object again. Objects made inside its constructor keep their own.
+    """
+    before, _constructing.described = _constructing.described, (len(_constructing.calls), dict(hparams))
+    try:
+        yield
+    finally:
+        _constructing.described = before
+
+
+def _description(obj: Any) -> dict[str, Any] | None:
+    """Return what :func:`described_by` says of ``obj``, which is being constructed; None if it is of another."""
+    described, calls = _constructing.described, _constructing.calls
+    if described is None or (len(calls) > described[0] and calls[described[0]].obj is not obj):
+        return None
+    return _copied(described[1])  # type: ignore[no-any-return]
 
 
 def running_arguments(obj: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -217,7 +243,9 @@ class HyperparametersMixin:
             return
         ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
         copied, passed = running_arguments(self)
-        if _values[0] == "current" and not (args and not isinstance(args[0], str)):
+        if (description := _description(self)) is not None:
+            copied = passed = description
+        elif _values[0] == "current" and not (args and not isinstance(args[0], str)):
             now = _current(self, frame or sys._getframe(1))  # noqa: SLF001  # only the caller's variables have them
             copied.update(_copied({name: value for name, value in now.items() if name in copied}))
         copied = {name: value for name, value in copied.items() if name not in ignored}
@@ -362,9 +390,7 @@ def constructor_kwargs(
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    loaded = {
-        key: value for key, value in restore_hparams(saved).items() if key not in ("_instantiator", "_class_path")
-    }
+    loaded = {key: value for key, value in restore_hparams(saved).items() if key not in (INSTANTIATOR, CLASS_PATH)}
     nested = name in named and name not in loaded
     if nested:
         loaded = {str(name): AttributeDict({**loaded, **overrides})}
@@ -493,10 +519,13 @@ def _to_yaml(value: Any, name: str) -> Any:
 
 
 __all__ = [
+    "CLASS_PATH",
+    "INSTANTIATOR",
     "AttributeDict",
     "HyperparametersMixin",
     "cell_value",
     "constructor_kwargs",
+    "described_by",
     "hparams_name",
     "load_hparams_from_tags_csv",
     "load_hparams_from_yaml",

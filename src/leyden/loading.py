@@ -3,17 +3,26 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from leyden import files
 from leyden.errors import CheckpointError, MisconfigurationException
-from leyden.hparams import constructor_kwargs, load_hparams_from_tags_csv, load_hparams_from_yaml, unpack
+from leyden.hparams import (
+    CLASS_PATH,
+    INSTANTIATOR,
+    constructor_kwargs,
+    load_hparams_from_tags_csv,
+    load_hparams_from_yaml,
+    unpack,
+)
 from leyden.runtime.ranks import rank_zero_warn
 
 if TYPE_CHECKING:
@@ -65,6 +74,8 @@ def load_from_checkpoint(
     if hparams_file is not None:
         saved.update(_hparams_from_file(hparams_file))
     unopened = [name for name in unopened if name not in saved and name not in overrides]
+    instantiate = _instantiator(saved, source)
+    cls = _saved_class(cls, saved, source) if instantiate else cls
     kwargs = constructor_kwargs(
         cls, saved, overrides, name=checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME), source=source, unreadable=unopened
     )
@@ -73,7 +84,11 @@ def load_from_checkpoint(
             f"{source} holds hyperparameters that are not plain data ({', '.join(unopened)}); they were left closed."
             " Pass weights_only=False if you trust the file, or give their values as arguments."
         )
-    instance = cls(**kwargs)
+    if instantiate is None:
+        instance = cls(**kwargs)
+    else:
+        kept = {name: saved[name] for name in (INSTANTIATOR, CLASS_PATH) if name in saved}
+        instance = instantiate(cls, kwargs, safe=safe, source=source, kept=kept)
     if not isinstance(instance, nn.Module):
         state = checkpoint.get(type(instance).__qualname__)
         if state:
@@ -88,6 +103,54 @@ def load_from_checkpoint(
         if device is not None:
             instance.to(device)
     return instance
+
+
+_INSTANTIATORS = {"instantiate_module": "leyden.cli.instantiate:instantiate_from_checkpoint"}
+"""What a checkpoint may name as the maker of its object, by the last part of the name, and what makes it here."""
+
+
+def _instantiator(saved: Mapping[str, Any], source: str) -> Callable[..., Any] | None:
+    """Return what makes an object of its saved hyperparameters, if a command line has made it; nothing else is called.
+
+    Raises:
+        MisconfigurationException: if the file names anything else.
+    """
+    wanted = saved.get(INSTANTIATOR)
+    if wanted is None or all(value is None or isinstance(value, (bool, int, float)) for value in _arguments(saved)):
+        return None
+    home = _INSTANTIATORS.get(str(wanted).rpartition(".")[2])
+    if home is None:
+        raise MisconfigurationException(
+            f"{source} wants its object made by {wanted!r}, which is not in the allowlist of what may be called for a"
+            f" checkpoint. Make the object yourself, and load its weights: leyden.load_weights(path, model)."
+        )
+    module, _, name = home.partition(":")
+    return cast("Callable[..., Any]", getattr(importlib.import_module(module), name))
+
+
+def _arguments(saved: Mapping[str, Any]) -> list[Any]:
+    return [value for name, value in saved.items() if name not in (INSTANTIATOR, CLASS_PATH)]
+
+
+def _saved_class(cls: Any, saved: Mapping[str, Any], source: str) -> Any:
+    """Return the class that the file names, if it is imported and derives from ``cls``; ``cls`` where it names none.
+
+    Raises:
+        MisconfigurationException: for another class: a file imports nothing.
+    """
+    path = saved.get(CLASS_PATH)
+    if path is None:
+        return cls
+    home, _, name = str(path).rpartition(".")
+    found = getattr(sys.modules.get(home), name, None)
+    if isinstance(found, type) and issubclass(found, cls):
+        return found
+    if isinstance(found, type) and issubclass(cls, found):
+        return cls
+    raise MisconfigurationException(
+        f"{source} holds a {path}, which is not an already imported subclass of {cls.__name__}. Import its module ahead of"
+        " load_from_checkpoint, if you trust it, and call that on the class of the file or a base of it."
+    )
 
 
 def require_checkpoint(loaded: Any, source: str) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -42,6 +42,9 @@ from leyden.signals import Interrupt
 from leyden.trainer_face import TrainerFace
 from leyden.types import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from leyden.version import __version__
+
+if TYPE_CHECKING:
+    from leyden import argument_types as types
 
 
 class Trainer(TrainerFace):
@@ -113,25 +116,25 @@ class Trainer(TrainerFace):
     def __init__(
         self,
         *,
-        accelerator: Any = "auto",
-        strategy: Any = "auto",
-        devices: Any = "auto",
+        accelerator: str | types.Accelerator = "auto",
+        strategy: str | types.Strategy = "auto",
+        devices: types.Devices = "auto",
         num_nodes: int = 1,
-        precision: Any = None,
-        logger: Any = None,
-        callbacks: Any = None,
+        precision: types.PrecisionName | None = None,
+        logger: types.Loggers | None = None,
+        callbacks: types.Callbacks | None = None,
         fast_dev_run: int | bool = False,
         max_epochs: int | None = None,
         min_epochs: int | None = None,
         max_steps: int = -1,
         min_steps: int | None = None,
-        max_time: Any = None,
+        max_time: types.Duration | None = None,
         limit_train_batches: int | float | None = None,
         limit_val_batches: int | float | None = None,
         limit_test_batches: int | float | None = None,
         limit_predict_batches: int | float | None = None,
         overfit_batches: int | float = 0.0,
-        val_check_interval: Any = None,
+        val_check_interval: int | float | types.Duration | None = None,
         check_val_every_n_epoch: int | None = 1,
         num_sanity_val_steps: int | None = None,
         log_every_n_steps: int | None = None,
@@ -141,15 +144,15 @@ class Trainer(TrainerFace):
         accumulate_grad_batches: int = 1,
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
-        deterministic: bool | str | None = None,
+        deterministic: bool | Literal["warn"] | None = None,
         benchmark: bool | None = None,
         inference_mode: bool = True,
         use_distributed_sampler: bool = True,
         keep_global_batch: bool = True,
-        profiler: Any = None,
+        profiler: types.Profiler | str | None = None,
         detect_anomaly: bool = False,
         barebones: bool = False,
-        plugins: Any = None,
+        plugins: types.Plugins | None = None,
         sync_batchnorm: bool = False,
         reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: str | os.PathLike[str] | None = None,

@@ -76,6 +76,13 @@ def test_mnist_trains_from_raw_idx_files(tmp_path: Path, gzipped: bool) -> None:
     assert figure(output, "test_accuracy") > 0.8
 
 
+def test_the_command_line_trains_and_keeps_its_config(tmp_path: Path) -> None:
+    output = run("cli.py", "fit", "--model.hidden=48", cwd=tmp_path)
+    assert figure(output, "test_accuracy") >= 0.95
+    (config,) = tmp_path.rglob("config.yaml")
+    assert "  hidden: 48\n" in config.read_text()
+
+
 def test_mnist_says_which_file_is_missing(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="has neither train-images-idx3-ubyte nor train-images-idx3-ubyte.gz"):
         run("mnist.py", "--data", str(tmp_path), cwd=tmp_path)

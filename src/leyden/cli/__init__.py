@@ -20,6 +20,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("leyden.cli.run", "run a script written for Lightning, or for 2019, on Leyden, unchanged"),
     "fabric": ("leyden.cli.fabric", "run a script written for Fabric in several processes: fabric run"),
     "ckpt": ("leyden.cli.ckpt", "look into checkpoints, check them, compare two"),
+    **{
+        name: (
+            "leyden.cli.scriptless",
+            f"{name} with the module, data and Trainer that a config names: {name} --config FILE",
+        )
+        for name in ("fit", "validate", "test", "predict")
+    },
     "advise": ("leyden.cli.advise", "measure what would make the fit of a script faster"),
     "plan": ("leyden.cli.plan", "say what each strategy would need for the fit of a script, and what fits"),
     "verify-resume": ("leyden.cli.verify_resume", "prove that the fit of a script can be killed and resumed"),

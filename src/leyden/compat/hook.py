@@ -52,6 +52,7 @@ _LOGGERS = ("CSVLogger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger")
 _THEIRS = (
     Target("leyden", "Trainer"),
     Target("leyden", "Fabric"),
+    Target("leyden.cli.lightning_cli", "LightningCLI"),
     # whose default name is that of a folder there
     *(Target("leyden.loggers", name) for name in _LOGGERS),
     *(Target("leyden.compat.fabric_loggers", name) for name in _LOGGERS),

@@ -78,6 +78,18 @@ _PYTORCH = (
     ("callbacks.throughput_monitor", "leyden.callbacks.throughput_monitor", "ThroughputMonitor get_available_flops"),
     ("callbacks.weight_averaging", "leyden.callbacks.weight_averaging", "EMAWeightAveraging WeightAveraging"),
     ("callbacks.timer", "leyden.callbacks.timer", "Interval Timer"),
+    ("cli", "leyden.cli.lightning_cli", "LightningCLI instantiate_class instantiate_module"),
+    ("cli", "leyden.cli.save_config", "SaveConfigCallback"),
+    (
+        "cli",
+        "leyden.cli.parser",
+        "ActionConfigFile ArgsType ArgumentParser LRSchedulerCallable LRSchedulerType LRSchedulerTypeTuple LRSchedulerTypeUnion"
+        " LightningArgumentParser Namespace OptimizerCallable ReduceLROnPlateau class_from_function"
+        " register_unresolvable_import_paths",
+    ),
+    ("cli", "leyden", "Callback LightningDataModule LightningModule Trainer seed_everything"),
+    ("cli", "torch.optim", "Optimizer"),
+    ("cli", "torch.optim.lr_scheduler", "LRScheduler"),
     ("core", "leyden", "LightningDataModule LightningModule"),
     ("core.datamodule", "leyden", "LightningDataModule"),
     ("core.hooks", "leyden.module_hooks", "DataHooks ModelHooks"),

@@ -335,6 +335,10 @@ def from_environment(init: F) -> F:
                     kwargs[name] = text
         init(self, **kwargs)
 
+    # what Trainer() takes: names that it does not know are only caught so that it can say what was meant
+    signature = inspect.signature(init)
+    known = [parameter for name, parameter in signature.parameters.items() if name != "unknown"]
+    with_environment.__signature__ = signature.replace(parameters=known)  # type: ignore[attr-defined]
     return cast("F", with_environment)
 
 

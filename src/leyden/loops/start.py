@@ -14,7 +14,7 @@ from leyden.config import TrainerConfig, resolve_limits
 from leyden.datamodule import LightningDataModule
 from leyden.errors import LeydenWarning, MisconfigurationException, PossibleUserWarning, RemovedHookError
 from leyden.hooks import is_written, misspelt
-from leyden.hparams import logs_hparams
+from leyden.hparams import CLASS_PATH, logs_hparams
 from leyden.loggers.recorder import Recorder
 from leyden.loops.batches import has_source, positional
 from leyden.loops.optimize import Optimization
@@ -319,8 +319,9 @@ def log_hyperparams(loggers: Iterable[Any], module: LightningModule, datamodule:
     params: dict[str, Any] = dict(module.hparams_initial) if logs_hparams(module) else {}
     if datamodule is not None and logs_hparams(datamodule):
         for name, value in dict(datamodule.hparams_initial).items():
-            clash = name in params and not _same(params[name], value)
+            clash = name in params and name != CLASS_PATH and not _same(params[name], value)
             params[f"datamodule/{name}" if clash else name] = value
+    params.pop(CLASS_PATH, None)  # how to build the module again; it stays in the checkpoint
     for logger in loggers:
         if params:
             logger.log_hyperparams(params)
