@@ -176,7 +176,6 @@ class Trainer(TrainerFace):
         self.history = History()
         self.should_stop = False
         self.fit_loop = FitLoop()
-        self.fit_loop.counted = self.progress, config
         self.validate_loop = EvaluationLoop(RunningStage.VALIDATING)
         self.test_loop = EvaluationLoop(RunningStage.TESTING)
         self.predict_loop = PredictLoop()

@@ -54,9 +54,9 @@ def test_a_test_may_say_where_the_run_is() -> None:
     trainer.fit_loop.epoch_progress.current.completed = 2
     trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = 7
     assert (trainer.current_epoch, trainer.global_step) == (2, 7)
-    with pytest.raises(AttributeError, match="ready is a count that cannot be set"):
+    with pytest.raises(AttributeError, match="ready cannot be set"):
         trainer.fit_loop.epoch_progress.current.ready = 3
-    with pytest.raises(AttributeError, match="no attribute 'epoch_progres'"):
+    with pytest.raises(AttributeError, match="has no 'epoch_progres'"):
         _ = trainer.fit_loop.epoch_progres  # type: ignore[attr-defined, unused-ignore]
 
 

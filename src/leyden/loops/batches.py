@@ -369,10 +369,10 @@ class TrainingData:
         if session.strategy.world_size == 1:
             self.settle(session)
 
-    def settle(self, session: Session) -> bool:
-        """Agree with the other processes on what an epoch is, once, where all come to it; return whether it was now."""
+    def settle(self, session: Session, measure: Callable[[Session, int | float], None] | None = None) -> None:
+        """Agree with the other processes on what an epoch is, once, where all come to it, and have it measured."""
         if self.settled:
-            return False
+            return
         if session.strategy.world_size > 1:
             from leyden.loops.several.uneven import Uneven  # noqa: PLC0415  # only for several processes
 
@@ -381,7 +381,8 @@ class TrainingData:
             self.epoch_batches = self.num_batches
         self.supply = supply(session, self.loader, "train", session.module.training_step)
         self.settled = True
-        return True
+        if measure is not None:
+            measure(session, self.num_batches)
 
     def foresee(self, session: Session) -> None:
         """Say how many batches an epoch will have, as far as it can be known before the processes have agreed."""

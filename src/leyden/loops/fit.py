@@ -29,7 +29,6 @@ from leyden.config import ValInterval, parse_val_check_interval
 from leyden.data.combined import CombinedLoader
 from leyden.loops import batches, optimize, when
 from leyden.loops.evaluate import EvaluationLoop
-from leyden.loops.lightning_loops import lightning_name
 from leyden.loops.optimize import Optimization, check_loss, detached, read_loss, step_losses, weighted
 from leyden.loops.paths import choose
 from leyden.loops.schedule import step_schedules
@@ -69,15 +68,11 @@ class FitLoop(Loop):
         """Whether batches only go forward, as in an epoch that computes the statistics of batch norms."""
         self.opened: int | None = None
         """The epoch whose batches were last begun to be drawn."""
-        self.counted: Any = None  # the counters and the configuration, for who asks under Lightning's names
 
     @property
     def loader(self) -> CombinedLoader | None:
         """The training loaders, as they were given; None until they have been asked for."""
         return self.data.loader if self.data is not None else None
-
-    def __getattr__(self, name: str) -> Any:
-        return lightning_name(self, name)
 
     # ------------------------------------------------------------------ the loop
 
@@ -191,8 +186,7 @@ class FitLoop(Loop):
         if resumed is not None:
             resumed.load(self, session)
         data = self.data or self.load_data(session)
-        if data.settle(session):
-            self.measure(session, data.num_batches)
+        data.settle(session, self.measure)
         if resumed is None and data.iterator is None:
             data.supply.start_epoch("train", progress.epoch)
             data.begin(session)
@@ -251,8 +245,7 @@ class FitLoop(Loop):
         begun = progress.batch_idx > 0 or bool(progress.tail) or (resumed is not None and resumed.opened)
         place = None if resumed is None else resumed.arrive(self, session, begun)
         data = self.load_data(session)
-        if data.settle(session):
-            self.measure(session, data.num_batches)
+        data.settle(session, self.measure)
         if data.iterator is None:
             data.supply.start_epoch("train", progress.epoch)
         self.last = False

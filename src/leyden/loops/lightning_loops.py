@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import SimpleNamespace
+from collections.abc import Mapping
 from typing import Any
 
 from leyden.progress import Progress
@@ -108,96 +107,3 @@ def from_lightning(checkpoint: Mapping[str, Any], progress: Progress) -> tuple[b
         progress.epoch_done = True
         progress.batches_that_stepped += 1
     return last, True
-
-
-# --------------------------------------------------------------------------------------------- as attributes
-
-
-class Counts:
-    """One of Lightning's trackers, as it stands; those that say where the run is can be set, as tests do.
-
-    Attributes:
-        ready: How often it was about to happen; ``started`` and ``processed`` are on its way to ``completed``.
-    """
-
-    def __init__(self, counts: Mapping[str, int], put: Callable[[int], None] | None = None) -> None:
-        vars(self).update(counts)
-        vars(self)["_put"] = put
-
-    def __setattr__(self, name: str, value: int) -> None:
-        put = vars(self)["_put"]
-        if name != "completed" or put is None:
-            raise AttributeError(f"{name} is a count that cannot be set: it is read off the run.")
-        put(value)
-        vars(self)[name] = value
-
-    def __repr__(self) -> str:
-        return repr({name: value for name, value in vars(self).items() if name != "_put"})
-
-
-def lightning_name(loop: Any, name: str) -> Any:
-    """Return what Lightning's fit loop has under ``name``: its counters and whether it is done.
-
-    Raises:
-        AttributeError: for any other name.
-    """
-    counted = vars(loop).get("counted")
-    if counted is None or name not in _NAMES:
-        raise AttributeError(f"{type(loop).__name__!r} object has no attribute {name!r}")
-    return _NAMES[name](loop, *counted)
-
-
-def _done(_: Any, progress: Progress, config: Any) -> bool:
-    epochs, steps = config.max_epochs, config.max_steps
-    return bool((epochs is not None and 0 <= epochs <= progress.epoch) or 0 <= steps <= progress.global_step)
-
-
-def _trackers(loop: Any, progress: Progress, automatic: bool = True) -> dict[str, Any]:
-    found: dict[str, Any] = to_lightning(progress, [], loop.last, automatic)["fit_loop"]
-    return found
-
-
-def _both(tracker: Mapping[str, Any], total: Any = None, current: Any = None) -> SimpleNamespace:
-    more = {name: value for name, value in tracker.items() if name not in ("total", "current")}
-    return SimpleNamespace(total=Counts(tracker["total"], total), current=Counts(tracker["current"], current), **more)
-
-
-def _epochs(loop: Any, progress: Progress, _: Any) -> SimpleNamespace:
-    def put(value: int) -> None:
-        progress.epoch = value
-
-    return _both(_trackers(loop, progress)["epoch_progress"], put, put)
-
-
-def _epoch_loop(loop: Any, progress: Progress, config: Any) -> SimpleNamespace:
-    def put(value: int) -> None:
-        progress.global_step = value
-
-    found = _trackers(loop, progress)
-    steps = found["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
-    optimizer = SimpleNamespace(step=_both(steps["step"], put), zero_grad=_both(steps["zero_grad"]))
-    by_hand = _trackers(loop, progress, False)["epoch_loop.manual_optimization.optim_step_progress"]
-    return SimpleNamespace(
-        batch_progress=_both(found["epoch_loop.batch_progress"]),
-        scheduler_progress=_both(found["epoch_loop.scheduler_progress"]),
-        automatic_optimization=SimpleNamespace(optim_progress=SimpleNamespace(optimizer=optimizer)),
-        manual_optimization=SimpleNamespace(optim_step_progress=_both(by_hand, put)),
-        val_loop=loop.validation,
-        batch_idx=progress.batch_idx - 1,
-        total_batch_idx=progress.batches - 1,
-        global_step=progress.global_step,
-        min_steps=config.min_steps,
-        max_steps=config.max_steps,
-    )
-
-
-_NAMES: dict[str, Callable[[Any, Progress, Any], Any]] = {
-    "batch_idx": lambda _, progress, __: progress.batch_idx - 1,
-    "done": _done,
-    "epoch_loop": _epoch_loop,
-    "epoch_progress": _epochs,
-    "global_step": lambda _, progress, __: progress.global_step,
-    "max_steps": lambda _, __, config: config.max_steps,
-    "min_steps": lambda _, __, config: config.min_steps,
-    "total_batch_idx": lambda _, progress, __: progress.batches - 1,
-}

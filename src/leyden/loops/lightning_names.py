@@ -7,6 +7,7 @@ Nothing of Leyden uses them, and they are made when somebody asks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,12 +40,20 @@ class Counters:
         path = (*self._path, name)
         if path in SETTABLE:
             return getattr(self._trainer.progress, SETTABLE[path])
-        found: Any = to_lightning(self._trainer.progress, [], self._trainer.fit_loop.last)["fit_loop"]
-        for step in self._path:
-            found = found[step]
+        found = self._found()
         if name not in found:
             raise AttributeError(_lacks(".".join(self._path), name, found))
         return Counters(self._trainer, *path) if isinstance(found[name], dict) else found[name]
+
+    def _found(self) -> Any:
+        trainer, by_hand = self._trainer, self._path[0].startswith("epoch_loop.manual")
+        found: Any = to_lightning(trainer.progress, [], trainer.fit_loop.last, automatic=not by_hand)["fit_loop"]
+        for step in self._path:
+            found = found[step]
+        return found
+
+    def __repr__(self) -> str:
+        return repr(self._found())
 
     def __setattr__(self, name: str, value: int) -> None:
         path = (*self._path, name)
@@ -54,6 +63,9 @@ class Counters:
                 " such as trainer.progress.epoch or .global_step."
             )
         setattr(self._trainer.progress, SETTABLE[path], value)
+
+
+_FROM_EPOCH_LOOP = ("batch_idx", "global_step", "max_steps", "min_steps", "total_batch_idx")
 
 
 class EpochLoop:
@@ -70,17 +82,33 @@ class EpochLoop:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise AttributeError(_lacks("epoch_loop", name, [*vars(self), "batch_idx", "total_batch_idx", "global_step"]))
+        raise AttributeError(_lacks("epoch_loop", name, [*vars(self), *_FROM_EPOCH_LOOP]))
 
     @property
     def batch_idx(self) -> int:
-        """Index of the batch in its epoch."""
-        return int(self._trainer.progress.batch_idx)
+        """Index in its epoch of the batch that is at work, or was the last; -1 before the first."""
+        return int(self._trainer.progress.batch_idx) - self._counted()
 
     @property
     def total_batch_idx(self) -> int:
-        """Index of the batch since the run began."""
-        return int(self._trainer.progress.batches)
+        """The same, since the run began."""
+        return int(self._trainer.progress.batches) - self._counted()
+
+    def _counted(self) -> int:
+        """1 where the last batch is counted already: after its step."""
+        progress = self._trainer.progress
+        return 0 if self._trainer.training and not progress.tail and not progress.epoch_done else 1
+
+    @property
+    def min_steps(self) -> int | None:
+        """As ``trainer.min_steps``."""
+        found: int | None = self._trainer.min_steps
+        return found
+
+    @property
+    def max_steps(self) -> int:
+        """As ``trainer.max_steps``."""
+        return int(self._trainer.max_steps)
 
     @property
     def global_step(self) -> int:
@@ -144,13 +172,24 @@ def view(loop: Any, name: str) -> Any:
         "epoch_loop": lambda: EpochLoop(trainer),
         "epoch_progress": lambda: Counters(trainer, "epoch_progress"),
         "current_epoch": lambda: trainer.current_epoch,
-        "global_step": lambda: trainer.global_step,
+        "done": lambda: _done(trainer),
+        **{known: partial(_inside, trainer, known) for known in _FROM_EPOCH_LOOP},
     }
     views = views if fits else {}
     views["_data_source"] = lambda: DataSource(trainer, "train" if fits else getattr(loop, "prefix", "predict"))
     if name.startswith("__") or trainer is None or name not in views:
         raise AttributeError(_lacks(kind, name, [*vars(loop), *views]))
     return views[name]()
+
+
+def _inside(trainer: Any, name: str) -> Any:
+    return getattr(EpochLoop(trainer), name)
+
+
+def _done(trainer: Any) -> bool:
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    enough = epochs is not None and 0 <= epochs <= trainer.progress.epoch
+    return bool(enough or 0 <= steps <= trainer.global_step)
 
 
 def _lacks(owner: str, name: str, names: Any) -> str:

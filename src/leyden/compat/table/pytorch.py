@@ -1,25 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one table of foreign import names: which module of Leyden answers each name of each foreign module.
-
-A row is a foreign module below its root, the module of ours that answers, and the names; ``then=now`` where ours has
-another name. A module may have several rows. To answer one more name, add it here.
-"""
+"""Rows of what is in ``lightning.pytorch``, and was in ``pytorch_lightning`` since 2.0."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from leyden.compat.table.words import CHECKS, ENUMS, ENVIRONMENTS, FLAGS, PRECISIONS, SAY
 
-VERSIONS = {"lightning": "2.6.6", "pytorch_lightning": "2.6.6", "lightning_fabric": "2.6.6", "test_tube": "0.7.5"}
-"""The packages whose names are answered, and the version that each says it is: libraries look at it."""
-
-_ENVIRONMENTS = (
-    "ClusterEnvironment KubeflowEnvironment LSFEnvironment LightningEnvironment MPIEnvironment SLURMEnvironment"
-    " TorchElasticEnvironment"
-)
-_PRECISIONS = "BitsandbytesPrecision FSDPPrecision TransformerEnginePrecision XLAPrecision"
 _WRITERS = "leyden.callbacks.prediction_writer"
 
-_PYTORCH = (
+_BORING = "leyden.compat.demos.boring_classes"
+
+ROWS = (
     # ---- 2.x
     ("", "leyden", "Callback LightningDataModule LightningModule Trainer seed_everything"),
     ("accelerators", "leyden.runtime.devices", "Accelerator CPUAccelerator CUDAAccelerator MPSAccelerator"),
@@ -118,7 +108,7 @@ _PYTORCH = (
     ("plugins", "leyden.precision", "DoublePrecision HalfPrecision MixedPrecision Precision"),
     ("plugins", "leyden.checkpoint_io", "AsyncCheckpointIO CheckpointIO TorchCheckpointIO"),
     ("plugins", "leyden.runtime.cluster", "ClusterEnvironment"),
-    ("plugins.environments", "leyden.runtime.cluster", _ENVIRONMENTS),
+    ("plugins.environments", "leyden.runtime.cluster", ENVIRONMENTS),
     ("plugins.environments.cluster_environment", "leyden.runtime.cluster", "ClusterEnvironment"),
     ("plugins.environments.kubeflow_environment", "leyden.runtime.cluster", "KubeflowEnvironment"),
     ("plugins.environments.lightning_environment", "leyden.runtime.cluster", "LightningEnvironment"),
@@ -137,8 +127,8 @@ _PYTORCH = (
     ("plugins", "leyden.precision.deepspeed", "DeepSpeedPrecision"),
     ("plugins.precision", "leyden.precision.deepspeed", "DeepSpeedPrecision"),
     ("plugins.precision.deepspeed", "leyden.precision.deepspeed", "DeepSpeedPrecision"),
-    ("plugins", "leyden.precision", _PRECISIONS),
-    ("plugins.precision", "leyden.precision", _PRECISIONS),
+    ("plugins", "leyden.precision", PRECISIONS),
+    ("plugins.precision", "leyden.precision", PRECISIONS),
     ("plugins.precision.bitsandbytes", "leyden.precision", "BitsandbytesPrecision"),
     ("plugins.precision.fsdp", "leyden.precision", "FSDPPrecision"),
     ("plugins.precision.transformer_engine", "leyden.precision", "TransformerEnginePrecision"),
@@ -211,179 +201,15 @@ _PYTORCH = (
     ("utilities.warnings", "leyden.errors", "PossibleUserWarning"),
 )
 
-_BEFORE_2 = (
-    # ---- 1.x, where it had other modules for the same things
-    ("callbacks.base", "leyden.callback", "Callback"),
-    ("callbacks", "leyden.callbacks.progress", "ProgressBarBase=ProgressBar"),
-    ("callbacks.progress.base", "leyden.callbacks.progress", "ProgressBarBase=ProgressBar"),
-    ("core.lightning", "leyden", "LightningModule"),
-    ("loggers.base", "leyden.loggers.base", "DummyExperiment DummyLogger LightningLoggerBase=Logger"),
-    ("loggers.base", "leyden.loggers.base", "rank_zero_experiment"),
-    ("strategies", "leyden.strategies", "DataParallelStrategy"),
-    ("strategies.dp", "leyden.strategies", "DataParallelStrategy"),
-    ("profiler", "leyden.profilers", "BaseProfiler=Profiler PassThroughProfiler Profiler SimpleProfiler"),
-    ("profiler", "leyden.profilers", "AdvancedProfiler PyTorchProfiler XLAProfiler"),
-    ("trainer.supporters", "leyden", "CombinedLoader"),
-    ("utilities", "leyden.errors", "MisconfigurationException"),
-    ("utilities.apply_func", "leyden.compat.pieces", "move_data_to_device"),
-    (
-        "utilities.distributed",
-        "leyden",
-        "rank_zero_debug rank_zero_deprecation rank_zero_info rank_zero_only rank_zero_warn",
-    ),
-    ("utilities.seed", "leyden.runtime.seed", "pl_worker_init_function reset_seed seed_everything"),
-    # ---- 0.4, of 2019
-    ("", "leyden", "data_loader"),
-    ("callbacks.pt_callbacks", "leyden.callbacks", "EarlyStopping GradientAccumulationScheduler ModelCheckpoint"),
-    ("models.trainer", "leyden", "Trainer"),
-    ("root_module.decorators", "leyden", "data_loader"),
-    ("root_module.model_saving", "leyden.hparams", "load_hparams_from_tags_csv"),
-    ("root_module.root_module", "leyden", "LightningModule"),
-    ("utilities.arg_parse", "leyden.compat.arguments", "add_default_args"),
-)
-
-_FABRIC = (
-    ("", "leyden", "Fabric seed_everything"),
-    ("", "leyden.wrappers", "is_wrapped"),
-    ("accelerators", "leyden.runtime.devices", "Accelerator CPUAccelerator CUDAAccelerator MPSAccelerator"),
-    ("accelerators.accelerator", "leyden.runtime.devices", "Accelerator"),
-    ("accelerators.cpu", "leyden.runtime.devices", "CPUAccelerator"),
-    ("accelerators.cuda", "leyden.runtime.devices", "CUDAAccelerator find_usable_cuda_devices"),
-    ("accelerators.mps", "leyden.runtime.devices", "MPSAccelerator"),
-    ("accelerators", "leyden.compat.registries", "ACCELERATOR_REGISTRY"),
-    ("accelerators.cuda", "leyden.compat.pieces", "is_cuda_available num_cuda_devices"),
-    ("fabric", "leyden", "Fabric"),
-    ("accelerators", "leyden.compat.tpu", "XLAAccelerator"),
-    ("accelerators.xla", "leyden.compat.tpu", "XLAAccelerator"),
-    ("plugins", "leyden.precision", _PRECISIONS),
-    ("plugins.precision", "leyden.precision", _PRECISIONS),
-    ("plugins.precision.bitsandbytes", "leyden.precision", "BitsandbytesPrecision"),
-    ("plugins.precision.fsdp", "leyden.precision", "FSDPPrecision"),
-    ("plugins.precision.transformer_engine", "leyden.precision", "TransformerEnginePrecision"),
-    ("plugins.precision.xla", "leyden.precision", "XLAPrecision"),
-    ("plugins.environments", "leyden.compat.tpu", "XLAEnvironment"),
-    ("plugins.environments.xla", "leyden.compat.tpu", "XLAEnvironment"),
-    ("plugins.io.xla", "leyden.compat.tpu", "XLACheckpointIO"),
-    ("strategies", "leyden.compat.tpu", "SingleDeviceXLAStrategy XLAStrategy"),
-    ("strategies.single_xla", "leyden.compat.tpu", "SingleDeviceXLAStrategy"),
-    ("strategies.xla", "leyden.compat.tpu", "XLAStrategy"),
-    ("loggers", "leyden.compat.fabric_loggers", "CSVLogger TensorBoardLogger"),
-    ("loggers", "leyden.loggers", "Logger"),
-    ("loggers.csv_logs", "leyden.compat.fabric_loggers", "CSVLogger"),
-    ("loggers.logger", "leyden.loggers.base", "Logger"),
-    ("loggers.tensorboard", "leyden.compat.fabric_loggers", "TensorBoardLogger"),
-    ("plugins", "leyden.precision", "DoublePrecision HalfPrecision MixedPrecision Precision"),
-    ("plugins.precision", "leyden.precision", "DoublePrecision HalfPrecision MixedPrecision Precision"),
-    ("plugins.precision.amp", "leyden.precision", "MixedPrecision"),
-    ("plugins", "leyden.precision", _PRECISIONS),
-    ("plugins.precision", "leyden.precision", _PRECISIONS),
-    ("plugins.precision.bitsandbytes", "leyden.precision", "BitsandbytesPrecision"),
-    ("plugins.precision.fsdp", "leyden.precision", "FSDPPrecision"),
-    ("plugins.precision.transformer_engine", "leyden.precision", "TransformerEnginePrecision"),
-    ("plugins.precision.xla", "leyden.precision", "XLAPrecision"),
-    ("plugins.precision.double", "leyden.precision", "DoublePrecision"),
-    ("plugins.precision.half", "leyden.precision", "HalfPrecision"),
-    ("plugins.precision.precision", "leyden.precision", "Precision"),
-    ("strategies", "leyden.strategies", "DDPStrategy FSDPStrategy ModelParallelStrategy ParallelStrategy"),
-    ("strategies", "leyden.strategies", "DataParallelStrategy SingleDeviceStrategy Strategy"),
-    ("strategies", "leyden.compat.registries", "STRATEGY_REGISTRY"),
-    ("strategies.dp", "leyden.strategies", "DataParallelStrategy"),
-    ("strategies.ddp", "leyden.strategies", "DDPStrategy"),
-    ("strategies.fsdp", "leyden.strategies", "FSDPStrategy"),
-    ("strategies.model_parallel", "leyden.strategies", "ModelParallelStrategy"),
-    ("strategies.parallel", "leyden.strategies", "ParallelStrategy"),
-    ("strategies.single_device", "leyden.strategies", "SingleDeviceStrategy"),
-    ("strategies.strategy", "leyden.strategies", "Strategy"),
-    ("wrappers", "leyden.wrappers", "_FabricDataLoader _FabricModule _FabricOptimizer is_wrapped"),
-    ("accelerators", "leyden.runtime.devices", "find_usable_cuda_devices"),
-    ("loggers.logger", "leyden.loggers.base", "rank_zero_experiment"),
-    ("plugins", "leyden.checkpoint_io", "CheckpointIO TorchCheckpointIO"),
-    ("plugins", "leyden.runtime.cluster", "ClusterEnvironment"),
-    ("plugins.collectives", "leyden.runtime.collectives", "Collective SingleDeviceCollective TorchCollective"),
-    ("plugins.collectives.collective", "leyden.runtime.collectives", "Collective"),
-    ("plugins.collectives.single_device", "leyden.runtime.collectives", "SingleDeviceCollective"),
-    ("plugins.collectives.torch_collective", "leyden.runtime.collectives", "TorchCollective"),
-    ("plugins.environments", "leyden.runtime.cluster", _ENVIRONMENTS),
-    ("plugins.environments.cluster_environment", "leyden.runtime.cluster", "ClusterEnvironment"),
-    ("plugins.environments.kubeflow", "leyden.runtime.cluster", "KubeflowEnvironment"),
-    ("plugins.environments.lightning", "leyden.runtime.cluster", "LightningEnvironment"),
-    ("plugins.environments.lightning", "leyden.compat.pieces", "find_free_network_port"),
-    ("plugins.environments.lsf", "leyden.runtime.cluster", "LSFEnvironment"),
-    ("plugins.environments.mpi", "leyden.runtime.cluster", "MPIEnvironment"),
-    ("plugins.environments.slurm", "leyden.runtime.cluster", "SLURMEnvironment"),
-    ("plugins.environments.torchelastic", "leyden.runtime.cluster", "TorchElasticEnvironment"),
-    ("plugins.io", "leyden.checkpoint_io", "CheckpointIO TorchCheckpointIO"),
-    ("plugins.io.checkpoint_io", "leyden.checkpoint_io", "CheckpointIO"),
-    ("plugins.io.torch_io", "leyden.checkpoint_io", "TorchCheckpointIO"),
-    ("utilities", "leyden", "rank_zero_deprecation rank_zero_info rank_zero_only rank_zero_warn"),
-    ("utilities", "leyden.hparams", "AttributeDict"),
-    ("utilities", "leyden.compat.pieces", "move_data_to_device"),
-    ("utilities", "leyden.profilers.throughput", "Throughput"),
-    ("utilities", "leyden.runtime.flops", "measure_flops"),
-    ("utilities.apply_func", "leyden.compat.pieces", "move_data_to_device"),
-    ("utilities.data", "leyden.hparams", "AttributeDict"),
-    ("utilities.exceptions", "leyden.errors", "MisconfigurationException"),
-    (
-        "utilities.rank_zero",
-        "leyden.runtime.ranks",
-        "rank_zero_debug rank_zero_deprecation rank_zero_info rank_zero_only rank_zero_warn",
-    ),
-    ("utilities.rank_zero", "leyden.errors", "LightningDeprecationWarning=LeydenDeprecationWarning"),
-    ("utilities.seed", "leyden.runtime.seed", "pl_worker_init_function reset_seed seed_everything"),
-    (
-        "utilities.spike",
-        "leyden.callbacks.spike_detection",
-        "SpikeDetection=FabricSpikeDetection TrainingSpikeException",
-    ),
-    ("utilities.throughput", "leyden.profilers.throughput", "Throughput"),
-    ("utilities.throughput", "leyden.runtime.flops", "get_available_flops measure_flops"),
-    ("utilities.warnings", "leyden.errors", "PossibleUserWarning"),
-)
-
-_ENUMS = "leyden.compat.pieces.words"
-_SAY = "leyden.compat.pieces.say"
-_BORING = "leyden.compat.demos.boring_classes"
-_TORCHES = [
-    "1_8",
-    "1_9",
-    "1_10",
-    "1_11",
-    "1_12",
-    "1_13",
-    "2_0",
-    "2_0_1",
-    "2_1",
-    "2_2",
-    "2_3",
-    "2_4",
-    "2_4_1",
-    "2_5",
-    "2_5_1",
-    "2_6",
-    "2_7",
-    "2_8",
-    "2_9",
-]
-_METRICS = ["0_7", "0_8_0", "0_9_1", "0_11", "1_0_0"]
-_FLAGS = (
-    *(f"_TORCH_GREATER_EQUAL_{version}" for version in _TORCHES),
-    *(f"_TORCHMETRICS_GREATER_EQUAL_{version}" for version in _METRICS),
-    "_TORCH_EQUAL_2_4_0 _TORCH_EQUAL_2_8 _TORCH_EQUAL_2_9 _TORCH_LESS_EQUAL_2_6 _IS_WINDOWS _IS_INTERACTIVE",
-    "_PYTHON_GREATER_EQUAL_3_8_0 _PYTHON_GREATER_EQUAL_3_10_0 _PYTHON_GREATER_EQUAL_3_11_0",
-    "_NUMPY_AVAILABLE _OMEGACONF_AVAILABLE _RICH_AVAILABLE _TORCHVISION_AVAILABLE _REQUESTS_AVAILABLE",
-    "_JSONARGPARSE_SIGNATURES_AVAILABLE",
-)
-_CHECKS = "package_available module_available compare_version RequirementCache=Requirement"
-
-_SMALL = (
+SMALL = (
     # ---- small things of utilities and the like, under lightning.pytorch
-    ("", _SAY, "disable_possible_user_warnings"),
+    ("", SAY, "disable_possible_user_warnings"),
     ("", "leyden.compat.pieces.available", "module_available"),
     ("accelerators.cpu", "leyden.compat.pieces.stats", "get_cpu_stats"),
     ("accelerators.cuda", "leyden.compat.pieces.stats", "get_nvidia_gpu_stats"),
     ("accelerators.mps", "leyden.compat.pieces.stats", "get_device_stats"),
     ("core.hooks", "leyden.module_hooks", "CheckpointHooks"),
-    ("core.module", _ENUMS, "MODULE_OPTIMIZERS"),
+    ("core.module", ENUMS, "MODULE_OPTIMIZERS"),
     ("core.optimizer", "leyden.compat.pieces.closures", "do_nothing_closure"),
     ("core.saving", "leyden.compat.pieces.parsing", "CHECKPOINT_PAST_HPARAMS_KEYS convert update_hparams"),
     ("demos", _BORING, "BoringDataModule BoringModel DemoModel"),
@@ -447,18 +273,18 @@ _SMALL = (
     ("serve", "leyden.compat.serve", "ServableModule ServableModuleValidator"),
     ("serve.servable_module", "leyden.compat.serve", "ServableModule"),
     ("serve.servable_module_validator", "leyden.compat.serve", "ServableModuleValidator"),
-    ("strategies.strategy", _ENUMS, "TBroadcast=BroadcastT TReduce=ReduceT"),
+    ("strategies.strategy", ENUMS, "TBroadcast=BroadcastT TReduce=ReduceT"),
     (
         "trainer.call",
         "leyden.compat.pieces.call",
         "_call_callback_hooks=call_callback_hooks _call_lightning_module_hook=call_lightning_module_hook"
         " _call_lightning_datamodule_hook=call_lightning_datamodule_hook _call_strategy_hook=call_strategy_hook",
     ),
-    ("trainer.connectors.accelerator_connector", _ENUMS, "_LITERAL_WARN=Word _PRECISION_INPUT=PrecisionWord"),
-    ("utilities", _ENUMS, "LightningEnum"),
+    ("trainer.connectors.accelerator_connector", ENUMS, "_LITERAL_WARN=Word _PRECISION_INPUT=PrecisionWord"),
+    ("utilities", ENUMS, "LightningEnum"),
     ("utilities", "leyden.compat.pieces.parsing", "is_picklable"),
     ("utilities", "leyden.compat.pieces.samplers", "is_shared_filesystem suggested_max_num_workers"),
-    ("utilities", _SAY, "disable_possible_user_warnings"),
+    ("utilities", SAY, "disable_possible_user_warnings"),
     (
         "utilities",
         "leyden.compat.pieces.tensors",
@@ -471,7 +297,7 @@ _SMALL = (
     ),
     ("utilities.compile", "leyden.compat.pieces.compiled", "from_compiled to_uncompiled"),
     ("utilities.consolidate_checkpoint", "leyden.compat.pieces.files", "main=consolidate"),
-    ("utilities.data", _ENUMS, "BType=Batch"),
+    ("utilities.data", ENUMS, "BType=Batch"),
     ("utilities.data", "leyden.compat.pieces.samplers", "extract_batch_size has_len_all_ranks"),
     ("utilities.data", "leyden.compat.pieces.samplers", "has_iterable_dataset sized_len"),
     ("utilities.data", "leyden.data.loaders", "_is_dataloader_shuffled=has_shuffle"),
@@ -480,8 +306,8 @@ _SMALL = (
         "leyden.compat.pieces.files",
         "CPU_DEVICE convert_zero_checkpoint_to_fp32_state_dict ds_checkpoint_dir",
     ),
-    ("utilities.enums", _ENUMS, "LightningEnum"),
-    ("utilities.imports", "leyden.compat.pieces.available", f"{' '.join(_FLAGS)} {_CHECKS}"),
+    ("utilities.enums", ENUMS, "LightningEnum"),
+    ("utilities.imports", "leyden.compat.pieces.available", f"{' '.join(FLAGS)} {CHECKS}"),
     ("utilities.imports", "leyden.compat.pieces.available", "_try_import_module=try_import_module"),
     (
         "utilities.memory",
@@ -515,151 +341,11 @@ _SMALL = (
         "clean_namespace collect_init_args get_init_args is_picklable lightning_getattr lightning_hasattr lightning_setattr"
         " parse_class_init_keys save_hyperparameters",
     ),
-    ("utilities.rank_zero", _SAY, "WarningCache rank_prefixed_message _get_rank=rank_from_environment"),
+    ("utilities.rank_zero", SAY, "WarningCache rank_prefixed_message _get_rank=rank_from_environment"),
     ("utilities.rank_zero", "leyden.compat.pieces.say", "rank_zero_module=MODULE"),
     ("utilities.signature_utils", "leyden.compat.pieces.parsing", "is_param_in_hook_signature"),
     ("utilities.testing", "leyden.compat.pieces.runif", "_runif_reasons=runif_reasons"),
-    ("utilities.types", _ENUMS, "DistributedDataParallel _PATH=PathOrText _DEVICE=Device _METRIC=Number"),
-    ("utilities.types", _ENUMS, "LRScheduler ReduceLROnPlateau Optimizer"),
+    ("utilities.types", ENUMS, "DistributedDataParallel _PATH=PathOrText _DEVICE=Device _METRIC=Number"),
+    ("utilities.types", ENUMS, "LRScheduler ReduceLROnPlateau Optimizer"),
     ("utilities.upgrade_checkpoint", "leyden.compat.pieces.migration", "main"),
 )
-
-_SMALL_FABRIC = (
-    # ---- the same, under lightning.fabric
-    ("", _SAY, "disable_possible_user_warnings"),
-    ("", "leyden.compat.pieces.available", "package_available"),
-    ("accelerators.cuda", "leyden.compat.pieces.stats", "_clear_cuda_memory=clear_cuda_memory"),
-    ("accelerators.registry", "leyden.compat.registries", "_AcceleratorRegistry=Registry call_register_accelerators"),
-    ("cli", "leyden.compat.pieces.command", "main"),
-    ("connector", _ENUMS, "_PRECISION_INPUT=PrecisionWord _PRECISION_INPUT_STR=PrecisionWord _PLUGIN_INPUT=Plugin"),
-    ("plugins", "leyden.precision.deepspeed", "DeepSpeedPrecision"),
-    ("plugins.precision", "leyden.precision.deepspeed", "DeepSpeedPrecision"),
-    ("plugins.precision.deepspeed", "leyden.precision.deepspeed", "DeepSpeedPrecision"),
-    ("strategies", "leyden.strategies", "DeepSpeedStrategy"),
-    ("strategies", "leyden.compat.registries", "_StrategyRegistry=Registry"),
-    ("strategies.deepspeed", "leyden.strategies", "DeepSpeedStrategy"),
-    ("strategies.model_parallel", _ENUMS, "TModel=ModuleT"),
-    ("strategies.registry", "leyden.compat.registries", "_StrategyRegistry=Registry"),
-    ("strategies.strategy", _ENUMS, "TBroadcast=BroadcastT TReduce=ReduceT"),
-    ("utilities", _ENUMS, "LightningEnum"),
-    ("utilities", _SAY, "disable_possible_user_warnings"),
-    ("utilities", "leyden.compat.pieces.samplers", "is_shared_filesystem suggested_max_num_workers"),
-    ("utilities", "leyden.compat.pieces.throughput", "ThroughputMonitor"),
-    (
-        "utilities.apply_func",
-        "leyden.compat.pieces.tensors",
-        "CONVERSION_DTYPES convert_tensors_to_scalars convert_to_tensors",
-    ),
-    (
-        "utilities.cloud_io",
-        "leyden.compat.pieces.files",
-        "get_filesystem _load=load _atomic_save=atomic_save _is_dir=is_dir _is_local_file_protocol=is_local_file_protocol",
-    ),
-    ("utilities.consolidate_checkpoint", "leyden.compat.pieces.files", "main=consolidate"),
-    (
-        "utilities.data",
-        "leyden.compat.pieces.samplers",
-        "has_iterable_dataset has_len sized_len suggested_max_num_workers",
-    ),
-    ("utilities.data", "leyden.compat.pieces.samplers", "_num_cpus_available=cpus"),
-    ("utilities.data", "leyden.data.loaders", "_set_sampler_epoch=set_epoch"),
-    ("utilities.device_dtype_mixin", "leyden.compat.pieces.device", "_DeviceDtypeModuleMixin=DeviceDtypeModuleMixin"),
-    (
-        "utilities.distributed",
-        "leyden.compat.pieces.samplers",
-        "DistributedSamplerWrapper is_shared_filesystem _DatasetSamplerWrapper=DrawnIndices",
-    ),
-    (
-        "utilities.distributed",
-        "leyden.compat.pieces.tensors",
-        "_distributed_is_initialized=distributed_available _distributed_available=distributed_available"
-        " _gather_all_tensors=gather_all_tensors _sync_ddp_if_available=sync_ddp_if_available"
-        " _sync_ddp=sync_ddp_if_available",
-    ),
-    ("utilities.enums", _ENUMS, "LightningEnum"),
-    ("utilities.imports", "leyden.compat.pieces.available", f"{' '.join(_FLAGS)} {_CHECKS}"),
-    (
-        "utilities.init",
-        "leyden.compat.pieces.device",
-        "_EmptyInit=EmptyInit _materialize_meta_tensors=materialize_meta_tensors"
-        " _has_meta_device_parameters_or_buffers=has_meta_device_parameters_or_buffers",
-    ),
-    (
-        "utilities.logger",
-        "leyden.compat.pieces.settings",
-        "_add_prefix=add_prefix _convert_json_serializable=convert_json_serializable _convert_params=convert_params"
-        " _flatten_dict=flatten_dict _sanitize_callable_params=sanitize_callable_params _sanitize_params=sanitize_params",
-    ),
-    (
-        "utilities.optimizer",
-        "leyden.compat.pieces.tensors",
-        "_optimizer_to_device=optimizer_to_device _optimizers_to_device=optimizers_to_device",
-    ),
-    ("utilities.rank_zero", _SAY, "WarningCache rank_prefixed_message _get_rank=rank_from_environment"),
-    ("utilities.rank_zero", _SAY, "rank_zero_module=MODULE"),
-    ("utilities.seed", "leyden.compat.pieces.words", "max_seed_value min_seed_value"),
-    (
-        "utilities.seed",
-        "leyden.runtime.seed",
-        "_collect_rng_states=rng_state _set_rng_states=set_rng_state",
-    ),
-    ("utilities.testing", "leyden.compat.pieces.runif", "_runif_reasons=runif_reasons"),
-    ("utilities.throughput", "leyden.compat.pieces.throughput", "ThroughputMonitor T"),
-    (
-        "utilities.types",
-        _ENUMS,
-        "CollectibleGroup Optimizable Steppable UntypedStorage ProcessGroup ReduceOp RedOpType",
-    ),
-    ("utilities.types", _ENUMS, "LRScheduler ReduceLROnPlateau _TORCH_LRSCHEDULER=LRScheduler"),
-    (
-        "utilities.types",
-        _ENUMS,
-        "_DEVICE=Device _MAP_LOCATION_TYPE=MapLocation _PARAMETERS=Parameters _PATH=PathOrText _Stateful=Stateful",
-    ),
-    ("utilities.warnings", _SAY, "disable_possible_user_warnings"),
-    ("wrappers", "leyden.wrappers", "_unwrap_objects=unwrapped"),
-    ("wrappers", _ENUMS, "T_destination=DestinationT"),
-)
-
-_LIGHTNING = (("", "leyden", "Callback Fabric LightningDataModule LightningModule Trainer seed_everything"),)
-
-_TEST_TUBE = (
-    ("", "leyden", "Experiment HyperOptArgumentParser SlurmCluster"),
-    ("argparse_hopt", "leyden.search", "HyperOptArgumentParser TTNamespace=HyperOptNamespace"),
-    ("hpc", "leyden", "Experiment HyperOptArgumentParser SlurmCluster"),
-    ("log", "leyden", "Experiment"),
-)
-
-_PLACES = (
-    # root, rows
-    ("lightning", _LIGHTNING),
-    ("lightning.pytorch", (*_PYTORCH, *_SMALL)),
-    ("lightning.fabric", (*_FABRIC, *_SMALL_FABRIC)),
-    ("pytorch_lightning", (*_PYTORCH, *_SMALL, *_BEFORE_2)),
-    ("lightning_fabric", (*_FABRIC, *_SMALL_FABRIC)),
-    ("test_tube", _TEST_TUBE),
-)
-
-ROOTS = tuple(root for root, _ in _PLACES)
-"""The modules that say their version."""
-
-
-class Target(NamedTuple):
-    """What answers a name: an attribute of a module of ours."""
-
-    module: str
-    name: str
-
-
-def read() -> dict[str, dict[str, Target]]:
-    """Return all foreign modules, the packages between them too, each with the names that it answers."""
-    modules: dict[str, dict[str, Target]] = {}
-    for root, rows in _PLACES:
-        for path, home, names in rows:
-            parts = [root, *path.split(".")] if path else [root]
-            for count in range(1, len(parts) + 1):
-                modules.setdefault(".".join(parts[:count]), {})
-            for word in names.split():
-                then, _, now = word.partition("=")
-                modules[".".join(parts)][then] = Target(home, now or then)
-    return modules
