@@ -30,18 +30,6 @@ ROOT = HERE.parents[1]
 ROWS = read_table(HERE / "lightning_2_6_6.txt")
 MODULES = sorted({row.module for row in ROWS})
 
-_COMING = [
-    "*BackboneFinetuning", "*BaseFinetuning", "*.multiplicative", "*BatchSizeFinder", "*LearningRateFinder",
-    "*DeviceStatsMonitor", "*WeightAveraging", "*StochasticWeightAveraging", "*ModelPruning", "*SpikeDetection",
-    "*TrainingSpikeException", "*AdvancedProfiler", "*PyTorchProfiler", "*XLAProfiler", "*RegisterRecordFunction",
-    "*ScheduleWrapper", "*Tuner", "*to_torchscript", "*CometLogger", "*MLFlowLogger", "*WandbLogger",
-    "*NeptuneLogger", "*.FRAMEWORK_NAME", "*.comet_experiment", "*.LOCAL_FILE_URI_PREFIX", "*BitsandbytesPrecision",
-    "*FSDPPrecision", "*TransformerEnginePrecision", "*XLAPrecision", "*XLACheckpointIO", "*XLAEnvironment",
-    "*XLAAccelerator", "*XLAStrategy", "*XLAFSDPStrategy", "*LayerSync", "*TorchSyncBatchNorm", "*.Tqdm",
-    "*.convert_inf", "*.get_standard_metrics", "*plugins.collectives*",
-]  # fmt: skip
-"""Names that other branches build; the merger takes them out. One that is there must not stand here."""
-
 
 @pytest.fixture(autouse=True, scope="module")
 def names() -> Iterator[None]:
@@ -95,16 +83,9 @@ def test_the_public_names_of_a_module_are_as_in_lightning(module: str) -> None:
     for row in ROWS:
         if row.module == module and not any(matches(row, pattern) for pattern, _ in DELIBERATE):
             said = differs(row)
-            if said and not any(matches(row, pattern) for pattern in _COMING):
+            if said:
                 found.append(f"{row.name}: {said}")
     assert found == []
-
-
-@pytest.mark.parametrize("pattern", _COMING)
-def test_what_is_coming_is_not_there_yet(pattern: str) -> None:
-    named = [row for row in ROWS if fnmatchcase(row.path, pattern)]
-    assert named, f"{pattern} names nothing of the table"
-    assert any(differs(row) for row in named), f"{pattern} is there: take it out of _COMING"
 
 
 @pytest.mark.parametrize("pattern", [pattern for pattern, _ in DELIBERATE])

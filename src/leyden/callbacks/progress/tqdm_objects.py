@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,11 @@ class Tqdm(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
                 return text
             text += "."
         return text.ljust(_WIDTH, "0")
+
+
+def finite(x: float | None) -> float | None:
+    """Return a total as tqdm takes it: None where it is not known, which we say by infinity."""
+    return None if x is None or math.isinf(x) or math.isnan(x) else x
 
 
 class TqdmDisplay:

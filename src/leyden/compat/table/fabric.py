@@ -26,6 +26,8 @@ ROWS = (
     ("plugins.precision.xla", "leyden.precision", "XLAPrecision"),
     ("plugins.environments", "leyden.compat.tpu", "XLAEnvironment"),
     ("plugins.environments.xla", "leyden.compat.tpu", "XLAEnvironment"),
+    ("plugins", "leyden.compat.tpu", "XLACheckpointIO"),
+    ("plugins.io", "leyden.compat.tpu", "XLACheckpointIO"),
     ("plugins.io.xla", "leyden.compat.tpu", "XLACheckpointIO"),
     ("strategies", "leyden.compat.tpu", "SingleDeviceXLAStrategy XLAStrategy"),
     ("strategies.single_xla", "leyden.compat.tpu", "SingleDeviceXLAStrategy"),
