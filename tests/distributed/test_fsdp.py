@@ -396,7 +396,7 @@ def skip(strategy: str, kind: str) -> Any:
     return weights(module)
 
 
-@pytest.mark.filterwarnings("ignore:.*returned `None`")
+@pytest.mark.filterwarnings("ignore:.*returned None")
 @pytest.mark.parametrize("kind", ["before", "after"])
 def test_d3_a_step_that_returns_none_on_one_rank_counts_with_gradients_of_zero(kind: str) -> None:
     for reference, *others in on_ranks(2, skip_each, kind):
