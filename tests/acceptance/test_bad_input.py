@@ -46,8 +46,8 @@ DATA = TensorDataset(torch.ones(4, 2))
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"max_epoch": 3}, "no argument 'max_epoch'. Did you mean 'max_epochs'?"),
-        ({"tpu_cores": 1}, "no argument 'tpu_cores'. Use accelerator and devices."),
+        ({"max_epoch": 3}, "unexpected keyword argument 'max_epoch'. Did you mean 'max_epochs'?"),
+        ({"tpu_cores": 1}, "unexpected keyword argument 'tpu_cores'. Use accelerator and devices."),
         ({"resume_from_checkpoint": "x"}, "Use Trainer.fit(ckpt_path=...)."),
         ({"progress_bar_refresh_rate": 1}, "Use enable_progress_bar, or callbacks=[TQDMProgressBar(refresh_rate=n)]."),
         ({"weights_summary": "full"}, "Use enable_model_summary, or callbacks=[ModelSummary(max_depth=n)]."),

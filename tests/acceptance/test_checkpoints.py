@@ -208,7 +208,7 @@ def test_best_and_last(tmp_path: Path) -> None:
 def test_best_without_a_best_is_an_error_and_last_without_a_last_a_warning(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="ckpt_path='best'.*no best checkpoint is known"):
         trainer().test(Model(), datamodule=Data(), ckpt_path="best")
-    with pytest.warns(LeydenWarning, match="there is no checkpoint in .*; the fit starts anew"):
+    with pytest.warns(LeydenWarning, match="there is no checkpoint in .*the fit starts anew"):
         trainer(default_root_dir=tmp_path).fit(Model(), datamodule=Data(), ckpt_path="last")
 
 

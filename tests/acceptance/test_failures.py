@@ -424,7 +424,7 @@ def test_a_misspelt_hook_that_is_needed_is_told_with_the_error() -> None:
 
     with (
         pytest.warns(LeydenWarning, match="Did you mean 'configure_optimizers'"),
-        pytest.raises(MisconfigurationException, match="no configure_optimizers"),
+        pytest.raises(MisconfigurationException, match="No `configure_optimizers"),
     ):
         L.Trainer(**QUIET).fit(Typo(), datamodule=Data())
 

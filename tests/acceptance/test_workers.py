@@ -29,7 +29,7 @@ from leyden.errors import MisconfigurationException
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*worker processes in total:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*but there is no validation data"),
+    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),
 ]
 
 

@@ -102,7 +102,7 @@ def test_the_fit_of_a_script_is_measured_and_the_rest_does_not_run(
     [
         ({"fit": "pass"}, "ended without calling Trainer.fit"),
         ({"seconds": "-1"}, "leyden advise: advise(seconds=-1.0) is not valid"),
-        ({"fit": "trainer.fit(torch.nn.Linear(1, 1))"}, "TypeError: The model must be a LightningModule"),
+        ({"fit": "trainer.fit(torch.nn.Linear(1, 1))"}, "TypeError: The model must be a `LightningModule`"),
         ({"before": "raise ValueError('mine')"}, "ValueError: mine"),
     ],
 )

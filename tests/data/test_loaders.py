@@ -73,20 +73,20 @@ def test_iterable_is_not_opened():
             5,
             "train_dataloaders",
             "fit",
-            r"Trainer.fit\(train_dataloaders=...\) got 5 \(int\).*write train_dataloader\(\)",
+            r"Trainer.fit\(train_dataloaders=...\)`. Found 5 \(int\).*write train_dataloader\(\)",
         ),
         (
             None,
             "dataloaders",
             "test",
-            r"Trainer.test\(dataloaders=...\) got None \(NoneType\).*write test_dataloader\(\)",
+            r"Trainer.test\(dataloaders=...\)`. Found None \(NoneType\).*write test_dataloader\(\)",
         ),
         (5, "dataloaders", "validate", r"write val_dataloader\(\)"),
         (5, "val_dataloaders", "fit", r"Trainer.fit\(val_dataloaders=...\).*write val_dataloader\(\)"),
         (5, "val_dataloaders", "validate", r"Trainer.validate\(dataloaders=...\).*write val_dataloader\(\)"),
         (5, "MyModule.val_dataloader()", "fit", r"^MyModule.val_dataloader\(\) returned 5"),
         (5, "MyModule.val_dataloader", "fit", r"MyModule.val_dataloader\(\) returned 5 \(int\)"),
-        (DataLoader, "dataloaders", "predict", r"got the class DataLoader, which cannot"),
+        (DataLoader, "dataloaders", "predict", r"Found the class DataLoader, which cannot"),
     ],
 )
 def test_other_things_are_named(loader, source, fn, text):

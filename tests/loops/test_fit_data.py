@@ -528,5 +528,5 @@ def test_overfit_batches_trains_and_validates_on_the_same_unshuffled_batches() -
 
 
 def test_missing_validation_is_said() -> None:
-    with pytest.warns(PossibleUserWarning, match="there is no validation data"):
+    with pytest.warns(PossibleUserWarning, match="have no `val_dataloader`"):
         trainer().fit(Noting(), Sized(1))

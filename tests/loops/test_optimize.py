@@ -306,7 +306,7 @@ def test_without_an_optimizer_nothing_moves() -> None:
 
     net = Bare()
     before = weights(net)
-    with pytest.warns(LeydenWarning, match=r"configure_optimizers\(\) returned None"):
+    with pytest.warns(LeydenWarning, match=r"configure_optimizers\(\) returned `None`"):
         trainer(gradient_clip_val=1.0).fit(net)
     assert torch.equal(weights(net), before)
 

@@ -44,7 +44,7 @@ def find_checkpoint(given: Any, trainer: TrainerCore) -> Any:
     fn = str(trainer.state.fn)
     if found is None:
         rank_zero_warn(
-            f"Trainer.{fn}(ckpt_path='last'): there is no checkpoint in {places}; "
+            f"Trainer.{fn}(ckpt_path='last'): there is no checkpoint in {places}. "
             + "No checkpoint will be loaded: "
             + ("the fit starts anew." if fn == "fit" else "the weights stay as they are."),
             category=PossibleUserWarning,

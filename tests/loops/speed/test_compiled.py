@@ -154,7 +154,7 @@ def test_a_compiled_run_is_not_captured_as_a_cuda_graph_as_well() -> None:
         trainer = L.Trainer(
             accelerator="cpu", max_epochs=1, compile=compile, callbacks=[Ask()], enable_model_summary=False, **quiet
         )
-        with pytest.warns(LeydenWarning, match="without an optimizer"):
+        with pytest.warns(LeydenWarning, match="with no optimizer"):
             trainer.fit(Net(), loader(4))
     assert found[0] is not None
     assert "the run is compiled" in found[0]

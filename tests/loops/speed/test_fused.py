@@ -380,7 +380,7 @@ def test_of_several_optimizers_each_as_it_can() -> None:
 
 def test_without_an_optimizer_there_is_nothing_to_fuse(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "leyden")
-    with pytest.warns(UserWarning, match="without an optimizer"):
+    with pytest.warns(UserWarning, match="with no optimizer"):
         trainer(max_epochs=1, fused_optimizers=True).fit(Net(lambda _: None))
     assert not lines(caplog)
 

@@ -294,7 +294,7 @@ def test_seconds_that_are_none(seconds: Any) -> None:
 def test_what_cannot_be_advised_on() -> None:
     with pytest.raises(MisconfigurationException, match="fast_dev_run"):
         trainer(fast_dev_run=True).advise(Net(), data())
-    with pytest.raises(TypeError, match="must be a LightningModule"):
+    with pytest.raises(TypeError, match="must be a `LightningModule`"):
         trainer().advise(nn.Linear(1, 1), data())
     with pytest.raises(MisconfigurationException, match="no data"):
         trainer().advise(Net())
