@@ -34,7 +34,7 @@ demo: $(READY)
 	@$(BIN)/python examples/digits.py
 
 # what is one process runs two at a time; what starts ranks, a cluster or a browser has the machine to itself
-ALONE := tests/distributed tests/slurm tests/browser
+ALONE := tests/distributed tests/slurm tests/browser tests/search
 
 test: $(READY)
 	@status=0; \

@@ -555,8 +555,8 @@ def test_arguments_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"strategy": "dpp"}, r"Fabric\(strategy='dpp'\).*Did you mean"),
-        ({"precision": "31"}, "precision='31'"),
+        ({"strategy": "dpp"}, r"strategy='dpp'.*Did you mean"),
+        ({"precision": "31"}, "Precision '31' is invalid"),
         ({"num_nodes": 0}, r"Fabric\(num_nodes=0\)"),
         ({"accelerator": "abacus"}, "abacus"),
         ({"plugins": 3}, r"Fabric\(plugins=3\)"),

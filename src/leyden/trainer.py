@@ -19,7 +19,7 @@ from leyden.loops import hardware, resolve, snapshot
 from leyden.loops.evaluate import EvaluationLoop
 from leyden.loops.fit import FitLoop
 from leyden.loops.predict import PredictLoop
-from leyden.loops.session import Session
+from leyden.loops.session import Owner, Session
 from leyden.loops.start import (
     check,
     checkpoint_path,
@@ -180,14 +180,13 @@ class Trainer(TrainerFace):
         self.test_loop = EvaluationLoop(RunningStage.TESTING)
         self.predict_loop = PredictLoop()
         for loop in (self.fit_loop, self.fit_loop.validation, self.validate_loop, self.test_loop, self.predict_loop):
-            loop.trainer = self
+            loop.owner = Owner(self)
         names = ("strategy", "accelerator", "devices", "num_nodes", "precision", "plugins", "sync_batchnorm")
         self._strategy, self._accelerator = hardware.strategy(*(given[name] for name in names))
         self._profiler = resolve.profiler(profiler)
-        quiet = config.barebones
         switches = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-        wanted = {name: not quiet if given[name] is None else given[name] for name in switches}
-        self._loggers = resolve.loggers(given["logger"], self.default_root_dir, config, quiet)
+        wanted = {name: not config.barebones if given[name] is None else given[name] for name in switches}
+        self._loggers = resolve.loggers(given["logger"], self.default_root_dir, config, config.barebones)
         self._callbacks = resolve.callbacks(
             given["callbacks"],
             config,

@@ -78,6 +78,7 @@ def test_a_short_run_is_recorded_as_a_whole(tmp_path: Path) -> None:
     assert not any(name.startswith("[pl][module]") for name in found)
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`:UserWarning")
 def test_a_schedule_of_ones_own_and_its_arguments(tmp_path: Path) -> None:
     steps: list[int] = []
     traces: list[int] = []
@@ -95,6 +96,7 @@ def test_a_schedule_of_ones_own_and_its_arguments(tmp_path: Path) -> None:
     assert traces == [3]
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`:UserWarning")
 def test_hooks_are_taken_off_the_module() -> None:
     net = Net()
     trainer(PyTorchProfiler(export_to_chrome=False)).fit(net, data(2))

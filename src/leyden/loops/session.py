@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,11 +50,29 @@ class TrainerCore(TrainerView, Protocol):
     progress: Progress
 
 
+class Owner:
+    """A reference to a Trainer that does not keep it alive, and goes with it into a pickle."""
+
+    def __init__(self, trainer: Any = None) -> None:
+        self._found: Callable[[], Any] = (lambda: None) if trainer is None else weakref.ref(trainer)
+
+    def __call__(self) -> Any:
+        return self._found()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Owner, (self(),)
+
+
 class Loop:
     """A loop of a Trainer."""
 
-    trainer: Any = None
+    owner = Owner()
     """Whose loop this is; set by the Trainer."""
+
+    @property
+    def trainer(self) -> Any:
+        """The Trainer that this is a loop of, while there is one."""
+        return self.owner()
 
     if not TYPE_CHECKING:  # a name that is not there stays an error to mypy
 
