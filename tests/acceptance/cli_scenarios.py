@@ -401,5 +401,5 @@ def objects(cli: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     sys.modules["cli_scenarios"] = sys.modules["__main__"]
-    recorded = {name: run(name) for name in SCENARIOS}
+    recorded = {name: run(name) for name in sys.argv[2:] or SCENARIOS}
     Path(sys.argv[1]).write_text(json.dumps(recorded, sort_keys=True, separators=(",", ":")) + "\n")

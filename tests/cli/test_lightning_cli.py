@@ -27,13 +27,13 @@ QUIET = {
 }  # fmt: skip
 
 
-class Encoder(torch.nn.Module):
+class Encoding(torch.nn.Module):
     def __init__(self, width: int = 4) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(4, width)
 
 
-class Nested(L.LightningModule):
+class Nesting(L.LightningModule):
     def __init__(self, encoder: torch.nn.Module, rate: float = 0.1, anything=None, label: str = "x") -> None:  # type: ignore[no-untyped-def]
         super().__init__()
         self.save_hyperparameters()
@@ -63,20 +63,26 @@ def cli(model: Any, *words: str, **kwargs: Any) -> L.LightningCLI:
 
 @pytest.mark.parametrize("by_class", [False, True])
 def test_a_checkpoint_makes_the_objects_among_the_arguments_again(by_class: bool) -> None:
-    chosen = ["--model=Nested"] if by_class else []
-    made = cli(None if by_class else Nested, "fit", *chosen, "--model.encoder=Encoder", "--model.encoder.width=6")
+    chosen = ["--model=Nesting"] if by_class else []
+    made = cli(
+        None if by_class else Nesting,
+        "fit",
+        *chosen,
+        "--model.encoder=Encoding",
+        "--model.encoder.width=6",
+    )
     path = made.trainer.checkpoint_callback.best_model_path
     hparams = torch.load(path, weights_only=True)["hyper_parameters"]
-    assert hparams["encoder"] == {"class_path": f"{__name__}.Encoder", "init_args": {"width": 6}}
+    assert hparams["encoder"] == {"class_path": f"{__name__}.Encoding", "init_args": {"width": 6}}
     assert hparams["_instantiator"] == "lightning.pytorch.cli.instantiate_module"
     assert ("_class_path" in hparams) == by_class
-    again = (L.LightningModule if by_class else Nested).load_from_checkpoint(path, rate=0.5)
-    assert isinstance(again, Nested)
+    again = (L.LightningModule if by_class else Nesting).load_from_checkpoint(path, rate=0.5)
+    assert isinstance(again, Nesting)
     assert (again.encoder.layer.out_features, again.rate) == (6, 0.5)
     assert dict(again.hparams) == hparams | {"rate": 0.5}
     assert torch.equal(again.encoder.layer.weight, made.model.encoder.layer.weight)
     with pytest.warns(UserWarning, match="'encoder' is a module"):  # now it is one, and no class path
-        own = Nested.load_from_checkpoint(path, encoder=Encoder(6))
+        own = Nesting.load_from_checkpoint(path, encoder=Encoding(6))
     assert torch.equal(own.encoder.layer.weight, made.model.encoder.layer.weight)
 
 
@@ -89,43 +95,44 @@ def test_a_checkpoint_makes_the_objects_among_the_arguments_again(by_class: bool
         ("anything", {"deep": {"class_path": "torch.nn.NoSuchLayer"}}, "not imported"),
         ("anything", "this.s", "not imported"),
         ("_instantiator", "os.system", "allowlist"),
-        ("_class_path", "not_imported_anywhere.Model", "not an already imported subclass of Nested"),
+        ("_class_path", "not_imported_anywhere.Model", "not an already imported subclass of Nesting"),
     ],
 )
 def test_a_strange_checkpoint_neither_imports_nor_makes_what_it_likes(name: str, value: Any, why: str) -> None:
-    made = cli(Nested, "fit", "--model.encoder=Encoder")
+    made = cli(Nesting, "fit", "--model.encoder=Encoding")
     path = made.trainer.checkpoint_callback.best_model_path
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["hyper_parameters"][name] = value
     torch.save(checkpoint, "strange.ckpt")
     with pytest.raises(MisconfigurationException, match=why):
-        Nested.load_from_checkpoint("strange.ckpt")
+        Nesting.load_from_checkpoint("strange.ckpt")
     assert "this" not in sys.modules
 
 
 def test_a_text_is_only_a_text_where_a_text_is_wanted() -> None:
-    require_safe(Nested, {"label": "this.s", "rate": 0.1, "encoder": {"class_path": "torch.nn.ReLU"}}, "x.ckpt")
+    require_safe(Nesting, {"label": "this.s", "rate": 0.1, "encoder": {"class_path": "torch.nn.ReLU"}}, "x.ckpt")
 
 
 @pytest.mark.filterwarnings("ignore::leyden.errors.LeydenWarning")
 def test_a_checkpoint_fills_gaps_only_for_its_own_class() -> None:
-    class Other(Nested):
+    class Other(Nesting):
         pass
 
     with mock.patch.dict(sys.modules[__name__].__dict__, Other=Other):
         Other.__qualname__ = "Other"
-        made = cli(None, "fit", "--model=Nested", "--model.encoder=Encoder", "--model.rate=0.7")
+        made = cli(None, "fit", "--model=Nesting", "--model.encoder=Encoding", "--model.rate=0.7")
         path = made.trainer.checkpoint_callback.best_model_path
-        same = cli(None, "fit", "--model=Nested", "--model.encoder=Encoder", f"--ckpt_path={path}")
-        other = cli(None, "fit", f"--model={__name__}.Other", "--model.encoder=Encoder", f"--ckpt_path={path}")
+        same = cli(None, "fit", "--model=Nesting", "--model.encoder=Encoding", f"--ckpt_path={path}")
+        other = cli(None, "fit", f"--model={__name__}.Other", "--model.encoder=Encoding", f"--ckpt_path={path}")
     assert (same.model.rate, other.model.rate) == (0.7, 0.1)
 
 
 def test_who_overrides_configure_optimizers_is_told(recwarn: pytest.WarningsRecorder) -> None:
     with pytest.warns(
-        UserWarning, match=r"`Nested.configure_optimizers` will be overridden by `LightningCLI.configure_optimizers`"
+        UserWarning,
+        match=r"`Nesting.configure_optimizers` will be overridden by `LightningCLI.configure_optimizers`",
     ):
-        made = cli(Nested, "--model.encoder=Encoder", "--optimizer=Adam", "--optimizer.lr=0.2", run=False)
+        made = cli(Nesting, "--model.encoder=Encoding", "--optimizer=Adam", "--optimizer.lr=0.2", run=False)
     assert isinstance(made.model.configure_optimizers(), torch.optim.Adam)
 
 
@@ -136,7 +143,12 @@ def test_two_optimizers_cannot_both_be_automatic() -> None:
             parser.add_optimizer_args(torch.optim.Adam, "second")
 
     with pytest.raises(MisconfigurationException, match="at most one optimizer and one lr_scheduler to be 'AUTOMATIC'"):
-        Two(Nested, args=["--model.encoder=Encoder", "--first.lr=0.1"], trainer_defaults=QUIET, run=False)
+        Two(
+            Nesting,
+            args=["--model.encoder=Encoding", "--first.lr=0.1"],
+            trainer_defaults=QUIET,
+            run=False,
+        )
 
 
 def test_a_trainer_without_callbacks_gets_none() -> None:
@@ -145,29 +157,32 @@ def test_a_trainer_without_callbacks_gets_none() -> None:
             super().__init__(logger=False, enable_checkpointing=False, accelerator="cpu")
 
     with pytest.warns(UserWarning, match="Plain` class does not expose the `callbacks"):
-        made = L.LightningCLI(Nested, args=["--model.encoder=Encoder"], run=False, trainer_class=Plain)
+        made = L.LightningCLI(Nesting, args=["--model.encoder=Encoding"], run=False, trainer_class=Plain)
     assert not any(isinstance(callback, SaveConfigCallback) for callback in made.trainer.callbacks)
 
 
 def test_args_and_a_command_line_are_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["train.py", "fit"])
     with pytest.warns(UserWarning, match="sys.argv"):
-        cli(Nested, "--model.encoder=Encoder", run=False)
+        cli(Nesting, "--model.encoder=Encoding", run=False)
 
 
 @pytest.mark.parametrize("kind", ["dict", "namespace"])
 def test_settings_may_be_given_by_name(kind: str) -> None:
     from jsonargparse import Namespace
 
-    settings: Any = {"model": {"encoder": {"class_path": f"{__name__}.Encoder"}, "rate": 0.25}}
+    settings: Any = {"model": {"encoder": {"class_path": f"{__name__}.Encoding"}, "rate": 0.25}}
     made = L.LightningCLI(
-        Nested, args=Namespace(settings) if kind == "namespace" else settings, trainer_defaults=QUIET, run=False
+        Nesting,
+        args=Namespace(settings) if kind == "namespace" else settings,
+        trainer_defaults=QUIET,
+        run=False,
     )
     assert made.model.rate == 0.25
 
 
 def test_another_trainer_of_the_same_settings() -> None:
-    made = cli(Nested, "--model.encoder=Encoder", "--trainer.max_epochs=4", run=False)
+    made = cli(Nesting, "--model.encoder=Encoding", "--trainer.max_epochs=4", run=False)
     assert made.instantiate_trainer(max_epochs=7).max_epochs == 7
     assert made.trainer.max_epochs == 4
 
@@ -176,7 +191,7 @@ def test_the_help_names_every_argument_of_the_trainer(capsys: pytest.CaptureFixt
     import inspect
 
     with pytest.raises(SystemExit):
-        cli(Nested, "fit", "--help")
+        cli(Nesting, "fit", "--help")
     said = capsys.readouterr().out
     names = [name for name in inspect.signature(L.Trainer.__init__).parameters if name != "self"]
     assert [name for name in names if f"--trainer.{name}" not in said] == []
@@ -195,9 +210,9 @@ def test_a_subclass_of_save_config_has_to_save_somewhere() -> None:
             self.saved.append(stage)
 
     cli(
-        Nested,
+        Nesting,
         "fit",
-        "--model.encoder=Encoder",
+        "--model.encoder=Encoding",
         save_config_callback=Elsewhere,
         save_config_kwargs={"save_to_log_dir": False},
     )
@@ -207,7 +222,7 @@ def test_a_subclass_of_save_config_has_to_save_somewhere() -> None:
 
 def test_leyden_fit_needs_no_script(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("run.yaml").write_text(
-        f"model:\n  class_path: {__name__}.Nested\n  init_args:\n    encoder: {__name__}.Encoder\n"
+        f"model:\n  class_path: {__name__}.Nesting\n  init_args:\n    encoder: {__name__}.Encoding\n"
         "trainer:\n  accelerator: cpu\n  fast_dev_run: true\n  enable_progress_bar: false\n  enable_model_summary: false\n"
     )
     monkeypatch.setattr("sys.path", list(sys.path))

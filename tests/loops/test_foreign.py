@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,8 +17,12 @@ from leyden.errors import MisconfigurationException
 
 
 def foreign(name: str, *bases: type, **members: Any) -> Any:
-    """A class as it would be in another library."""
-    return type(name, bases, {"__module__": "thunder.pytorch", **members})
+    """A class as it would be in another library, which is there to be imported: jsonargparse does that with subclasses."""
+    made = type(name, bases, {"__module__": "thunder.pytorch", **members})
+    for module in ("thunder", "thunder.pytorch"):
+        sys.modules.setdefault(module, ModuleType(module))
+    setattr(sys.modules["thunder.pytorch"], name, made)
+    return made
 
 
 def nothing(*_: Any, **__: Any) -> None:

@@ -222,6 +222,7 @@ class Rehearsal:
             return
         loop.data = None
         data = loop.load_data(session)
+        data.settle(session, loop.measure)
         data.supply.start_epoch("train", session.progress.epoch)
         loop.validation.loader = None
         if always and trainer.enable_validation:
