@@ -21,7 +21,11 @@ from leyden.tree import parameters_of, tree_map
 _NOTHING: AbstractContextManager[Any] = nullcontext()
 
 CLIP_ALGORITHMS = ("norm", "value")
-_STEP_CONTEXTS = ("train_step_context", "val_step_context", "test_step_context", "predict_step_context")
+_CONTEXTS = {
+    "training_step": "train_step_context", "validation_step": "val_step_context", "test_step": "test_step_context",
+    "predict_step": "predict_step_context",
+}  # fmt: skip
+_STEP_CONTEXTS = tuple(_CONTEXTS.values())
 _HOOKS = {
     "backward", "pre_backward", "post_backward", "optimizer_step",
     "clip_gradients", "clip_grad_by_norm", "clip_grad_by_value", "main_params",
@@ -138,6 +142,12 @@ class Precision:
     val_step_context = forward_context
     test_step_context = forward_context
     predict_step_context = forward_context
+
+    def step_context(self, name: str) -> AbstractContextManager[None]:
+        """Return the context of a step of a module, by its name, such as ``"validation_step"``."""
+        context: AbstractContextManager[None] = getattr(self, _CONTEXTS[name])()
+        return context
+
     hooks_backward: bool = False
     """Whether ``backward`` has to be called in any case, since a subclass has something to say about it."""
     attached_module: Any = None

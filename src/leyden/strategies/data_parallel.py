@@ -104,7 +104,7 @@ class DataParallelStrategy(Strategy):
         inner, after = getattr(step, "step", step), getattr(step, "after", None)
         notes = [_Notes(part.size) for part in parts]
         results = module.results_of_run
-        with self.precision.forward_context():
+        with self.precision.step_context(name):
             compute = self._on_gpus if self.root_device.type == "cuda" and len(parts) > 1 else self._on_host
             try:
                 outputs = compute(inner, [(part.batch, *rest) for part in parts], notes)

@@ -263,7 +263,7 @@ class DDPStrategy(ParallelStrategy):
         through.step = self.module.training_step
         through.counts = self._loop.steps and not self._by_hand
         try:
-            with self.precision.forward_context():
+            with self.precision.train_step_context():
                 return model(*args)
         except RuntimeError as error:
             if "finished reduction in the prior iteration" in str(error):

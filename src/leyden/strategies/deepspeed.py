@@ -305,14 +305,14 @@ class DeepSpeedStrategy(ParallelStrategy):
 
     # ------------------------------------------------------------------ steps
 
-    def _call(self, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        through = self._through
+    def _call(self, name: str, args: tuple[Any, ...]) -> Any:
+        step, through = getattr(self.module, name), self._through
         if self.engine is None or through is None:
-            with self.precision.forward_context():
+            with self.precision.step_context(name):
                 return step(*args)
         through.step = step
         try:
-            with self.precision.forward_context():
+            with self.precision.step_context(name):
                 return self.engine(*args)
         finally:
             through.step = None
@@ -322,7 +322,7 @@ class DeepSpeedStrategy(ParallelStrategy):
             return super().training_step(*args)
         self._told = bool(self._loop.steps)
         self.engine.set_gradient_accumulation_boundary(self._told)
-        output = self._call(self.module.training_step, args)
+        output = self._call("training_step", args)
         if output is None or (isinstance(output, Mapping) and output.get("loss", 0) is None):
             raise MisconfigurationException(
                 "training_step() returned None, but under DeepSpeed each rank takes part in each backward. Return a loss that"
@@ -331,13 +331,13 @@ class DeepSpeedStrategy(ParallelStrategy):
         return output
 
     def validation_step(self, *args: Any) -> Any:
-        return self._call(self.module.validation_step, args)
+        return self._call("validation_step", args)
 
     def test_step(self, *args: Any) -> Any:
-        return self._call(self.module.test_step, args)
+        return self._call("test_step", args)
 
     def predict_step(self, *args: Any) -> Any:
-        return self._call(self.module.predict_step, args)
+        return self._call("predict_step", args)
 
     def exchange_gradients(self, optimizer: Optimizer) -> None:
         """Nothing: the engine has averaged them."""

@@ -349,7 +349,7 @@ class FSDPStrategy(MeshStrategy):
             self._exchange(exchanging)
         self._tape, self._order = [], []
         try:
-            with self.precision.forward_context():
+            with self.precision.train_step_context():
                 output = self._call(step, *args)
         finally:
             self._tape = None
@@ -369,18 +369,18 @@ class FSDPStrategy(MeshStrategy):
         return output
 
     def validation_step(self, *args: Any) -> Any:
-        return self._evaluate(self.module.validation_step, args)
+        return self._evaluate("validation_step", args)
 
     def test_step(self, *args: Any) -> Any:
-        return self._evaluate(self.module.test_step, args)
+        return self._evaluate("test_step", args)
 
     def predict_step(self, *args: Any) -> Any:
-        return self._evaluate(self.module.predict_step, args)
+        return self._evaluate("predict_step", args)
 
-    def _evaluate(self, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def _evaluate(self, name: str, args: tuple[Any, ...]) -> Any:
         self._order, self._knows = [], True
-        with self.precision.forward_context():
-            output = self._call(step, *self._cast(args))
+        with self.precision.step_context(name):
+            output = self._call(getattr(self.module, name), *self._cast(args))
         self._learned = self._learned or self._order
         self._let_go()
         return output
