@@ -108,3 +108,22 @@ def test_a_new_head_and_then_the_backbone_learn_other_digits(tmp_path: Path) -> 
     output = run("finetuning.py", cwd=tmp_path)
     assert figure(output, "accuracy") > 0.75
     assert output.rstrip().endswith("learning rates of head and backbone: 0.0100 0.0100")
+
+
+@pytest.mark.slow
+def test_a_generator_learns_a_ring(tmp_path: Path) -> None:
+    assert 0.8 < figure(run("gan.py", cwd=tmp_path), "radius of drawn points") < 1.2
+
+
+@pytest.mark.slow
+def test_five_folds_are_told_apart(tmp_path: Path) -> None:
+    output = run("kfold.py", cwd=tmp_path)
+    assert output.count("fold ") == 5
+    assert figure(output, "\naccuracy") > 0.93
+
+
+@pytest.mark.slow
+def test_three_schedules_end_at_their_rates(tmp_path: Path) -> None:
+    output = run("schedulers.py", cwd=tmp_path)
+    for schedule in ("step", "epoch", "plateau"):
+        assert figure(output, f"{schedule}: accuracy") > 0.85
