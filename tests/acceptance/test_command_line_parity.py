@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -45,8 +46,14 @@ def ours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     ]
     folder = tmp_path_factory.mktemp("command_lines")
     script = [sys.executable, "-W", "ignore", "-m", "leyden", "run", str(HERE / "cli_scenarios.py")]
+    given = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}  # settings of other tests
     subprocess.run(
-        [*script, str(folder / "made.json"), *wanted], cwd=folder, check=True, capture_output=True, timeout=110
+        [*script, str(folder / "made.json"), *wanted],
+        cwd=folder,
+        env=given,
+        check=True,
+        capture_output=True,
+        timeout=110,
     )
     return json.loads((folder / "made.json").read_text())
 
