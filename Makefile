@@ -69,8 +69,9 @@ $(PEERS)/.ready: pyproject.toml benchmarks/peers.txt constraints.txt
 
 # two environments: the libraries of the first need another numpy than those of the second
 bench-clients: $(CLIENTS)-a/.ready $(CLIENTS)-b/.ready
-	$(CLIENTS)-a/bin/python benchmarks/clients/run.py $$(sed -n 's/^# scripts: //p' benchmarks/clients/requirements-a.txt)
-	$(CLIENTS)-b/bin/python benchmarks/clients/run.py $$(sed -n 's/^# scripts: //p' benchmarks/clients/requirements-b.txt)
+	@status=0; for set in a b; do \
+	$(CLIENTS)-$$set/bin/python benchmarks/clients/run.py $$(sed -n 's/^# scripts: //p' benchmarks/clients/requirements-$$set.txt) || status=1; \
+	done; exit $$status
 
 $(CLIENTS)-%/.ready: benchmarks/clients/requirements-%.txt constraints.txt
 	$(PYTHON) -m venv $(CLIENTS)-$*
