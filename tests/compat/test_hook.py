@@ -348,6 +348,6 @@ def test_nothing_is_loaded_before_it_is_used() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     light = ["leyden", "leyden.compat", "leyden.compat.hook", "leyden.compat.private", "leyden.compat.table"]
-    light += [f"leyden.compat.table.{name}" for name in ("fabric", "former", "pytorch", "words")]
+    light += [f"leyden.compat.table.{name}" for name in ("both", "fabric", "former", "pytorch", "words")]
     light += ["leyden.errors", "leyden.version"]
     assert done.stdout.strip() == f"2.6.6 {light} False"

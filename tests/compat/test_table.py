@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from leyden.compat import table
 from leyden.compat.table import ROOTS, VERSIONS, read
 
 ROOT = Path(__file__).parents[2]
@@ -31,13 +33,19 @@ def test_packages_between_are_modules_too() -> None:
     assert "pytorch_lightning.root_module.decorators" in TABLE
 
 
+def test_a_name_stands_in_one_row() -> None:
+    for root, rows in table._PLACES:
+        named = [(path, word.partition("=")[0]) for path, _, names in rows for word in names.split()]
+        assert [name for name, times in Counter(named).items() if times > 1] == [], root
+
+
 def test_a_class_of_ours_keeps_its_name_where_it_has_the_same_there() -> None:
     renamed = {then: target.name for names in TABLE.values() for then, target in names.items() if target.name != then}
     assert {then for then in renamed if not then.startswith("_")} == {
         "BaseProfiler", "LRSchedulerPLType", "LRSchedulerTypeUnion", "LightningDeprecationWarning", "LightningLoggerBase",
         "ProgressBarBase", "SpikeDetection", "TTNamespace", "get_human_readable_count", "parse_batch_shape",
         "BType", "RequirementCache", "TBroadcast", "TModel", "TReduce", "T_destination", "main", "rank_zero_module",
-        "comet_experiment", "convert_inf",
+        "comet_experiment", "convert_inf", "lightning_getattr", "lightning_hasattr", "lightning_setattr",
     }  # fmt: skip
 
 

@@ -21,32 +21,32 @@ def holders_of(module: Any, name: str) -> list[Any]:
     return found
 
 
-def has_setting(module: Any, name: str) -> bool:
-    """Whether anything has the setting ``name``."""
-    return bool(holders_of(module, name))
+def has_setting(model: Any, attribute: str) -> bool:
+    """Whether anything has the setting ``attribute``."""
+    return bool(holders_of(model, attribute))
 
 
-def get_setting(module: Any, name: str) -> Any:
-    """Return the setting ``name``: of several that have it the last, as ``holders_of`` returns them.
-
-    Raises:
-        AttributeError: where nothing has it.
-    """
-    holder = _required(module, name)[-1]
-    return holder[name] if isinstance(holder, MutableMapping) else getattr(holder, name)
-
-
-def set_setting(module: Any, name: str, value: Any) -> None:
-    """Set ``name`` wherever it is.
+def get_setting(model: Any, attribute: str) -> Any:
+    """Return the setting ``attribute``: of several that have it the last, as ``holders_of`` returns them.
 
     Raises:
         AttributeError: where nothing has it.
     """
-    for holder in _required(module, name):
+    holder = _required(model, attribute)[-1]
+    return holder[attribute] if isinstance(holder, MutableMapping) else getattr(holder, attribute)
+
+
+def set_setting(model: Any, attribute: str, value: Any) -> None:
+    """Set ``attribute`` wherever it is.
+
+    Raises:
+        AttributeError: where nothing has it.
+    """
+    for holder in _required(model, attribute):
         if isinstance(holder, MutableMapping):
-            holder[name] = value
+            holder[attribute] = value
         else:
-            setattr(holder, name, value)
+            setattr(holder, attribute, value)
 
 
 def _required(module: Any, name: str) -> list[Any]:

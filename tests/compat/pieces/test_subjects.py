@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from leyden import LightningModule
+from leyden.callbacks import settings as settings_of
 from leyden.compat.demos import boring_classes as boring
 from leyden.compat.demos.lstm import SequenceSampler
 from leyden.compat.demos.transformer import Transformer, tokenize
@@ -23,6 +24,7 @@ from leyden.compat.pieces.say import WarningCache, rank_prefixed_message
 from leyden.compat.pieces.words import LightningEnum, Optimizable, Steppable
 from leyden.compat.serve import ServableModule, ServableModuleValidator
 from leyden.errors import LeydenWarning, MisconfigurationException, PossibleUserWarning
+from leyden.runtime import memory
 from leyden.runtime.ranks import rank_zero_warn
 
 
@@ -72,10 +74,10 @@ def test_shared_parameters_are_found_and_tied_again() -> None:
 
 
 def test_errors_of_memory_are_known_by_what_they_say() -> None:
-    assert tensors.is_oom_error(RuntimeError("CUDA error: out of memory"))
-    assert tensors.is_oom_error(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
-    assert not tensors.is_oom_error(RuntimeError("other"))
-    assert not tensors.is_oom_error(ValueError("CUDA out of memory"))
+    assert memory.is_oom_error(RuntimeError("CUDA error: out of memory"))
+    assert memory.is_oom_error(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    assert not memory.is_oom_error(RuntimeError("other"))
+    assert not memory.is_oom_error(ValueError("CUDA out of memory"))
     tensors.check_finite_loss(torch.tensor(1.0))
     with pytest.raises(ValueError, match="not finite"):
         tensors.check_finite_loss(torch.tensor(float("nan")))
@@ -133,12 +135,12 @@ def test_attributes_are_looked_up_in_the_hyperparameters_too() -> None:
             self.width = 3
 
     model = Model(0.1)
-    assert parsing.lightning_hasattr(model, "lr")
-    assert (parsing.lightning_getattr(model, "lr"), parsing.lightning_getattr(model, "width")) == (0.1, 3)
-    parsing.lightning_setattr(model, "lr", 0.2)
+    assert settings_of.has_setting(model, "lr")
+    assert (settings_of.get_setting(model, "lr"), settings_of.get_setting(model, "width")) == (0.1, 3)
+    settings_of.set_setting(model, "lr", 0.2)
     assert model.hparams.lr == 0.2
     with pytest.raises(AttributeError, match="nothing"):
-        parsing.lightning_getattr(model, "nothing")
+        settings_of.get_setting(model, "nothing")
 
 
 def test_overriding_is_seen_in_the_class_and_on_the_object() -> None:

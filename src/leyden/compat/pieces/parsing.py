@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -133,58 +133,6 @@ def save_hyperparameters(
                 f" save_hyperparameters(ignore=[{name!r}]) leaves it out."
             )
     obj._hparams_initial = copy.deepcopy(obj._hparams)  # noqa: SLF001
-
-
-def _holders(model: Any, attribute: str) -> Iterator[Any]:
-    """Yield what has ``attribute``: the module, its hyperparameters, its data module, the hyperparameters of that."""
-    datamodule = model.trainer.datamodule if getattr(model, "attached", False) else None
-    for owner in (model, datamodule):
-        if owner is None:
-            continue
-        if hasattr(owner, attribute):
-            yield owner
-        hparams = getattr(owner, "hparams", None)
-        if hparams is not None and attribute in hparams:
-            yield hparams
-
-
-def lightning_hasattr(model: Any, attribute: str) -> bool:
-    """Whether the module, its hyperparameters or its data module has ``attribute``."""
-    return any(True for _ in _holders(model, attribute))
-
-
-def lightning_getattr(model: Any, attribute: str) -> Any:
-    """Return ``attribute`` of the last of them that has it.
-
-    Raises:
-        AttributeError: if none has.
-    """
-    found = list(_holders(model, attribute))
-    if not found:
-        raise _nowhere(model, attribute)
-    return found[-1][attribute] if isinstance(found[-1], dict) else getattr(found[-1], attribute)
-
-
-def lightning_setattr(model: Any, attribute: str, value: Any) -> None:
-    """Set ``attribute`` on all of them that have it.
-
-    Raises:
-        AttributeError: if none has.
-    """
-    found = list(_holders(model, attribute))
-    if not found:
-        raise _nowhere(model, attribute)
-    for holder in found:
-        if isinstance(holder, dict):
-            holder[attribute] = value
-        else:
-            setattr(holder, attribute, value)
-
-
-def _nowhere(model: Any, attribute: str) -> AttributeError:
-    return AttributeError(
-        f"Neither {type(model).__name__}, nor its hparams, nor its data module has {attribute!r}: set it on one of them."
-    )
 
 
 def update_hparams(hparams: dict[str, Any], updates: dict[str, Any]) -> None:

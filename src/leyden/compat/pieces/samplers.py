@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset, DistributedSampler, IterableDataset, Sampl
 
 from leyden.compat.pieces.say import WarningCache
 from leyden.errors import MisconfigurationException
+from leyden.runtime.cores import allowed_cores
 from leyden.runtime.ranks import rank_zero_warn
 
 _said = WarningCache()
@@ -130,14 +130,7 @@ def suggested_max_num_workers(local_world_size: int) -> int:
     """
     if local_world_size < 1:
         raise ValueError(f"suggested_max_num_workers({local_world_size}): it must be 1 or more.")
-    return max(1, cpus() // local_world_size - 1)
-
-
-def cpus() -> int:
-    """How many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return max(1, allowed_cores() // local_world_size - 1)
 
 
 class DrawnIndices(Dataset[Any]):
@@ -170,13 +163,8 @@ class DrawnIndices(Dataset[Any]):
         self._drawn = list(self._sampler)
 
 
-class DistributedSamplerWrapper(DistributedSampler[Any]):
-    """Shares out what any sampler draws; shuffling and its seed remain that sampler's.
-
-    Args:
-        sampler: It must have a length.
-        args, kwargs: As for torch's ``DistributedSampler``.
-    """
+class _OfSampler(DistributedSampler[Any]):
+    """Shares out what a sampler draws, as the class beside it in the bases shares out a data set."""
 
     def __init__(self, sampler: Sampler[Any] | Iterable[Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(DrawnIndices(sampler), *args, **kwargs)
@@ -185,6 +173,15 @@ class DistributedSamplerWrapper(DistributedSampler[Any]):
         drawn: Any = self.dataset
         drawn.reset()
         return (drawn[index] for index in super().__iter__())
+
+
+class DistributedSamplerWrapper(_OfSampler):
+    """Shares out what any sampler draws; shuffling and its seed remain that sampler's.
+
+    Args:
+        sampler: It must have a length.
+        args, kwargs: As for torch's ``DistributedSampler``.
+    """
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the sampler too, if it wants to know."""
@@ -216,16 +213,8 @@ class UnrepeatedDistributedSampler(DistributedSampler[Any]):
         return iter(list(order)[self.rank : self.total_size : self.num_replicas])
 
 
-class UnrepeatedDistributedSamplerWrapper(UnrepeatedDistributedSampler):
+class UnrepeatedDistributedSamplerWrapper(_OfSampler, UnrepeatedDistributedSampler):
     """Shares out what any sampler draws, without repeating it."""
-
-    def __init__(self, sampler: Sampler[Any] | Iterable[Any], *args: Any, **kwargs: Any) -> None:
-        super().__init__(DrawnIndices(sampler), *args, **kwargs)
-
-    def __iter__(self) -> Iterator[Any]:
-        drawn: Any = self.dataset
-        drawn.reset()
-        return (drawn[index] for index in super().__iter__())
 
 
 def is_shared_filesystem(strategy: Any, path: str | Path | None = None, timeout: int = 3) -> bool:

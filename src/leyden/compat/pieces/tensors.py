@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from functools import partial
 from typing import Any
@@ -58,46 +57,6 @@ def convert_tensors_to_scalars(data: Any) -> Any:
         return value.item()
 
     return tree_map(number, data)
-
-
-def recursive_detach(in_dict: Any, to_cpu: bool = False) -> Any:
-    """Return ``in_dict``, nested as it may be, with tensors detached from their graph, and on the host if ``to_cpu``."""
-    return tree_map(lambda value: value.detach().cpu() if to_cpu else value.detach(), in_dict)
-
-
-def _says(exception: BaseException, *words: str) -> bool:
-    said = exception.args[0] if isinstance(exception, RuntimeError) and len(exception.args) == 1 else None
-    return isinstance(said, str) and all(word in said for word in words)
-
-
-def is_cuda_out_of_memory(exception: BaseException) -> bool:
-    """Whether it says that a GPU has no memory left."""
-    return _says(exception, "CUDA", "out of memory")
-
-
-def is_cudnn_snafu(exception: BaseException) -> bool:
-    """Whether it is the error in which cuDNN hides that there is no memory left."""
-    return _says(exception, "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.")
-
-
-def is_out_of_cpu_memory(exception: BaseException) -> bool:
-    """Whether it says that the host has no memory left."""
-    return _says(exception, "DefaultCPUAllocator: can't allocate memory")
-
-
-def is_oom_error(exception: BaseException) -> bool:
-    """Whether it says that there is no memory left, on a GPU or on the host."""
-    return is_cuda_out_of_memory(exception) or is_cudnn_snafu(exception) or is_out_of_cpu_memory(exception)
-
-
-def garbage_collection_cuda() -> None:
-    """Free what nothing holds any more, and give unused memory of the GPU back."""
-    gc.collect()
-    try:
-        torch.cuda.empty_cache()
-    except RuntimeError as error:
-        if not is_oom_error(error):
-            raise
 
 
 def find_shared_parameters(module: nn.Module) -> list[list[str]]:

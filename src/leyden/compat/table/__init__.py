@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from leyden.compat.table import fabric, former, pytorch
+from leyden.compat.table import both, fabric, former, pytorch
 
 VERSIONS = {"lightning": "2.6.6", "pytorch_lightning": "2.6.6", "lightning_fabric": "2.6.6", "test_tube": "0.7.5"}
 """The packages whose names are answered, and the version that each says it is: libraries look at it."""
@@ -20,10 +20,10 @@ _LIGHTNING = (("", "leyden", "Callback Fabric LightningDataModule LightningModul
 _PLACES = (
     # root, rows
     ("lightning", _LIGHTNING),
-    ("lightning.pytorch", (*pytorch.ROWS, *pytorch.SMALL)),
-    ("lightning.fabric", (*fabric.ROWS, *fabric.SMALL)),
-    ("pytorch_lightning", (*pytorch.ROWS, *pytorch.SMALL, *former.ROWS)),
-    ("lightning_fabric", (*fabric.ROWS, *fabric.SMALL)),
+    ("lightning.pytorch", (*both.ROWS, *pytorch.ROWS)),
+    ("lightning.fabric", (*both.ROWS, *fabric.ROWS)),
+    ("pytorch_lightning", (*both.ROWS, *pytorch.ROWS, *former.ROWS)),
+    ("lightning_fabric", (*both.ROWS, *fabric.ROWS)),
     ("test_tube", former.TEST_TUBE),
 )
 

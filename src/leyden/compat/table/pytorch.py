@@ -3,31 +3,17 @@
 
 from __future__ import annotations
 
-from leyden.compat.table.words import CHECKS, ENUMS, ENVIRONMENTS, FLAGS, PRECISIONS, SAY
+from leyden.compat.table.words import ENUMS
 
 _WRITERS = "leyden.callbacks.prediction_writer"
 
 _BORING = "leyden.compat.demos.boring_classes"
 
 ROWS = (
-    # ---- 2.x
     ("", "leyden", "Callback LightningDataModule LightningModule Trainer seed_everything"),
-    ("accelerators", "leyden.runtime.devices", "Accelerator CPUAccelerator CUDAAccelerator MPSAccelerator"),
-    ("accelerators", "leyden.runtime.devices", "find_usable_cuda_devices"),
     ("accelerators", "leyden.compat.registries", "AcceleratorRegistry"),
-    ("accelerators", "leyden.compat.tpu", "XLAAccelerator"),
-    ("accelerators.xla", "leyden.compat.tpu", "XLAAccelerator"),
-    ("plugins.environments", "leyden.compat.tpu", "XLAEnvironment"),
-    ("plugins", "leyden.compat.tpu", "XLACheckpointIO"),
-    ("plugins.io", "leyden.compat.tpu", "XLACheckpointIO"),
     ("plugins.io.xla_plugin", "leyden.compat.tpu", "XLACheckpointIO"),
-    ("strategies", "leyden.compat.tpu", "SingleDeviceXLAStrategy XLAStrategy"),
-    ("strategies.single_xla", "leyden.compat.tpu", "SingleDeviceXLAStrategy"),
-    ("strategies.xla", "leyden.compat.tpu", "XLAStrategy"),
-    ("accelerators.accelerator", "leyden.runtime.devices", "Accelerator"),
-    ("accelerators.cpu", "leyden.runtime.devices", "CPUAccelerator"),
     ("accelerators.cuda", "leyden.runtime.devices", "CUDAAccelerator"),
-    ("accelerators.mps", "leyden.runtime.devices", "MPSAccelerator"),
     (
         "callbacks",
         "leyden.callbacks",
@@ -107,11 +93,7 @@ ROWS = (
     ("loggers.neptune", "leyden.loggers.gone", "NeptuneLogger"),
     ("loggers.tensorboard", "leyden.loggers.tensorboard", "TensorBoardLogger"),
     ("loggers.wandb", "leyden.loggers.wandb", "WandbLogger _WANDB_AVAILABLE=AVAILABLE"),
-    ("plugins", "leyden.precision", "DoublePrecision HalfPrecision MixedPrecision Precision"),
     ("plugins", "leyden.checkpoint_io", "AsyncCheckpointIO CheckpointIO TorchCheckpointIO"),
-    ("plugins", "leyden.runtime.cluster", "ClusterEnvironment"),
-    ("plugins.environments", "leyden.runtime.cluster", ENVIRONMENTS),
-    ("plugins.environments.cluster_environment", "leyden.runtime.cluster", "ClusterEnvironment"),
     ("plugins.environments.kubeflow_environment", "leyden.runtime.cluster", "KubeflowEnvironment"),
     ("plugins.environments.lightning_environment", "leyden.runtime.cluster", "LightningEnvironment"),
     ("plugins.environments.lsf_environment", "leyden.runtime.cluster", "LSFEnvironment"),
@@ -124,20 +106,6 @@ ROWS = (
     ("plugins.io.async_plugin", "leyden.checkpoint_io", "AsyncCheckpointIO"),
     ("plugins.io.checkpoint_plugin", "leyden.checkpoint_io", "CheckpointIO"),
     ("plugins.io.torch_plugin", "leyden.checkpoint_io", "TorchCheckpointIO"),
-    ("plugins.precision", "leyden.precision", "DoublePrecision HalfPrecision MixedPrecision Precision"),
-    ("plugins.precision.amp", "leyden.precision", "MixedPrecision"),
-    ("plugins", "leyden.precision.deepspeed", "DeepSpeedPrecision"),
-    ("plugins.precision", "leyden.precision.deepspeed", "DeepSpeedPrecision"),
-    ("plugins.precision.deepspeed", "leyden.precision.deepspeed", "DeepSpeedPrecision"),
-    ("plugins", "leyden.precision", PRECISIONS),
-    ("plugins.precision", "leyden.precision", PRECISIONS),
-    ("plugins.precision.bitsandbytes", "leyden.precision", "BitsandbytesPrecision"),
-    ("plugins.precision.fsdp", "leyden.precision", "FSDPPrecision"),
-    ("plugins.precision.transformer_engine", "leyden.precision", "TransformerEnginePrecision"),
-    ("plugins.precision.xla", "leyden.precision", "XLAPrecision"),
-    ("plugins.precision.double", "leyden.precision", "DoublePrecision"),
-    ("plugins.precision.half", "leyden.precision", "HalfPrecision"),
-    ("plugins.precision.precision", "leyden.precision", "Precision"),
     ("profilers", "leyden.profilers", "AdvancedProfiler PassThroughProfiler Profiler PyTorchProfiler SimpleProfiler"),
     ("profilers", "leyden.profilers", "XLAProfiler"),
     ("profilers.advanced", "leyden.profilers", "AdvancedProfiler"),
@@ -149,13 +117,6 @@ ROWS = (
     ("strategies", "leyden.strategies", "DDPStrategy ParallelStrategy SingleDeviceStrategy Strategy"),
     ("strategies", "leyden.strategies", "DeepSpeedStrategy FSDPStrategy ModelParallelStrategy"),
     ("strategies", "leyden.compat.registries", "StrategyRegistry"),
-    ("strategies.ddp", "leyden.strategies", "DDPStrategy"),
-    ("strategies.deepspeed", "leyden.strategies", "DeepSpeedStrategy"),
-    ("strategies.fsdp", "leyden.strategies", "FSDPStrategy"),
-    ("strategies.model_parallel", "leyden.strategies", "ModelParallelStrategy"),
-    ("strategies.parallel", "leyden.strategies", "ParallelStrategy"),
-    ("strategies.single_device", "leyden.strategies", "SingleDeviceStrategy"),
-    ("strategies.strategy", "leyden.strategies", "Strategy"),
     ("trainer", "leyden", "Trainer seed_everything"),
     ("trainer.connectors.accelerator_connector", "leyden.compat.connector", "_AcceleratorConnector"),
     ("trainer.states", "leyden.types", "RunningStage TrainerFn TrainerState TrainerStatus"),
@@ -165,12 +126,9 @@ ROWS = (
     ("tuner.lr_finder", "leyden.callbacks.rate_search", "_ExponentialLR=ExponentialRise _LinearLR=LinearRise"),
     ("tuner.tuning", "leyden.tuning", "Tuner"),
     ("utilities", "leyden", "CombinedLoader rank_zero_deprecation rank_zero_info rank_zero_only rank_zero_warn"),
-    ("utilities", "leyden.hparams", "AttributeDict"),
     ("utilities", "leyden.compat.pieces", "GradClipAlgorithmType"),
-    ("utilities", "leyden.compat.pieces", "move_data_to_device"),
     ("utilities.combined_loader", "leyden", "CombinedLoader"),
     ("utilities", "leyden.compat.pieces", "grad_norm"),
-    ("utilities", "leyden.runtime.flops", "measure_flops"),
     ("utilities.enums", "leyden.compat.pieces", "GradClipAlgorithmType"),
     (
         "utilities.exceptions",
@@ -188,24 +146,12 @@ ROWS = (
     ("utilities.parsing", "leyden.hparams", "AttributeDict"),
     ("utilities.parsing", "leyden.callbacks.settings", "lightning_getattr=get_setting lightning_hasattr=has_setting"),
     ("utilities.parsing", "leyden.callbacks.settings", "lightning_setattr=set_setting"),
-    ("utilities.rank_zero", "leyden.errors", "LightningDeprecationWarning=LeydenDeprecationWarning"),
-    (
-        "utilities.rank_zero",
-        "leyden.runtime.ranks",
-        "rank_zero_debug rank_zero_deprecation rank_zero_info rank_zero_only rank_zero_warn",
-    ),
     ("utilities.seed", "leyden.runtime.seed", "isolate_rng"),
     ("utilities.types", "leyden.types", "EVAL_DATALOADERS OptimizerLRScheduler STEP_OUTPUT TRAIN_DATALOADERS"),
     ("utilities.types", "leyden.types", "LRSchedulerTypeUnion=LRScheduler LRSchedulerPLType=LRScheduler"),
     ("utilities.types", "leyden.optim", "LRSchedulerConfig"),
     ("utilities.types", "leyden.compat.pieces", "LRSchedulerConfigType LRSchedulerType LRSchedulerTypeTuple"),
     ("utilities.types", "leyden.compat.pieces", "OptimizerConfig OptimizerLRSchedulerConfig"),
-    ("utilities.warnings", "leyden.errors", "PossibleUserWarning"),
-)
-
-SMALL = (
-    # ---- small things of utilities and the like, under lightning.pytorch
-    ("", SAY, "disable_possible_user_warnings"),
     ("", "leyden.compat.pieces.available", "module_available"),
     ("accelerators.cpu", "leyden.compat.pieces.stats", "get_cpu_stats"),
     ("accelerators.cuda", "leyden.compat.pieces.stats", "get_nvidia_gpu_stats"),
@@ -275,7 +221,6 @@ SMALL = (
     ("serve", "leyden.compat.serve", "ServableModule ServableModuleValidator"),
     ("serve.servable_module", "leyden.compat.serve", "ServableModule"),
     ("serve.servable_module_validator", "leyden.compat.serve", "ServableModuleValidator"),
-    ("strategies.strategy", ENUMS, "TBroadcast=BroadcastT TReduce=ReduceT"),
     (
         "trainer.call",
         "leyden.compat.pieces.call",
@@ -283,10 +228,7 @@ SMALL = (
         " _call_lightning_datamodule_hook=call_lightning_datamodule_hook _call_strategy_hook=call_strategy_hook",
     ),
     ("trainer.connectors.accelerator_connector", ENUMS, "_LITERAL_WARN=Word _PRECISION_INPUT=PrecisionWord"),
-    ("utilities", ENUMS, "LightningEnum"),
     ("utilities", "leyden.compat.pieces.parsing", "is_picklable"),
-    ("utilities", "leyden.compat.pieces.samplers", "is_shared_filesystem suggested_max_num_workers"),
-    ("utilities", SAY, "disable_possible_user_warnings"),
     (
         "utilities",
         "leyden.compat.pieces.tensors",
@@ -298,7 +240,6 @@ SMALL = (
         "_parse_env_variables=parse_env_variables _defaults_from_env_vars=defaults_from_env_vars",
     ),
     ("utilities.compile", "leyden.compat.pieces.compiled", "from_compiled to_uncompiled"),
-    ("utilities.consolidate_checkpoint", "leyden.compat.pieces.files", "main=consolidate"),
     ("utilities.data", ENUMS, "BType=Batch"),
     ("utilities.data", "leyden.compat.pieces.samplers", "extract_batch_size has_len_all_ranks"),
     ("utilities.data", "leyden.compat.pieces.samplers", "has_iterable_dataset sized_len"),
@@ -308,14 +249,7 @@ SMALL = (
         "leyden.compat.pieces.files",
         "CPU_DEVICE convert_zero_checkpoint_to_fp32_state_dict ds_checkpoint_dir",
     ),
-    ("utilities.enums", ENUMS, "LightningEnum"),
-    ("utilities.imports", "leyden.compat.pieces.available", f"{' '.join(FLAGS)} {CHECKS}"),
     ("utilities.imports", "leyden.compat.pieces.available", "_try_import_module=try_import_module"),
-    (
-        "utilities.memory",
-        "leyden.compat.pieces.tensors",
-        "garbage_collection_cuda is_cuda_out_of_memory is_cudnn_snafu is_oom_error is_out_of_cpu_memory recursive_detach",
-    ),
     ("utilities.migration", "leyden.compat.pieces.migration", "migrate_checkpoint pl_legacy_patch"),
     ("utilities.migration.utils", "leyden.compat.pieces.migration", "migrate_checkpoint pl_legacy_patch"),
     ("utilities.model_helpers", "leyden.compat.pieces.parsing", "is_overridden get_torchvision_model"),
@@ -340,13 +274,10 @@ SMALL = (
     (
         "utilities.parsing",
         "leyden.compat.pieces.parsing",
-        "clean_namespace collect_init_args get_init_args is_picklable lightning_getattr lightning_hasattr lightning_setattr"
-        " parse_class_init_keys save_hyperparameters",
+        "clean_namespace collect_init_args get_init_args is_picklable parse_class_init_keys save_hyperparameters",
     ),
-    ("utilities.rank_zero", SAY, "WarningCache rank_prefixed_message _get_rank=rank_from_environment"),
     ("utilities.rank_zero", "leyden.compat.pieces.say", "rank_zero_module=MODULE"),
     ("utilities.signature_utils", "leyden.compat.pieces.parsing", "is_param_in_hook_signature"),
-    ("utilities.testing", "leyden.compat.pieces.runif", "_runif_reasons=runif_reasons"),
     ("utilities.types", ENUMS, "DistributedDataParallel _PATH=PathOrText _DEVICE=Device _METRIC=Number"),
     ("utilities.types", ENUMS, "LRScheduler ReduceLROnPlateau Optimizer"),
     ("utilities.upgrade_checkpoint", "leyden.compat.pieces.migration", "main"),
