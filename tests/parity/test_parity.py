@@ -72,9 +72,8 @@ def differs(row: Row) -> str:
 
 
 def matches(row: Row, pattern: str) -> bool:
-    """Whether a pattern names a row, or the class of a member."""
-    owner = f"{row.module}.{row.name.partition('.')[0]}"
-    return fnmatchcase(row.path, pattern) or fnmatchcase(owner, pattern)
+    """Whether a pattern names a row."""
+    return fnmatchcase(row.path, pattern)
 
 
 @pytest.mark.parametrize("module", MODULES)
