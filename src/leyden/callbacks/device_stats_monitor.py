@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from leyden.callback import Callback
-from leyden.callbacks.learning_rate_monitor import is_row_due
+from leyden.callbacks.learning_rate_monitor import is_row_due, require_logger
 from leyden.errors import MisconfigurationException, did_you_mean
 from leyden.hooks import is_written
 from leyden.runtime.devices import CPUAccelerator
@@ -56,16 +56,11 @@ class DeviceStatsMonitor(Callback):
         self._told = False
         if stage != "fit":
             return
-        if not trainer.loggers and not trainer.fast_dev_run:
-            raise MisconfigurationException(
-                "DeviceStatsMonitor has nowhere to log: the Trainer has no logger. Give it one (`Trainer(logger=True)`), or"
-                " remove the callback."
-            )
+        require_logger(trainer, "DeviceStatsMonitor")
         on_cpu = trainer.strategy.root_device.type == "cpu"
         if self._cpu_stats or (self._cpu_stats is None and on_cpu):
-            CPUAccelerator().get_device_stats(
-                "cpu"
-            )  # says now that psutil is missing; its first figure counts from here
+            # says now that psutil is missing; its first figure counts from here
+            CPUAccelerator().get_device_stats("cpu")
 
     def on_train_batch_start(self, trainer: TrainerView, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Log, if a row is due with this batch."""

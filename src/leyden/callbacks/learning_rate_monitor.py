@@ -24,6 +24,19 @@ def is_row_due(trainer: TrainerView) -> bool:
     return every > 0 and ((trainer.batches_that_stepped + 1) % every == 0 or trainer.should_stop)
 
 
+def require_logger(trainer: TrainerView, callback: str) -> None:
+    """Refuse a callback that has nowhere to log.
+
+    Raises:
+        MisconfigurationException: if the Trainer has no logger, and is not meant to have none.
+    """
+    if not trainer.loggers and not trainer.fast_dev_run:
+        raise MisconfigurationException(
+            f"{callback} has nowhere to log: the Trainer has no logger. Give it one (`Trainer(logger=True)`), or remove the"
+            " callback."
+        )
+
+
 class LearningRateMonitor(Callback):
     """Logs under ``lr-SGD``; ``lr-SGD-1`` for the second SGD; ``lr-SGD/pg1`` where there are several parameter groups.
 
@@ -82,11 +95,7 @@ class LearningRateMonitor(Callback):
 
     def on_train_start(self, trainer: TrainerView, *args: Any, **kwargs: Any) -> None:
         """Find the names."""
-        if not trainer.loggers and not trainer.fast_dev_run:
-            raise MisconfigurationException(
-                "LearningRateMonitor has nowhere to log: the Trainer has no logger. Give it one"
-                " (`Trainer(logger=True)`), or remove the callback."
-            )
+        require_logger(trainer, "LearningRateMonitor")
         optimizers = [optimizer for optimizer, _ in _with_interval(trainer)]
         if self.log_momentum and not all({"momentum", "betas"} & set(each.defaults) for each in optimizers):
             rank_zero_warn(
