@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from leyden.compat.pieces import move_data_to_device
-from leyden.tree import tree_map
+from leyden.tree import leaves, tree_map
 
 FLOAT16_EPSILON = float(np.finfo(np.float16).eps)
 FLOAT32_EPSILON = float(np.finfo(np.float32).eps)
@@ -96,9 +96,9 @@ def optimizers_to_device(optimizers: Iterable[Optimizer], device: torch.device |
 
 def gather_all_tensors(result: Tensor, group: Any = None) -> list[Tensor]:
     """Return the tensor of every process of a group, in the order of ranks; sizes may differ, the number of axes not."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not distributed_available():
         return [result]
+    distributed = torch.distributed
     size = distributed.get_world_size(group)
     shape = torch.tensor(result.shape, device=result.device)
     shapes = [torch.zeros_like(shape) for _ in range(size)]
@@ -116,14 +116,6 @@ def distributed_available() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple, dict)):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(value)
-
-
 def prepare_for_backward(model: Any, output: Any) -> None:
     """Get the reducer of torch's ``DistributedDataParallel`` ready for the backward of what a forward returned.
 
@@ -135,7 +127,7 @@ def prepare_for_backward(model: Any, output: Any) -> None:
     model.require_forward_param_sync = True
     unused = model.find_unused_parameters and not model.static_graph
     model.reducer._rebuild_buckets()  # noqa: SLF001  # torch has no public way to say it
-    model.reducer.prepare_for_backward(list(_tensors(output)) if unused else [])
+    model.reducer.prepare_for_backward([leaf for leaf in leaves(output) if isinstance(leaf, Tensor)] if unused else [])
 
 
 def check_finite_loss(loss: Tensor | None) -> None:
